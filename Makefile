@@ -1,0 +1,40 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Both build .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint format benchmark clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'import torch; print("installed, torch", torch.__version__)'
+	@touch $@
+
+demo: $(STAMP)            ## train a small model under guard, keep INT8, roll INT2 back
+	$(BIN)/weightproof demo
+
+test: $(STAMP)            ## every test that fits in minutes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow'
+
+test-slow: $(STAMP)       ## the long ones: more seeds, longer training
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)            ## ruff, pyright, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(STAMP)       ## speed ratios measured in one run, one thread
+	$(BIN)/python benchmarks/speed.py
+
+clean:
+	rm -rf .venv .cache weightproof-demo

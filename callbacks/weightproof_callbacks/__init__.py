@@ -1,0 +1,1 @@
+"""The adapters of weightproof: everything that knows Hugging Face or W&B."""

@@ -1,0 +1,122 @@
+"""weightproof: prove, step by step, that a change of weights did not break the model.
+
+A tour, in the order in which a change travels:
+
+- `weights` and `families` walk a model and name every weight matrix: the only walker.
+- `spectrum` and `marchenko_pastur` are pure numerics on arrays; `activations` and `divergence`
+  read what needs a forward pass; `probes` turns a model into frozen `types.Readings`.
+- `baseline` keeps the readings taken before any change, saved and digested.
+- `edits` plan changes, `kinds` are the contracts they declare, `snapshot` is the only writer.
+- `guards` judge readings with pure functions; `policy` turns verdicts into one decision.
+- `session` binds these into a transaction: snapshot, change, measure, judge, keep or restore.
+- `certificate` and `trackers` carry the evidence to files, W&B and people.
+
+`GuardCallback` (the Hugging Face Trainer adapter) lives in `weightproof_callbacks` and is loaded
+on first use: importing weightproof imports neither transformers nor wandb.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from weightproof_callbacks.trainer import GuardCallback
+
+    from weightproof import edits, kinds
+    from weightproof.baseline import Baseline
+    from weightproof.certificate import Certificate
+    from weightproof.errors import (
+        BaselineError,
+        EditRejected,
+        InputError,
+        PolicyError,
+        RestoreError,
+        SnapshotError,
+        WeightproofError,
+    )
+    from weightproof.marchenko_pastur import fit_bulk
+    from weightproof.policy import Policy, load_policy
+    from weightproof.session import GuardSession
+    from weightproof.spectrum import measure_spectrum
+    from weightproof.types import Action, BulkFit, Decision, Outcome, Spectrum, Verdict, WeightMatrix
+    from weightproof.weights import iter_weight_matrices
+
+_HOMES = {
+    "GuardCallback": "weightproof_callbacks.trainer",
+    "GuardSession": "weightproof.session",
+    "Baseline": "weightproof.baseline",
+    "Certificate": "weightproof.certificate",
+    "Policy": "weightproof.policy",
+    "load_policy": "weightproof.policy",
+    "measure_spectrum": "weightproof.spectrum",
+    "fit_bulk": "weightproof.marchenko_pastur",
+    "iter_weight_matrices": "weightproof.weights",
+    **dict.fromkeys(
+        (
+            "WeightproofError",
+            "InputError",
+            "PolicyError",
+            "BaselineError",
+            "SnapshotError",
+            "RestoreError",
+            "EditRejected",
+        ),
+        "weightproof.errors",
+    ),
+    **dict.fromkeys(
+        ("Action", "Outcome", "Spectrum", "BulkFit", "Verdict", "Decision", "WeightMatrix"), "weightproof.types"
+    ),
+}
+_MODULES = ("edits", "kinds")
+
+__all__ = [  # noqa: RUF022 - grouped by what a reader is looking for
+    # guard a model
+    "GuardCallback",
+    "GuardSession",
+    "Baseline",
+    "Certificate",
+    # policy
+    "Policy",
+    "load_policy",
+    # what changes weights
+    "edits",
+    "kinds",
+    # numerics
+    "measure_spectrum",
+    "fit_bulk",
+    "iter_weight_matrices",
+    # nouns
+    "Action",
+    "BulkFit",
+    "Decision",
+    "Outcome",
+    "Spectrum",
+    "Verdict",
+    "WeightMatrix",
+    # errors
+    "BaselineError",
+    "EditRejected",
+    "InputError",
+    "PolicyError",
+    "RestoreError",
+    "SnapshotError",
+    "WeightproofError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its home on first use (PEP 562)."""
+    if name in _MODULES:
+        return importlib.import_module(f"weightproof.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'weightproof' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,340 @@
+"""The nouns of weightproof: frozen dataclasses shared by measurement, judgement and evidence.
+
+Units: singular values, norms and edges are in the units of the weights they were taken from,
+unless a field says otherwise; matrices are always oriented (d_out, d_in).
+A value that was not measured is None, never 0.0, 1.0 or -1, and comes with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+
+class Outcome(StrEnum):
+    """What one guard found. NOT_MEASURED is never PASS."""
+
+    PASS = "PASS"
+    WARN = "WARN"
+    FAIL = "FAIL"
+    NOT_MEASURED = "NOT_MEASURED"
+
+
+class Action(StrEnum):
+    """What the policy says to do with a change."""
+
+    KEEP = "KEEP"
+    ROLLBACK = "ROLLBACK"
+    HALT = "HALT"
+
+
+class Assurance(StrEnum):
+    """The highest tier of evidence that was measured for a decision."""
+
+    LOSS = "loss"
+    OUTPUTS_ONLY = "outputs-only"
+    WEIGHTS_ONLY = "weights-only"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightMatrix:
+    """One weight matrix of a model or checkpoint, oriented (d_out, d_in).
+
+    Attributes:
+        name: Public name without wrapper prefixes; one expert of a stack is `...gate_up_proj[3]`.
+        family: attn, ffn, expert, router, embed, head, conv or other.
+        d_out: Rows: outputs of the linear map.
+        d_in: Columns: inputs (a convolution counts in_channels / groups * kernel positions).
+        dtype: Storage dtype.
+        tied_names: Other public names under which the same storage is registered.
+        tensor_name: Public name of the stored tensor this matrix is (a slice of).
+        load: Returns the (d_out, d_in) tensor, detached; see `is_view`.
+        is_view: True when `load()` aliases live model storage, so that a write to it is an edit.
+        refusal: Why this tensor is enumerated but not measured (None when measured).
+    """
+
+    name: str
+    family: str
+    d_out: int
+    d_in: int
+    dtype: torch.dtype
+    tied_names: tuple[str, ...]
+    tensor_name: str
+    load: Callable[[], torch.Tensor]
+    is_view: bool = True
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedTensor:
+    """A parameter or buffer under its public name; `tied_names` are its other names."""
+
+    name: str
+    tensor: torch.Tensor
+    is_buffer: bool
+    persistent: bool
+    tied_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spectrum:
+    """Singular-value summary of one matrix.
+
+    `spectral_norm_error` is absolute: |true - spectral_norm| <= spectral_norm_error (0 <= error;
+    for an estimate it holds with the failure probability named in `method`).
+    `singular_values` is a 1-D float64 tensor in descending order, None when only estimated.
+    `alpha` is the power-law exponent of the eigenvalue density with its standard error, None
+    where the spectrum is too short or not exact.
+    """
+
+    name: str
+    d_out: int
+    d_in: int
+    spectral_norm: float
+    spectral_norm_error: float
+    frobenius_norm: float
+    stable_rank: float
+    effective_rank: float | None
+    alpha: float | None
+    alpha_error: float | None
+    singular_values: torch.Tensor | None
+    method: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BulkFit:
+    """Marchenko-Pastur fit of the bulk of one spectrum.
+
+    Everything is in the units of `singular_values`, the spectrum the fit was made on: raw for
+    `null="global"`, biwhitened for `"biwhitened"`; for `"signflip"` the singular values are raw
+    and the edge is that of the sign-flipped matrix. `threshold` is the upper edge plus the
+    Tracy-Widom allowance: values above it are spikes. `row_scale` / `col_scale` are the whitening
+    factors (None unless biwhitened): whitened = W * row_scale[:, None] * col_scale[None, :].
+    """
+
+    name: str
+    d_out: int
+    d_in: int
+    sigma_mp: float
+    aspect_ratio: float
+    edge_minus: float
+    edge_plus: float
+    threshold: float
+    num_spikes: int
+    spike_energy: float
+    ks_distance: float
+    null: str
+    method: str
+    singular_values: torch.Tensor
+    row_scale: torch.Tensor | None = None
+    col_scale: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReading:
+    """Exact facts about one parameter or buffer. `num_nonfinite` counts NaN and inf."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    storage: str
+    is_buffer: bool
+    num_nonfinite: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixReading:
+    """Cheap statistics of one weight matrix (a few reads of its elements).
+
+    `norm_collapse` is min(row_min / row_median, col_min / col_median) over row and column norms.
+    All None when the matrix could not be measured; `reason` says why.
+    """
+
+    name: str
+    family: str
+    d_out: int
+    d_in: int
+    frobenius_norm: float | None
+    spectral_norm: float | None
+    spectral_norm_error: float | None
+    norm_collapse: float | None
+    zero_rows: int | None
+    zero_cols: int | None
+    method: str
+    reason: str | None = None
+
+    @property
+    def stable_rank(self) -> float | None:
+        """(||W||_F / s1)^2; None when not measured or for a zero matrix."""
+        if self.frobenius_norm is None or not self.spectral_norm:
+            return None
+        return (self.frobenius_norm / self.spectral_norm) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class BulkReading:
+    """Marchenko-Pastur statistics of one matrix.
+
+    `num_spikes` lies within [`num_spikes_low`, `num_spikes_high`] (equal when counted exactly).
+    `top_over_edge` is s1 / edge_plus, both under `null`.
+    """
+
+    name: str
+    family: str
+    null: str
+    sigma_mp: float | None
+    edge_plus: float | None
+    num_spikes: int | None
+    num_spikes_low: int | None
+    num_spikes_high: int | None
+    spike_energy: float | None
+    ks_distance: float | None
+    top_over_edge: float | None
+    pure_bulk: bool | None
+    method: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StructureReading:
+    """Module classes by public module name, and tie groups (each a sorted tuple of names)."""
+
+    modules: Mapping[str, str]
+    ties: frozenset[tuple[str, ...]]
+    embedding_sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ContractReading:
+    """One number that a declared kind of edit bounds, for one matrix.
+
+    `rigorous` bounds are theorems about the declared kind (a breach is FAIL); the others are
+    typical sizes (a breach is WARN). `value` None: not measurable, `reason` says why.
+    """
+
+    target: str
+    statistic: str
+    value: float | None
+    limit: float
+    rigorous: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockError:
+    """Relative error of one block's output when fed the baseline's input of that block."""
+
+    block: str
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceReading:
+    """Outputs now against outputs at baseline on one set of windows.
+
+    `kl` is KL(base || now) in nats per token (a lower bound when the base distribution is cached
+    as top-k plus one bucket); for models without logits `kl` is None and `hidden_error`, the
+    relative RMS change of the normalised last hidden state, is given instead.
+    """
+
+    windows: str
+    windows_digest: str
+    num_tokens: int
+    kl: float | None
+    kl_max: float | None
+    top1_flip_rate: float | None
+    hidden_error: float | None
+    finite: bool
+    blocks: tuple[BlockError, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EditRecord:
+    """What changed: by declaration and by measurement.
+
+    `relative_delta` is ||W' - W||_F / ||W||_F per changed matrix (None where W is zero).
+    """
+
+    name: str
+    kind: str
+    params: Mapping[str, object]
+    targets: tuple[str, ...] | None
+    changed_names: tuple[str, ...]
+    replaced_modules: tuple[str, ...]
+    digest_before: str
+    digest_after: str
+    relative_delta: Mapping[str, float | None]
+    contract: tuple[ContractReading, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """Everything the probes read from a model at one moment. Frozen; guards see nothing else.
+
+    `unmeasured` maps a probe's name to the reason why it gave nothing at all.
+    `second_moments` maps (windows, tap) names joined by `:` to mean squared block outputs.
+    `raw_losses` are the unfiltered losses of a window of training steps.
+    """
+
+    model_digest: str
+    tensors: Mapping[str, TensorReading]
+    structure: StructureReading
+    matrices: Mapping[str, MatrixReading]
+    bulks: Mapping[str, BulkReading]
+    divergence: tuple[DivergenceReading, ...] = ()
+    second_moments: Mapping[str, float] = field(default_factory=dict)
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+    edit: EditRecord | None = None
+    raw_losses: tuple[float, ...] | None = None
+    loss_spike: bool | None = None
+    in_warmup: bool = False
+    untrained: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One judged (or reported) number: `limit` None means reported, not judged."""
+
+    guard: str
+    target: str
+    statistic: str
+    value: float | None
+    reference: float | None
+    limit: float | None
+    family: str = "model"
+    outcome: Outcome = Outcome.PASS
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one guard concludes. `reason` names the worst measurement, or why none was made."""
+
+    guard: str
+    outcome: Outcome
+    measurements: tuple[Measurement, ...]
+    reason: str
+    num_measured: int
+    num_eligible: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One action for one change, with everything it rests on. `digest` covers all other fields."""
+
+    action: Action
+    situation: str
+    reason: str
+    warned: bool
+    assurance: Assurance
+    verdicts: tuple[Verdict, ...]
+    reported: tuple[Measurement, ...]
+    step: int
+    world_size: int
+    policy_digest: str
+    digest: str = ""
