@@ -55,6 +55,8 @@ class WeightMatrix:
         load: Returns the (d_out, d_in) tensor, detached; see `is_view`.
         is_view: True when `load()` aliases live model storage, so that a write to it is an edit.
         refusal: Why this tensor is enumerated but not measured (None when measured).
+        select: Turns any tensor laid out like the stored `tensor_name` (a kept original, for
+            example) into this matrix; a view of it. None where the matrix is joined from several.
     """
 
     name: str
@@ -67,6 +69,7 @@ class WeightMatrix:
     load: Callable[[], torch.Tensor]
     is_view: bool = True
     refusal: str | None = None
+    select: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
