@@ -1,0 +1,221 @@
+"""`weightproof inspect`: the spectral report of a local model folder or a Hub model."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weightproof.errors import InputError
+from weightproof.registry import load_plugin
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from weightproof.cli.spectral_report import MatrixReport, SpectralReport
+
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
+WIDTH = 118
+"""Columns of the tables where standard output is not a terminal."""
+
+
+class Null(StrEnum):
+    """What the noise of a matrix is assumed to look like."""
+
+    BIWHITENED = "biwhitened"
+    GLOBAL = "global"
+    SIGNFLIP = "signflip"
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Model folder with safetensors weights, or a model id of the Hub.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the complete report as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of all spectra to this PNG file.")] = None,
+    null: Annotated[Null, typer.Option(help="Null model of the Marchenko-Pastur fit.")] = Null.BIWHITENED,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure only the first N matrices.")] = None,
+) -> None:
+    """Report spectra, noise fit and weight distribution of a model, matrix by matrix."""
+    folder = resolve_folder(model)
+    report = _measure(folder, model, null.value, limit)
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+    else:
+        print_report(report)
+    if plot is not None:
+        _write_plot(plot, report)
+
+
+def resolve_folder(model: str) -> Path:
+    """The local folder `model` names; a Hub id is fetched by the loader plug-in, a folder never is.
+
+    Raises:
+        InputError: If it is a file, a path that does not exist, or an id that cannot be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{model} is a file: name the folder that holds the model's config.json and safetensors")
+    if not HUB_ID.fullmatch(model):
+        raise InputError(f"there is no folder {model}: check the path (a Hub id looks like owner/name)")
+    return load_plugin("weightproof.loaders", "hub")(model)
+
+
+def shorten(name: str, width: int) -> str:
+    """`name` in at most `width` columns, cut in its middle: both ends tell matrices apart."""
+    if len(name) <= width:
+        return name
+    tail = (width - 1) // 2 + 1
+    return f"{name[: width - 1 - tail]}…{name[-tail:]}"
+
+
+def print_report(report: SpectralReport) -> None:
+    """Write the report for people to standard output."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    if report.measured:
+        console.print(_matrix_table(report, console.width))
+        console.print(_family_table(report))
+    _print_refused(console, report)
+    console.print(f"measured {len(report.measured)} of {len(report.matrices)} weight matrices of {report.model}")
+    if report.looks_untrained:
+        console.print(
+            "[bold]looks untrained[/bold]: every spectrum is a pure Marchenko-Pastur bulk, as random initialisation "
+            "gives; if it should be trained, its weights were not really loaded or saved"
+        )
+
+
+def _measure(folder: Path, title: str, null: str, limit: int | None) -> SpectralReport:
+    from tqdm import tqdm
+
+    from weightproof.cli.spectral_report import build_report
+    from weightproof.weights import iter_checkpoint_matrices
+
+    matrices = list(iter_checkpoint_matrices(folder))  # lazy: `load` reads a tensor only when it is measured
+    with tqdm(matrices, desc="measuring spectra", unit="matrix", file=sys.stderr, leave=False) as bar:
+        return build_report(title, bar, null=null, limit=limit)
+
+
+def _write_plot(path: Path, report: SpectralReport) -> None:
+    from weightproof.plots import inspect_png
+
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--plot writes PNG: give a file name that ends in .png, not {path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(inspect_png(report.model, report.fits))
+    sys.stderr.write(f"wrote {path}\n")
+
+
+# -- tables ------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%" if value >= 0.0995 or value == 0 else f"{100 * value:.1f}%"
+
+
+def _alpha(matrix: MatrixReport) -> str:
+    if matrix.alpha is None:
+        return "-"
+    return f"{matrix.alpha:.2f}±{_number(matrix.alpha_error, '.2f')} k{matrix.alpha_tail}"
+
+
+def _cells(matrix: MatrixReport) -> dict[str, str]:
+    """Column title -> cell, in order of display."""
+    return {
+        "shape": f"{matrix.d_out}x{matrix.d_in}",
+        "s1": _number(matrix.spectral_norm),
+        "‖W‖F": _number(matrix.frobenius_norm),
+        "stable\nrank": _number(matrix.stable_rank),
+        "sigma": _number(matrix.sigma_mp),
+        "edge": _number(matrix.edge_plus),
+        "spikes": "bulk" if matrix.pure_bulk else _number(matrix.num_spikes, "d"),
+        "spike\nenergy": _percent(matrix.spike_energy),
+        "KS": _number(matrix.ks_distance, ".2f"),
+        "alpha ± se k": _alpha(matrix),
+        "std": _number(matrix.std),
+        "zeros": _percent(matrix.sparsity),
+        "excess\nkurt.": _number(matrix.kurtosis, ".2f"),
+    }
+
+
+DROP_FIRST = ("KS", "edge", "‖W‖F", "zeros", "sigma")
+"""Columns that a narrow terminal does without, in this order; JSON always has all."""
+
+
+def _matrix_table(report: SpectralReport, width: int) -> Table:
+    """One row a matrix, in model order; columns give way until names keep 24 characters."""
+    rows = [(matrix, _cells(matrix)) for matrix in report.measured]
+    names = [matrix.name.removesuffix(".weight") for matrix, _ in rows]
+    columns = list(rows[0][1])
+    wanted = min(24, max(map(len, names)))
+    room = _room(rows, columns, width)
+    for column in DROP_FIRST:
+        if room >= wanted:
+            break
+        columns.remove(column)
+        room = _room(rows, columns, width)
+    table = _table(f"{report.model}: singular values against the {report.null} Marchenko-Pastur bulk")
+    table.add_column("matrix", no_wrap=True)
+    table.add_column("family", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for (matrix, cells), name in zip(rows, names, strict=True):
+        table.add_row(shorten(name, max(8, room)), matrix.family, *(cells[column] for column in columns))
+    return table
+
+
+def _room(rows: Iterable[tuple[MatrixReport, dict[str, str]]], columns: list[str], width: int) -> int:
+    """Characters left for the names of the matrices."""
+    rows = list(rows)
+    used = max(len("family"), *(len(matrix.family) for matrix, _ in rows))
+    for column in columns:
+        used += max([*map(len, column.split("\n")), *(len(cells[column]) for _, cells in rows)])
+    return width - used - (len(columns) + 2) - 1
+
+
+def _family_table(report: SpectralReport) -> Table:
+    table = _table("by family (medians)")
+    titles = "family", "measured", "pure bulk", "spikes", "s1", "‖W‖F", "stable rank", "alpha", "std", "zeros", "kurt."
+    for title in titles:
+        table.add_column(title, justify="left" if title == "family" else "right", no_wrap=True)
+    for family in report.families:
+        table.add_row(
+            family.family,
+            f"{family.measured} of {family.matrices}",
+            str(family.pure_bulk),
+            str(family.num_spikes),
+            _number(family.spectral_norm),
+            _number(family.frobenius_norm),
+            _number(family.stable_rank),
+            _number(family.alpha, ".2f"),
+            _number(family.std),
+            _percent(family.sparsity),
+            _number(family.kurtosis, ".2f"),
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _print_refused(console: Console, report: SpectralReport) -> None:
+    for matrix in report.refused:
+        console.print(f"not measured: {matrix.name} ({matrix.d_out}x{matrix.d_in}): {matrix.reason}", markup=False)
