@@ -261,6 +261,8 @@ class EditRecord:
     """What changed: by declaration and by measurement.
 
     `relative_delta` is ||W' - W||_F / ||W||_F per changed matrix (None where W is zero).
+    `stray_names` changed since the last accepted state outside of any guarded change;
+    `corrections` says which matrices a policy with `correct` brought back to their limit.
     """
 
     name: str
@@ -273,6 +275,8 @@ class EditRecord:
     digest_after: str
     relative_delta: Mapping[str, float | None]
     contract: tuple[ContractReading, ...] = ()
+    stray_names: tuple[str, ...] = ()
+    corrections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,331 @@
+"""Measure a change and judge it: the half of a guard session that never writes a weight.
+
+`Assessor` holds what judging needs beside the model: the policy, the guards with their limits, the
+windows on which outputs are compared and the baseline's outputs on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from weightproof import kinds
+from weightproof.baseline import Baseline
+from weightproof.divergence import (
+    OutputCache,
+    OutputPass,
+    Windows,
+    calibration_windows,
+    capture_outputs,
+    forward_digest,
+    locate_damage,
+    measure_divergence,
+    random_windows,
+)
+from weightproof.errors import InputError, RestoreError
+from weightproof.guards.corrections import Correction, corrections
+from weightproof.guards.limits import for_family
+from weightproof.policy import Policy, decide
+from weightproof.probes import ChangeScope, State, read_change, relative_delta
+from weightproof.registry import load_plugin, plugins
+from weightproof.snapshot import Snapshot, tensor_digest
+from weightproof.types import (
+    Action,
+    ContractReading,
+    Decision,
+    DivergenceReading,
+    EditRecord,
+    Measurement,
+    Outcome,
+    Readings,
+    TensorReading,
+    Verdict,
+)
+from weightproof.weights import iter_weight_matrices
+
+# Guards that decide in a window of ordinary training; the others are reported there.
+JUDGED_IN_TRAINING = ("invariants", "spectral")
+# What a forward pass of somebody else's model may raise when it cannot digest an input, or when an
+# edit broke it. Anything else (out of memory, interrupt) is not an answer about the model.
+FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError)
+# Exact spectra refreshed in one training window: about half a second of one core.
+_WINDOW_FLOPS = 2e10
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is being judged: the declaration of a change and what its author knows about it.
+
+    `planned` maps matrix names to the digest of what our own edit meant to write there.
+    """
+
+    name: str
+    kind: kinds.Kind
+    targets: tuple[str, ...] | None
+    planned: Mapping[str, str] = field(default_factory=dict)
+    raw_losses: tuple[float, ...] | None = None
+    loss_spike: bool | None = None
+    in_warmup: bool = False
+    stray: frozenset[str] = frozenset()
+    corrected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Everything read after a change, and the decision it led to."""
+
+    state: State
+    decision: Decision
+
+
+class Assessor:
+    """Judges changes of one model under one policy.
+
+    Args:
+        model: The guarded model.
+        policy: The resolved policy.
+        retain: Calibration data, or None for random tokens alone.
+
+    Raises:
+        InputError: `retain` is empty or the model cannot run on it.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, retain: Any) -> None:
+        self.model = model
+        self.policy = policy
+        self.guards = {name: load_plugin("weightproof.guards", name)() for name in plugins("weightproof.guards")}
+        self.limits = {name: policy.limits_for(type(guard)) for name, guard in self.guards.items()}
+        self.cache: OutputCache | None = None
+        self.no_outputs = "the model's inputs cannot be guessed from its config and no retain= data was given"
+        random = random_windows(model)
+        calibration = None if retain is None else calibration_windows(retain, model)
+        self._random, self._calibration = random, calibration
+        self._stale = True
+        self._next_bulk = 0
+
+    @property
+    def windows(self) -> tuple[Windows, ...]:
+        """Random-token windows, then calibration windows, as far as there are any."""
+        return tuple(w for w in (self._random, self._calibration) if w is not None)
+
+    # -- outputs -------------------------------------------------------------------------------
+
+    def capture_outputs(self) -> None:
+        """Cache the outputs of the model as it is now: later outputs are compared with these."""
+        self._stale = False
+        if self._random is not None:
+            try:
+                forward_digest(self.model, (self._random,))
+            except FORWARD_ERRORS as error:
+                self.no_outputs = f"the model does not run on random inputs ({_brief(error)})"
+                self._random = None
+        if not self.windows:
+            self.cache = None
+            return
+        try:
+            self.cache = capture_outputs(self.model, self.windows)
+        except FORWARD_ERRORS as error:
+            if self._calibration is not None:
+                raise InputError(f"the model does not run on the retain= data: {_brief(error)}") from error
+            self.no_outputs = f"outputs cannot be compared: {_brief(error)}"
+            self.cache, self._random = None, None
+
+    def refresh_outputs(self) -> None:
+        """Capture the reference outputs again if the reference moved; call before an edit."""
+        if self._stale:
+            self.capture_outputs()
+
+    def outputs_moved(self) -> None:
+        """The reference changed (training went on): capture outputs again before the next edit."""
+        self._stale = True
+
+    def forward_digest(self) -> str | None:
+        """Digest of the model's exact outputs on the first window; None when it has no window."""
+        if not self.windows:
+            return None
+        try:
+            return forward_digest(self.model, self.windows)
+        except FORWARD_ERRORS as error:
+            return f"raises {_brief(error)}"
+
+    def prove_forward(self, expected: str | None) -> None:
+        """Prove that the restored model computes what it computed at the safe point.
+
+        Raises:
+            RestoreError: If a deterministic model gives other outputs although every tensor is equal.
+        """
+        if expected is None:
+            return
+        now = self.forward_digest()
+        if now != expected and now == self.forward_digest():
+            raise RestoreError(
+                "every tensor was restored, yet the model's outputs differ from those before the change: something "
+                "outside its parameters and buffers was changed (a hook, a config value, a cached table)"
+            )
+
+    def _outputs(self) -> OutputPass | None:
+        if self.cache is None:
+            return None
+        try:
+            return measure_divergence(self.model, self.cache)
+        except FORWARD_ERRORS:
+            # The same windows ran before the change: a forward pass that now raises is broken.
+            lost = tuple(
+                DivergenceReading(w.name, w.digest, w.num_tokens, None, None, None, None, finite=False)
+                for w in self.windows
+            )
+            return OutputPass(divergence=lost, second_moments={})
+
+    # -- one change ----------------------------------------------------------------------------
+
+    def assess(self, snapshot: Snapshot, current: State, baseline: Baseline, subject: Subject, step: int) -> Assessment:
+        """Read the changed model and judge it against `baseline`."""
+        changed = frozenset(snapshot.changed_names()) | subject.stray
+        base = State(baseline.readings, baseline.fits)
+        scope = ChangeScope(self._norm_band, self._bulk_names(current, subject), changed, subject.stray)
+        state = read_change(self.model, snapshot, current, base, scope)
+        outputs = self._outputs()
+        unmeasured = dict(state.readings.unmeasured)
+        if outputs is None:
+            unmeasured["divergence"] = unmeasured["outputs"] = unmeasured["second_moments"] = self.no_outputs
+        readings = replace(
+            state.readings,
+            edit=self._record(snapshot, current.readings.tensors, state.readings, changed, subject),
+            divergence=outputs.divergence if outputs else (),
+            second_moments=outputs.second_moments if outputs else {},
+            unmeasured=unmeasured,
+            raw_losses=subject.raw_losses,
+            loss_spike=subject.loss_spike,
+            in_warmup=subject.in_warmup,
+            untrained=baseline.readings.untrained | state.readings.untrained,
+        )
+        before = replace(baseline.readings, second_moments=self.cache.second_moments if self.cache else {})
+        verdicts = {name: self._judge(name, before, current.readings, readings) for name in self.guards}
+        failed = verdicts["divergence"].outcome is Outcome.FAIL
+        if failed and subject.kind.name != "train" and any(reading.finite for reading in readings.divergence):
+            readings = self._located(readings)
+            verdicts["divergence"] = self._judge("divergence", before, current.readings, readings)
+        decision = self._decide(verdicts, subject.kind.name, step)
+        return Assessment(State(readings, state.fits), decision)
+
+    def _judge(self, name: str, before: Readings, current: Readings, after: Readings) -> Verdict:
+        # What an edit declared concerns the state just before it; drift counts from the baseline.
+        reference = current if self.guards[name].tier == "T0" else before
+        return self.guards[name].judge(reference, after, self.limits[name])
+
+    def _decide(self, verdicts: Mapping[str, Verdict], kind: str, step: int) -> Decision:
+        judged = [v for name, v in verdicts.items() if kind != "train" or name in JUDGED_IN_TRAINING]
+        reported: list[Measurement] = []
+        for verdict in verdicts.values():
+            if verdict not in judged:
+                reported += [replace(m, limit=None, outcome=Outcome.PASS) for m in verdict.measurements]
+        return decide(self.policy, tuple(judged), kind=kind, step=step, reported=tuple(reported))
+
+    def corrections(self, baseline: Baseline, after: Readings) -> list[tuple[Correction, str]]:
+        """Corrections that the policy asks for (none by default), with their mode."""
+        found: list[tuple[Correction, str]] = []
+        for limits in self.limits.values():
+            mode = getattr(limits, "correct", None)
+            if mode is not None:
+                asked = corrections(baseline.readings, after, limits)
+                taken = {correction.name for correction, _ in found}
+                found += [(correction, mode) for correction in asked if correction.name not in taken]
+        return found
+
+    def halted(self, decision: Decision, reason: str) -> Decision:
+        """The decision after a restore that could not be proven."""
+        return replace(decision, action=Action.HALT, situation="restore_not_proven", reason=reason)
+
+    def _located(self, readings: Readings) -> Readings:
+        if self.cache is None:
+            return readings
+        try:
+            blocks = locate_damage(self.model, self.cache)
+        except FORWARD_ERRORS:
+            return readings
+        first = replace(readings.divergence[0], blocks=blocks)
+        return replace(readings, divergence=(first, *readings.divergence[1:]))
+
+    def _norm_band(self, family: str) -> float:
+        limits = self.limits.get("spectral")
+        return 0.1 if limits is None else for_family(limits.kappa, family)
+
+    def _bulk_names(self, current: State, subject: Subject) -> Sequence[str] | None:
+        """All matrices after an edit; in training a rotating share, so that a check stays cheap."""
+        if subject.kind.name != "train":
+            return None
+        names = sorted(current.readings.matrices)
+        chosen: list[str] = []
+        budget = _WINDOW_FLOPS
+        while budget > 0 and len(chosen) < len(names):
+            name = names[self._next_bulk % len(names)]
+            self._next_bulk += 1
+            reading = current.readings.matrices[name]
+            small, large = sorted((reading.d_out, reading.d_in))
+            budget -= 2.0 * small**2 * large + 25.0 * small**3
+            chosen.append(name)
+        return chosen
+
+    # -- the record ----------------------------------------------------------------------------
+
+    def _record(
+        self,
+        snapshot: Snapshot,
+        tensors: Mapping[str, TensorReading],
+        after: Readings,
+        changed: frozenset[str],
+        subject: Subject,
+    ) -> EditRecord:
+        deltas: dict[str, float | None] = {}
+        contract: list[ContractReading] = []
+        for matrix in iter_weight_matrices(self.model):
+            if matrix.tensor_name not in changed or matrix.refusal:
+                continue
+            weight = matrix.load()
+            before = snapshot.original_matrix(matrix)
+            deltas[matrix.name] = relative_delta(weight, before)
+            if before is not None and before.shape == weight.shape:
+                contract += subject.kind.measure(matrix.name, before, weight)
+        return EditRecord(
+            name=subject.name,
+            kind=subject.kind.name,
+            params=subject.kind.params(),
+            targets=subject.targets,
+            changed_names=tuple(sorted(changed)),
+            replaced_modules=tuple(snapshot.replaced_modules()),
+            digest_before=snapshot.model_digest,
+            digest_after=after.model_digest,
+            relative_delta=deltas,
+            contract=(*contract, *self._plan_readings(subject)),
+            stray_names=tuple(sorted(subject.stray)),
+            corrections=subject.corrected,
+        )
+
+    def _plan_readings(self, subject: Subject) -> list[ContractReading]:
+        """Whether our own edit wrote exactly what it planned (1 where it did not)."""
+        if not subject.planned:
+            return []
+        found = {m.name: m for m in iter_weight_matrices(self.model)}
+        readings: list[ContractReading] = []
+        for name, digest in subject.planned.items():
+            matrix = found.get(name)
+            differs = matrix is None or tensor_digest(matrix.load()) != digest
+            readings.append(ContractReading(name, "differs_from_plan", float(differs), 0.0, rigorous=True))
+        return readings
+
+
+def _brief(error: Exception) -> str:
+    """First line of an error, short enough for a reason."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+def tokens_compared(readings: Readings) -> int:
+    """Number of tokens on which outputs were compared."""
+    return sum(reading.num_tokens for reading in readings.divergence)
+
+
+__all__ = ["Assessment", "Assessor", "Subject", "tokens_compared"]

@@ -1,0 +1,182 @@
+"""From judged steps to evidence: the certificate's predicate, tracker events, pictures."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import weightproof
+from weightproof.baseline import Baseline
+from weightproof.certificate import Certificate
+from weightproof.errors import InputError
+from weightproof.jsonable import to_jsonable
+from weightproof.marchenko_pastur import fit_bulk
+from weightproof.plots import spectrum_png
+from weightproof.trackers import GuardEvent, metric_rows, severity, worst_measurements
+from weightproof.types import Assurance, Measurement, Outcome
+from weightproof.weights import iter_weight_matrices
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from weightproof.divergence import OutputCache
+    from weightproof.session import GuardSession, Step
+
+NEVER_TESTED = (
+    "loss and task metrics (this version has no loss guard)",
+    "contexts longer than the compared windows",
+    "languages, domains and safety behaviour outside the compared windows",
+    "the folder written to disk, the serving runtime and its kernels",
+    "tokenizer, chat template and generation settings",
+)
+# A certificate keeps every measurement that was not a plain PASS, and the worst of the rest.
+_KEPT_PASSES = 12
+
+
+def now() -> str:
+    """UTC time, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def environment() -> dict[str, str]:
+    """Versions that shape the numbers."""
+    return {
+        "weightproof": weightproof.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
+
+
+def baseline_bytes(baseline: Baseline, cache: OutputCache | None) -> int:
+    """Bytes held beside the model for the baseline: spectra, whitening factors, cached outputs."""
+    total = 0 if cache is None else cache.nbytes
+    for fit in baseline.fits.values():
+        for tensor in (fit.singular_values, fit.row_scale, fit.col_scale):
+            total += 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return total
+
+
+def step_json(step: Step) -> dict[str, Any]:
+    """One judged step as the certificate carries it."""
+    decision = step.decision
+    if decision is None:
+        raise InputError(f"step {step.name!r} was not judged")
+    return {
+        "name": step.name,
+        "step": step.step,
+        "action": str(decision.action),
+        "applied": step.applied,
+        "situation": decision.situation,
+        "reason": decision.reason,
+        "warned": decision.warned,
+        "monitor": step.monitor,
+        "assurance": str(decision.assurance),
+        "decision_digest": decision.digest,
+        "seconds": round(step.seconds, 4),
+        "record": to_jsonable(step.record),
+        "verdicts": [
+            {
+                "guard": verdict.guard,
+                "outcome": str(verdict.outcome),
+                "reason": verdict.reason,
+                "num_measured": verdict.num_measured,
+                "num_eligible": verdict.num_eligible,
+                "measurements": [to_jsonable(m) for m in _kept(verdict.measurements)],
+                "num_measurements": len(verdict.measurements),
+            }
+            for verdict in decision.verdicts
+        ],
+        "reported": [to_jsonable(m) for m in _kept(decision.reported)],
+    }
+
+
+def _kept(measurements: tuple[Measurement, ...]) -> list[Measurement]:
+    loud = [m for m in measurements if m.outcome is not Outcome.PASS]
+    quiet = sorted((m for m in measurements if m.outcome is Outcome.PASS), key=severity, reverse=True)
+    return [*loud, *quiet[:_KEPT_PASSES]]
+
+
+def certificate_of(session: GuardSession) -> Certificate:
+    """The statement over the session's model as it is now.
+
+    The subject is the digest of the last state that the session knows; `model_matches` in the
+    predicate would be pointless, since a verifier recomputes the digest from the weights.
+    """
+    steps = [*session.resumed_steps, *(step_json(step) for step in session.history)]
+    readings = session.current.readings
+    last = next((s.decision for s in reversed(session.history) if s.decision is not None), None)
+    predicate = {
+        "created_at": now(),
+        "environment": environment(),
+        "world_size": 1,
+        "baseline": {
+            "model_digest": session.baseline.model_digest,
+            "created_at": session.baseline.created_at,
+            "environment": dict(session.baseline.environment),
+            "matrices_measured": sum(1 for m in readings.matrices.values() if m.reason is None),
+            "matrices_refused": {m.name: m.reason for m in readings.matrices.values() if m.reason is not None},
+        },
+        "policy": {"name": session.policy.name, "digest": session.policy.digest, "resolved": policy_json(session)},
+        "windows": [{"name": w.name, "digest": w.digest, "num_tokens": w.num_tokens} for w in session.windows],
+        "tensors": {name: reading.digest for name, reading in sorted(readings.tensors.items())},
+        "steps": steps,
+        "decision": None if last is None else {"action": str(last.action), "reason": last.reason},
+        "assurance": str(Assurance.NONE if last is None else last.assurance),
+        "not_tested": list(NEVER_TESTED),
+        "cost": {**to_jsonable(session.cost), "seconds": session.cost.seconds},
+    }
+    return Certificate.build(
+        subject_name=type(session.model).__name__, model_digest=readings.model_digest, predicate=to_jsonable(predicate)
+    )
+
+
+def policy_json(session: GuardSession) -> Mapping[str, Any]:
+    """The resolved policy: every limit and every action."""
+    policy = session.policy
+    return {"required": policy.required, "limits": policy.limits, "actions": policy.actions}
+
+
+def event_of(step: Step) -> GuardEvent:
+    """What trackers get to see of one judged step."""
+    decision = step.decision
+    if decision is None:
+        raise InputError(f"step {step.name!r} was not judged")
+    return GuardEvent(
+        name=step.name,
+        step=step.step,
+        kind=step.kind.name,
+        action=str(decision.action),
+        applied=step.applied or "",
+        situation=decision.situation,
+        reason=decision.reason,
+        warned=decision.warned,
+        monitor=step.monitor,
+        rows=metric_rows(decision.verdicts, decision.reported),
+        worst=worst_measurements(decision.verdicts),
+        seconds=step.seconds,
+    )
+
+
+def spectrum_of_worst(step: Step, model: nn.Module, baseline: Baseline) -> bytes | None:
+    """Picture of the most changed matrix: baseline spectrum above, changed one below.
+
+    Called while the changed weights are still in place. None when no fitted matrix changed.
+    """
+    deltas = step.record.relative_delta if step.record is not None else {}
+    known = {name: delta for name, delta in deltas.items() if delta is not None and name in baseline.fits}
+    if not known:
+        return None
+    name = max(known, key=lambda key: known[key])
+    for matrix in iter_weight_matrices(model):
+        if matrix.name == name:
+            try:
+                after = fit_bulk(matrix.load(), name=name)
+            except InputError:
+                return None
+            return spectrum_png(name, baseline.fits[name], after)
+    return None

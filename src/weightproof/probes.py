@@ -1,0 +1,328 @@
+"""Measure: model -> frozen readings. Nothing here judges and nothing here writes.
+
+`read_state` reads everything (the baseline). `read_change` reads only what a change touched, by
+the cheapest route that settles the question: tensors by bitwise comparison with the snapshot,
+spectral norms by the delta ladder, spike counts by Weyl's inequality, exact spectra only where
+those leave the answer open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from tqdm.auto import tqdm
+
+from weightproof.errors import InputError
+from weightproof.marchenko_pastur import bound_num_spikes, fit_bulk, is_pure_bulk
+from weightproof.snapshot import Snapshot, model_digest, tensor_digest
+from weightproof.spectrum import (
+    NormReference,
+    delta_norm_bound,
+    estimate_norm,
+    measure_spectrum,
+    profile,
+    track_norm,
+)
+from weightproof.types import (
+    BulkFit,
+    BulkReading,
+    MatrixReading,
+    NamedTensor,
+    Readings,
+    TensorReading,
+    WeightMatrix,
+)
+from weightproof.weights import iter_tensors, iter_weight_matrices, read_structure
+
+# A spike count known to within this share (or one spike) is settled by Weyl's inequality; the
+# epsilon bands of the shipped tiers are at least four times wider.
+_COUNT_SLACK = 0.02
+
+
+@dataclass(frozen=True)
+class State:
+    """Readings of one moment with the fits behind them (`fits` only where counted exactly)."""
+
+    readings: Readings
+    fits: Mapping[str, BulkFit] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ChangeScope:
+    """How closely to look at a change.
+
+    Attributes:
+        norm_band: Family -> half-width, in log units, of the band around the baseline's spectral
+            norm that the ladder must decide.
+        bulk_names: Matrices whose spike count is refreshed (None: every changed one).
+        changed: Names of the tensors that changed.
+        stray: Those whose state in the snapshot is not the one last read: no delta to start from.
+    """
+
+    norm_band: Callable[[str], float]
+    bulk_names: Collection[str] | None
+    changed: frozenset[str]
+    stray: frozenset[str] = frozenset()
+
+
+def count_nonfinite(tensor: torch.Tensor) -> int:
+    """Number of NaN and inf elements; one read when there are none."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return 0
+    low, high = torch.aminmax(tensor) if not tensor.is_complex() else torch.aminmax(torch.view_as_real(tensor))
+    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+        return 0
+    return int(tensor.numel() - torch.isfinite(tensor).sum())
+
+
+def read_tensor(named: NamedTensor) -> TensorReading:
+    """Exact facts about one parameter or buffer."""
+    tensor = named.tensor.detach()
+    return TensorReading(
+        name=named.name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        storage=type(tensor).__name__,
+        is_buffer=named.is_buffer,
+        num_nonfinite=count_nonfinite(tensor),
+        digest=tensor_digest(tensor),
+    )
+
+
+def read_tensors(
+    model: torch.nn.Module, known: Mapping[str, TensorReading], changed: Collection[str]
+) -> dict[str, TensorReading]:
+    """Read every tensor that is in `changed` or not in `known`; reuse the readings of the rest."""
+    return {
+        named.name: known[named.name] if named.name in known and named.name not in changed else read_tensor(named)
+        for named in iter_tensors(model)
+    }
+
+
+def digest_of(tensors: Mapping[str, TensorReading]) -> str:
+    """Digest of the model that these readings describe."""
+    return model_digest({name: reading.digest for name, reading in tensors.items()})
+
+
+def read_state(model: torch.nn.Module, *, progress: bool = False) -> State:
+    """Read every tensor, matrix and spectrum of a model exactly."""
+    tensors = read_tensors(model, {}, ())
+    matrices: dict[str, MatrixReading] = {}
+    bulks: dict[str, BulkReading] = {}
+    fits: dict[str, BulkFit] = {}
+    every = list(iter_weight_matrices(model))
+    for matrix in tqdm(every, desc="spectra", unit="matrix", disable=not progress, leave=False, delay=1.0):
+        matrices[matrix.name] = _read_matrix_exactly(matrix)
+        bulks[matrix.name], fit = _fit_reading(matrix)
+        if fit is not None:
+            fits[matrix.name] = fit
+    readings = Readings(
+        model_digest=digest_of(tensors),
+        tensors=tensors,
+        structure=read_structure(model),
+        matrices=matrices,
+        bulks=bulks,
+        unmeasured={} if matrices else {"matrices": "the model has no weight matrix"},
+        untrained=untrained_names(matrices, bulks),
+    )
+    return State(readings, fits)
+
+
+def read_change(
+    model: torch.nn.Module, snapshot: Snapshot, current: State, baseline: State, scope: ChangeScope
+) -> State:
+    """Read a changed model; what did not change keeps its reading of `current`."""
+    tensors = read_tensors(model, current.readings.tensors, scope.changed)
+    matrices: dict[str, MatrixReading] = {}
+    bulks: dict[str, BulkReading] = {}
+    fits: dict[str, BulkFit] = {}
+    for matrix in iter_weight_matrices(model):
+        name = matrix.name
+        known = current.readings.matrices.get(name)
+        if known is not None and matrix.tensor_name not in scope.changed:
+            matrices[name] = known
+            bulks[name] = current.readings.bulks[name]
+            if name in current.fits:
+                fits[name] = current.fits[name]
+            continue
+        tracked = known is not None and matrix.tensor_name not in scope.stray
+        before = snapshot.original_matrix(matrix) if tracked else None
+        matrices[name] = _read_matrix(matrix, before, known, baseline.readings.matrices.get(name), scope)
+        if scope.bulk_names is not None and name not in scope.bulk_names and name in current.readings.bulks:
+            bulks[name] = current.readings.bulks[name]
+            continue
+        bulks[name], fit = _read_bulk(matrix, before, current.fits.get(name))
+        if fit is not None:
+            fits[name] = fit
+    readings = Readings(
+        model_digest=digest_of(tensors),
+        tensors=tensors,
+        structure=read_structure(model),
+        matrices=matrices,
+        bulks=bulks,
+        unmeasured={} if matrices else {"matrices": "the model has no weight matrix"},
+        untrained=untrained_names(matrices, bulks),
+    )
+    return State(readings, fits)
+
+
+def untrained_names(matrices: Mapping[str, MatrixReading], bulks: Mapping[str, BulkReading]) -> frozenset[str]:
+    """Matrices that carry no learned structure yet: zero, pure bulk, or without a spectrum."""
+    return frozenset(
+        name for name, reading in matrices.items() if not reading.frobenius_norm or bulks[name].pure_bulk is not False
+    )
+
+
+def looks_untrained(readings: Readings) -> bool:
+    """True when spectra were measured and every one of them is a pure Marchenko-Pastur bulk."""
+    known = [bulk.pure_bulk for bulk in readings.bulks.values() if bulk.pure_bulk is not None]
+    return bool(known) and all(known)
+
+
+def relative_delta(after: torch.Tensor, before: torch.Tensor | None) -> float | None:
+    """||after - before||_F / ||before||_F, in float32; None when undefined."""
+    if before is None or before.shape != after.shape:
+        return None
+    norm = float(torch.linalg.vector_norm(before, dtype=torch.float32))
+    if norm == 0.0:
+        return None
+    return float(torch.linalg.vector_norm(after.float() - before.float())) / norm
+
+
+def _refused(matrix: WeightMatrix, method: str, reason: str) -> MatrixReading:
+    return MatrixReading(
+        matrix.name, matrix.family, matrix.d_out, matrix.d_in, None, None, None, None, None, None, method, reason
+    )
+
+
+def _read_matrix_exactly(matrix: WeightMatrix) -> MatrixReading:
+    if matrix.refusal:
+        return _refused(matrix, "refused", matrix.refusal)
+    weight = matrix.load()
+    facts = profile(weight)
+    if facts.num_nonfinite:
+        return _refused(matrix, "profile", f"{facts.num_nonfinite} values are NaN or inf")
+    spectrum = measure_spectrum(weight, name=matrix.name)
+    return MatrixReading(
+        name=matrix.name,
+        family=matrix.family,
+        d_out=matrix.d_out,
+        d_in=matrix.d_in,
+        frobenius_norm=facts.frobenius_norm,
+        spectral_norm=spectrum.spectral_norm,
+        spectral_norm_error=spectrum.spectral_norm_error,
+        norm_collapse=facts.norm_collapse,
+        zero_rows=facts.zero_rows,
+        zero_cols=facts.zero_cols,
+        method=spectrum.method,
+    )
+
+
+def _read_matrix(
+    matrix: WeightMatrix,
+    before: torch.Tensor | None,
+    known: MatrixReading | None,
+    base: MatrixReading | None,
+    scope: ChangeScope,
+) -> MatrixReading:
+    """The delta ladder where a previous state is at hand, a Lanczos estimate where it is not."""
+    if matrix.refusal:
+        return _refused(matrix, "refused", matrix.refusal)
+    weight = matrix.load()
+    facts = profile(weight)
+    if facts.num_nonfinite:
+        return _refused(matrix, "profile", f"{facts.num_nonfinite} values are NaN or inf")
+    if base is None or not base.spectral_norm:
+        return _read_matrix_exactly(matrix)
+    band = scope.norm_band(matrix.family)
+    factor = float(torch.tensor(band, dtype=torch.float64).exp())
+    limit = (base.spectral_norm / factor, base.spectral_norm * factor)
+    trackable = before is not None and before.shape == weight.shape and known is not None and known.spectral_norm
+    if trackable and before is not None and known is not None:
+        reference = NormReference(known.spectral_norm or 0.0, known.spectral_norm_error or 0.0)
+        norm = track_norm(weight, before, reference, limit, key=matrix.name)
+    else:
+        norm = estimate_norm(weight, key=matrix.name, limit=limit)
+    return MatrixReading(
+        name=matrix.name,
+        family=matrix.family,
+        d_out=matrix.d_out,
+        d_in=matrix.d_in,
+        frobenius_norm=facts.frobenius_norm,
+        spectral_norm=norm.value,
+        spectral_norm_error=norm.error,
+        norm_collapse=facts.norm_collapse,
+        zero_rows=facts.zero_rows,
+        zero_cols=facts.zero_cols,
+        method=norm.method,
+    )
+
+
+def _no_bulk(matrix: WeightMatrix, reason: str) -> BulkReading:
+    empty = (None,) * 9
+    return BulkReading(matrix.name, matrix.family, "biwhitened", *empty, "none", reason)
+
+
+def _fit_reading(matrix: WeightMatrix) -> tuple[BulkReading, BulkFit | None]:
+    """Exact spikes of one matrix; a reason instead where the matrix has no spectrum to fit."""
+    if matrix.refusal:
+        return _no_bulk(matrix, matrix.refusal), None
+    try:
+        fit = fit_bulk(matrix.load(), name=matrix.name)
+    except InputError as error:
+        return _no_bulk(matrix, str(error)), None
+    top = float(fit.singular_values[0]) / fit.edge_plus if fit.edge_plus else None
+    reading = BulkReading(
+        name=matrix.name,
+        family=matrix.family,
+        null=fit.null,
+        sigma_mp=fit.sigma_mp,
+        edge_plus=fit.edge_plus,
+        num_spikes=fit.num_spikes,
+        num_spikes_low=fit.num_spikes,
+        num_spikes_high=fit.num_spikes,
+        spike_energy=fit.spike_energy,
+        ks_distance=fit.ks_distance,
+        top_over_edge=top,
+        pure_bulk=is_pure_bulk(fit),
+        method=fit.method,
+    )
+    return reading, fit
+
+
+def _read_bulk(
+    matrix: WeightMatrix, before: torch.Tensor | None, fit: BulkFit | None
+) -> tuple[BulkReading, BulkFit | None]:
+    """Bound the spike count by Weyl's inequality from the last exact fit, or fit again."""
+    if matrix.refusal:
+        return _no_bulk(matrix, matrix.refusal), None
+    weight = matrix.load()
+    if count_nonfinite(weight):
+        return _no_bulk(matrix, "values are NaN or inf"), None
+    if fit is None or before is None or before.shape != weight.shape or fit.row_scale is None:
+        return _fit_reading(matrix)
+    delta = delta_norm_bound(weight, before, key=matrix.name, row_scale=fit.row_scale, col_scale=fit.col_scale)
+    low, high = bound_num_spikes(fit, delta)
+    if high - low > max(1, int(_COUNT_SLACK * fit.num_spikes)):
+        return _fit_reading(matrix)
+    top = float(fit.singular_values[0])
+    return (
+        BulkReading(
+            name=matrix.name,
+            family=matrix.family,
+            null=fit.null,
+            sigma_mp=fit.sigma_mp,
+            edge_plus=fit.edge_plus,
+            num_spikes=fit.num_spikes,
+            num_spikes_low=low,
+            num_spikes_high=high,
+            spike_energy=None,
+            ks_distance=None,
+            top_over_edge=top / fit.edge_plus if fit.edge_plus and delta <= 1e-3 * top else None,
+            pure_bulk=low == 0 if low == high else is_pure_bulk(fit),
+            method=f"weyl-bound({fit.method})",
+        ),
+        None,
+    )

@@ -1,0 +1,527 @@
+"""The guard session: every change of the weights becomes a transaction with evidence.
+
+begin (snapshot) -> change (any code) -> measure -> judge -> keep, or restore and prove it.
+
+Edits are judged against the baseline, so that many small harms add up; what an edit declared is
+judged against the state just before it. A window of ordinary training (`check_window`) is judged
+against the last good state and, when kept, becomes the new baseline.
+
+    >>> session = GuardSession(model, policy="balanced")           # doctest: +SKIP
+    >>> with session.edit("int8") as step:                          # doctest: +SKIP
+    ...     quantize_(model)
+    >>> step.decision.action, step.applied                          # doctest: +SKIP
+    (<Action.KEEP: 'KEEP'>, 'kept')
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightproof import evidence, kinds
+from weightproof.assessment import Assessor, Subject
+from weightproof.baseline import Baseline
+from weightproof.certificate import Certificate
+from weightproof.errors import BaselineError, EditRejected, InputError, RestoreError
+from weightproof.files import write_atomically
+from weightproof.guards.corrections import Correction, apply_correction
+from weightproof.policy import Policy, load_policy
+from weightproof.probes import State, digest_of, looks_untrained, read_state, read_tensors
+from weightproof.registry import load_plugin
+from weightproof.snapshot import Snapshot, tensor_digest, write_matrix
+from weightproof.spikes import MEMORY, is_loss_spike
+from weightproof.trackers import JsonlTracker, Tracker
+from weightproof.types import Action, Decision, EditRecord, TensorReading, Verdict
+from weightproof.weights import iter_weight_matrices
+
+logger = logging.getLogger("weightproof")
+
+STATE_FILE = "guard_state.json"
+ON_VIOLATION = ("rollback", "raise", "monitor")
+
+
+@dataclass
+class Cost:
+    """What guarding cost so far: seconds of wall time, bytes held beside the model."""
+
+    baseline_seconds: float = 0.0
+    check_seconds: float = 0.0
+    snapshot_seconds: float = 0.0
+    checks: int = 0
+    snapshot_bytes: int = 0
+    baseline_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Total wall time spent guarding."""
+        return self.baseline_seconds + self.check_seconds + self.snapshot_seconds
+
+
+@dataclass(frozen=True)
+class SafePoint:
+    """A state to which the model can be taken back, and the digest of what it computed there."""
+
+    snapshot: Snapshot
+    forward: str | None
+
+
+class Step:
+    """One guarded change: filled in when its block ends.
+
+    Attributes:
+        name: The edit's name.
+        step: Its number: the global step in training, else a count of edits.
+        kind: What the edit declared itself to be.
+        decision: What the policy says (`.action` KEEP, ROLLBACK or HALT); None until judged.
+        applied: What was done: "kept" or "restored".
+        record: What changed, by declaration and by measurement.
+        seconds: Wall time of snapshot, measurement and judgement.
+    """
+
+    def __init__(self, name: str, step: int, kind: kinds.Kind) -> None:
+        self.name = name
+        self.step = step
+        self.kind = kind
+        self.decision: Decision | None = None
+        self.applied: str | None = None
+        self.record: EditRecord | None = None
+        self.seconds = 0.0
+        self.monitor = False
+        self.planned: dict[str, str] = {}
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """The verdict of each guard; empty until judged."""
+        return self.decision.verdicts if self.decision else ()
+
+    def __repr__(self) -> str:
+        """Name, number, action and what was done."""
+        action = self.decision.action if self.decision else "not judged"
+        return f"Step({self.name!r}, step={self.step}, {action}, {self.applied})"
+
+
+class GuardSession:
+    """Guards one model over a series of changes.
+
+    Args:
+        model: Any `torch.nn.Module`; wrappers (DDP, compile, PEFT) are looked through.
+        policy: Tier name (conservative, balanced, aggressive), path of a policy file, or `Policy`.
+        retain: Data on which the model must not get worse: an iterable of dicts with `input_ids`
+            (a `datasets.Dataset` too), of tensors, or of token lists. Without it random tokens
+            decide, with assurance `outputs-only`.
+        target: Data on which an edit promises a gain; kept for the loss guard, which this version
+            does not have: giving it is an error rather than silently unused.
+        accelerator: `accelerate.Accelerator` of the run, if any.
+        trackers: Trackers, or their registered names ("jsonl", "wandb").
+        output_dir: Folder for the certificate and the JSONL log; nothing is written without it.
+        baseline: A `Baseline` (or its path) captured earlier from this very model.
+        snapshot_dir: Keep snapshots in this folder instead of in memory.
+
+    Raises:
+        BaselineError: The model already holds NaN or inf, or `baseline` is of another model.
+        InputError: `retain` is empty or unusable, or an argument is unknown.
+    """
+
+    def __init__(  # noqa: PLR0913 - the public signature is the issue's
+        self,
+        model: torch.nn.Module,
+        *,
+        policy: str | Path | Policy = "balanced",
+        retain: Any = None,
+        target: Any = None,
+        accelerator: Any = None,
+        trackers: Sequence[Tracker | str] | None = None,
+        output_dir: Path | str | None = None,
+        baseline: Baseline | Path | str | None = None,
+        snapshot_dir: Path | str | None = None,
+    ) -> None:
+        if target is not None:
+            raise InputError("target= needs the loss guard, which this version does not have; pass retain= only")
+        if accelerator is not None and accelerator.num_processes > 1:
+            raise InputError(
+                f"this version guards one process, not {accelerator.num_processes}: ranks are not compared yet"
+            )
+        self.model = model
+        self.policy = load_policy(policy)
+        self.output_dir = Path(output_dir) if output_dir is not None else None
+        self.snapshot_dir = Path(snapshot_dir) if snapshot_dir is not None else None
+        self.cost = Cost()
+        self._history: list[Step] = []
+        self._losses: list[float] = []
+        self._open: Step | None = None
+        self._last_good: SafePoint | None = None
+        self._held = False
+        self._picture: bytes | None = None
+        self._resumed: list[Any] = []
+        started = time.perf_counter()
+        self._assessor = Assessor(model, self.policy, retain)
+        self.baseline = self._capture_baseline(baseline)
+        self._current = State(self.baseline.readings, self.baseline.fits)
+        self._pending = self._current
+        self.cost.baseline_seconds = time.perf_counter() - started
+        self.cost.baseline_bytes = evidence.baseline_bytes(self.baseline, self._assessor.cache)
+        self.trackers = self._open_trackers(trackers)
+
+    # -- baseline ------------------------------------------------------------------------------
+
+    def _capture_baseline(self, given: Baseline | Path | str | None) -> Baseline:
+        if given is not None:
+            baseline = given if isinstance(given, Baseline) else Baseline.load(given)
+            baseline.require_same_model(read_tensors(self.model, {}, ()))
+        else:
+            state = read_state(self.model, progress=True)
+            baseline = Baseline(state.readings, state.fits, evidence.environment(), evidence.now())
+        _require_finite(baseline.readings.tensors)
+        if looks_untrained(baseline.readings):
+            logger.warning(
+                "the model looks untrained: every spectrum is a pure Marchenko-Pastur bulk. If it should be "
+                "trained, check that its weights were really loaded"
+            )
+        self._assessor.capture_outputs()
+        return baseline
+
+    @property
+    def history(self) -> tuple[Step, ...]:
+        """Every judged step, oldest first."""
+        return tuple(self._history)
+
+    @property
+    def model_digest(self) -> str:
+        """SHA-256 over the per-tensor digests of the last accepted state of the model."""
+        return self._current.readings.model_digest
+
+    # -- edits ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def edit(
+        self,
+        name: str,
+        kind: object = None,
+        targets: str | Iterable[str] | None = None,
+        on_violation: str = "rollback",
+        *,
+        step: int | None = None,
+    ) -> Iterator[Step]:
+        """Guard the weight changes made in the block.
+
+        Args:
+            name: Shown in the certificate and the log.
+            kind: What the edit claims to be: None ("unknown"), "train", "preserving", or an object of
+                `weightproof.kinds` such as `Quantize(8)`; its contract is checked.
+            targets: Glob, or list of globs, of the tensors that may change; None allows all.
+            on_violation: "rollback" restores; "raise" restores and raises `EditRejected`;
+                "monitor" only reports.
+            step: Number to log; counts up by default.
+
+        Raises:
+            EditRejected: With `on_violation="raise"`, after the rejected change was restored.
+            RestoreError: If a restore could not be proven exact (the decision is then HALT).
+            SnapshotError: If no snapshot can be taken; the block is not entered.
+        """
+        handle = self._begin(name, kind, on_violation, step)
+        declared = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
+        try:
+            self._assessor.refresh_outputs()
+            point = self._safe_point()
+            stray = self._stray_names(point.snapshot)
+            try:
+                yield handle
+                subject = Subject(handle.name, handle.kind, declared, planned=handle.planned, stray=stray)
+                self._judge(handle, point.snapshot, subject)
+            except BaseException:
+                # Whatever went wrong, in the block or in measuring: the model goes back as it was.
+                if handle.decision is None:
+                    self._restore(point)
+                raise
+            self._settle(handle, point, on_violation)
+        finally:
+            self._open = None
+
+    def apply(self, edit: Any, *, on_violation: str = "rollback", step: int | None = None) -> Step:
+        """Plan an edit, write it, and judge it; see `weightproof.edits`.
+
+        Raises:
+            InputError: If the edit selects no matrix of this model.
+        """
+        selected = [m for m in iter_weight_matrices(self.model) if m.refusal is None and edit.selects(m)]
+        if not selected:
+            raise InputError(f"edit {edit.name!r} selects no weight matrix of this model: check include= and exclude=")
+        targets = sorted({matrix.tensor_name for matrix in selected})
+        with self.edit(edit.name, edit.kind, targets, on_violation, step=step) as handle:
+            for matrix in selected:
+                planned = edit.plan(matrix, self)
+                if planned is not None:
+                    handle.planned[matrix.name] = tensor_digest(planned.to(matrix.dtype))
+                    write_matrix(matrix, planned)
+        return handle
+
+    # -- training ------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Keep the present weights as the last good state of a training run."""
+        if self._last_good is not None:
+            self._last_good.snapshot.discard()
+        self._last_good = self._safe_point()
+
+    def check_window(
+        self,
+        *,
+        step: int,
+        raw_losses: Sequence[float] | None = None,
+        in_warmup: bool = False,
+        on_violation: str = "rollback",
+        name: str = "train",
+    ) -> Step:
+        """Judge a window of ordinary training against the last good state.
+
+        Healthy training moves outputs and spectra, so only invariants, finiteness, gross growth and
+        the raw loss decide; the rest is reported. Kept: the present state becomes the last good one
+        and the baseline. Rejected: the weights go back to the last good state.
+
+        Args:
+            step: Global step.
+            raw_losses: Unfiltered losses of the steps since the last check.
+            in_warmup: Whether the learning rate is still warming up.
+            on_violation: As in `edit`.
+            name: Shown in the log.
+        """
+        if self._last_good is None:
+            raise InputError("check_window needs a last good state: call session.watch() when training begins")
+        handle = self._begin(name, "train", on_violation, step)
+        losses = None if raw_losses is None else tuple(float(loss) for loss in raw_losses)
+        point = self._last_good
+        try:
+            spike = None if losses is None else is_loss_spike(self._losses, losses)
+            subject = Subject(name, handle.kind, None, raw_losses=losses, loss_spike=spike, in_warmup=in_warmup)
+            self._judge(handle, point.snapshot, subject)
+            self._settle(handle, point, on_violation, window=True)
+        finally:
+            self._open = None
+        if handle.decision is not None and handle.decision.action is Action.KEEP:
+            self._losses = [*self._losses, *(losses or ())][-MEMORY:]
+        return handle
+
+    # -- the transaction -----------------------------------------------------------------------
+
+    def _begin(self, name: str, kind: object, on_violation: str, step: int | None) -> Step:
+        if self._open is not None:
+            raise InputError(f"edit {name!r} begins inside edit {self._open.name!r}: edits do not nest")
+        if on_violation not in ON_VIOLATION:
+            raise InputError(f"on_violation must be one of {', '.join(ON_VIOLATION)}, not {on_violation!r}")
+        handle = Step(name, len(self._history) + 1 if step is None else step, kinds.parse_kind(kind))
+        handle.monitor = on_violation == "monitor"
+        self._open = handle
+        return handle
+
+    def _safe_point(self) -> SafePoint:
+        started = time.perf_counter()
+        snapshot = Snapshot.capture(self.model, self.snapshot_dir)
+        point = SafePoint(snapshot, self._assessor.forward_digest())
+        self.cost.snapshot_seconds += time.perf_counter() - started
+        self.cost.snapshot_bytes = max(self.cost.snapshot_bytes, snapshot.nbytes)
+        return point
+
+    def _stray_names(self, snapshot: Snapshot) -> frozenset[str]:
+        """Tensors that changed since the last accepted state, outside of any guarded change."""
+        known = self._current.readings.tensors
+        stray = frozenset(
+            name for name, digest in snapshot.digests.items() if name not in known or known[name].digest != digest
+        )
+        if stray:
+            shown = ", ".join(sorted(stray)[:3])
+            logger.warning(
+                "%d tensors changed outside of any guarded edit (%s); they are judged with this one", len(stray), shown
+            )
+        return stray
+
+    def _judge(self, handle: Step, snapshot: Snapshot, subject: Subject) -> None:
+        started = time.perf_counter()
+        result = self._assessor.assess(snapshot, self._current, self.baseline, subject, handle.step)
+        fixes = self._assessor.corrections(self.baseline, result.state.readings)
+        if fixes:
+            corrected = self._correct(fixes)
+            subject = replace(subject, planned={}, corrected=corrected)
+            result = self._assessor.assess(snapshot, self._current, self.baseline, subject, handle.step)
+        handle.decision, handle.record = result.decision, result.state.readings.edit
+        self._pending = result.state
+        if self.trackers and subject.kind.name != "train":
+            self._picture = evidence.spectrum_of_worst(handle, self.model, self.baseline)
+        handle.seconds = time.perf_counter() - started
+        self.cost.check_seconds += handle.seconds
+        self.cost.checks += 1
+
+    def _correct(self, fixes: Sequence[tuple[Correction, str]]) -> tuple[str, ...]:
+        """Write each correction once, tied copies with it; returns what was done, in words."""
+        by_name = {matrix.name: matrix for matrix in iter_weight_matrices(self.model)}
+        done: list[str] = []
+        for correction, mode in fixes:
+            matrix = by_name[correction.name]
+            write_matrix(matrix, apply_correction(matrix.load(), correction, mode))
+            done.append(f"{mode} {correction.name}")
+        return tuple(done)
+
+    def _settle(self, handle: Step, point: SafePoint, on_violation: str, *, window: bool = False) -> None:
+        decision = handle.decision
+        if decision is None:
+            raise InputError(f"step {handle.name!r} was not judged")
+        keep = decision.action is Action.KEEP or on_violation == "monitor"
+        handle.applied = "kept" if keep else "restored"
+        if keep:
+            self._accept(window=window, spiked=decision.action is not Action.KEEP)
+        else:
+            try:
+                self._restore(point)
+            except RestoreError as error:
+                handle.applied = "not restored"
+                handle.decision = self._assessor.halted(decision, str(error))
+                self._publish(handle)
+                raise
+        if not window:
+            point.snapshot.discard()
+        self._publish(handle)
+        if on_violation == "raise" and not keep:
+            raise EditRejected(f"{handle.name} was rolled back: {decision.reason}")
+
+    def _accept(self, *, window: bool, spiked: bool) -> None:
+        if not window:
+            self._current = self._pending
+            if self._last_good is not None:
+                self.watch()
+            return
+        if self._pending.readings.untrained and self._gross_untrained() and not self._held and not spiked:
+            # Growth of an unlearned matrix proves nothing until a loss has been seen with it: keep
+            # the older last good state for one more window.
+            self._held = True
+            return
+        self._held = False
+        self._current = self._pending
+        self.baseline = replace(self.baseline, readings=self._pending.readings, fits=self._pending.fits)
+        self._assessor.outputs_moved()
+        self.watch()
+
+    def _gross_untrained(self) -> bool:
+        before, after = self.baseline.readings.matrices, self._pending.readings.matrices
+        for name in self._pending.readings.untrained & before.keys():
+            old, new = before[name].spectral_norm, after[name].spectral_norm
+            if old and new is not None and not 0.1 <= new / old <= 10.0:
+                return True
+        return False
+
+    def _restore(self, point: SafePoint) -> None:
+        point.snapshot.restore()
+        self._assessor.prove_forward(point.forward)
+
+    # -- evidence ------------------------------------------------------------------------------
+
+    def _open_trackers(self, given: Sequence[Tracker | str] | None) -> tuple[Tracker, ...]:
+        names: Sequence[Tracker | str] = given if given is not None else (("jsonl",) if self.output_dir else ())
+        found: list[Tracker] = []
+        for tracker in names:
+            if not isinstance(tracker, str):
+                found.append(tracker)
+            elif tracker == "jsonl":
+                if self.output_dir is None:
+                    raise InputError('the "jsonl" tracker needs output_dir=')
+                found.append(JsonlTracker(self.output_dir / "events.jsonl"))
+            else:
+                found.append(load_plugin("weightproof.trackers", tracker)())
+        return tuple(found)
+
+    def _publish(self, handle: Step) -> None:
+        """Record a judged step: history, then the certificate file, then the trackers."""
+        self._history.append(handle)
+        path = None
+        if self.output_dir is not None:
+            path = self.certificate().save(self.output_dir / "certificate.json")
+        event = evidence.event_of(handle)
+        picture, self._picture = self._picture, None
+        for tracker in self.trackers:
+            tracker.log_event(event)
+            if picture is not None:
+                tracker.log_picture("guard/spectrum", picture, handle.step)
+            if path is not None and handle.kind.name != "train":
+                tracker.log_certificate(path, action=event.action, step=handle.step)
+
+    def certificate(self) -> Certificate:
+        """The statement over the model as it is now, with every step judged so far."""
+        return evidence.certificate_of(self)
+
+    @property
+    def current(self) -> State:
+        """Readings of the last accepted state of the model."""
+        return self._current
+
+    @property
+    def resumed_steps(self) -> tuple[Any, ...]:
+        """Steps judged before a resume, as the certificate carries them."""
+        return tuple(self._resumed)
+
+    @property
+    def windows(self) -> tuple[Any, ...]:
+        """The windows on which outputs are compared (random tokens, then `retain`)."""
+        return self._assessor.windows
+
+    # -- resume --------------------------------------------------------------------------------
+
+    def save_state(self, folder: Path | str) -> None:
+        """Write the sidecar files of a checkpoint: state, history and the present readings."""
+        folder = Path(folder)
+        tensors = read_tensors(self.model, {}, ())
+        state = {
+            "format": "weightproof-state-v1",
+            "model_digest": digest_of(tensors),
+            "policy_digest": self.policy.digest,
+            "losses": self._losses,
+            "steps": [*self._resumed, *(evidence.step_json(step) for step in self._history)],
+        }
+        Baseline(self._current.readings, self._current.fits, self.baseline.environment, self.baseline.created_at).save(
+            folder
+        )
+        write_atomically(folder / STATE_FILE, json.dumps(state, allow_nan=False).encode())
+
+    def load_state(self, folder: Path | str) -> None:
+        """Continue from sidecar files, after proving that the weights are those they describe.
+
+        Raises:
+            BaselineError: If the files are missing, altered, or the model's weights differ.
+        """
+        path = Path(folder) / STATE_FILE
+        try:
+            state = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise BaselineError(f"no usable guard state at {path} ({error})") from error
+        saved = Baseline.load(folder)
+        saved.require_same_model(read_tensors(self.model, {}, ()))
+        self.baseline = saved
+        self._current = State(saved.readings, saved.fits)
+        self._losses = list(state["losses"])
+        self._resumed = list(state["steps"])
+        self._assessor.outputs_moved()
+        if self._last_good is not None:
+            self.watch()
+
+    def close(self) -> None:
+        """Free the last good snapshot and close the trackers."""
+        if self._last_good is not None:
+            self._last_good.snapshot.discard()
+            self._last_good = None
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def _require_finite(tensors: dict[str, TensorReading] | Any) -> None:
+    broken = [reading for reading in tensors.values() if reading.num_nonfinite]
+    if broken:
+        shown = ", ".join(f"{reading.name} ({reading.num_nonfinite})" for reading in broken[:3])
+        raise BaselineError(
+            f"the baseline itself holds NaN or inf in {len(broken)} tensors: {shown}. Nothing can be certified "
+            "against a broken model: repair or reload it first"
+        )

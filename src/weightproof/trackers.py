@@ -1,0 +1,133 @@
+"""Live metrics: the tracker protocol and the JSONL file that is always written first.
+
+A tracker mirrors evidence, it never makes it: the certificate on disk is the truth, and a
+tracker that fails may warn but never changes a verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from weightproof.errors import InputError
+from weightproof.jsonable import to_jsonable
+from weightproof.types import Measurement, Outcome, Verdict
+
+_SEVERITY = {Outcome.FAIL: 3, Outcome.NOT_MEASURED: 2, Outcome.WARN: 1, Outcome.PASS: 0}
+
+
+@dataclass(frozen=True, slots=True)
+class GuardEvent:
+    """One judged change, as trackers see it.
+
+    `rows` are finite scalars named `guard/<guard>/<family>/<statistic>`; numbers that are not
+    finite or were not measured appear in `worst` only.
+    """
+
+    name: str
+    step: int
+    kind: str
+    action: str
+    applied: str
+    situation: str
+    reason: str
+    warned: bool
+    monitor: bool
+    rows: Mapping[str, float]
+    worst: tuple[Measurement, ...]
+    seconds: float
+
+
+class Tracker(Protocol):
+    """What a session needs from a tracker; entry-point group `weightproof.trackers`."""
+
+    name: str
+
+    def log_event(self, event: GuardEvent) -> None:
+        """Record one judged change."""
+        ...
+
+    def log_picture(self, key: str, png: bytes, step: int) -> None:
+        """Record a PNG."""
+        ...
+
+    def log_certificate(self, path: Path, *, action: str, step: int) -> None:
+        """Record the certificate file just written at `path`."""
+        ...
+
+    def close(self) -> None:
+        """Flush; called once at the end of a session."""
+        ...
+
+
+class JsonlTracker:
+    """One JSON object a line in a local file, flushed at every event. No account, no network."""
+
+    name = "jsonl"
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot open the event log {self.path}: {error.strerror or error}") from error
+
+    def _write(self, row: Mapping[str, object]) -> None:
+        self._handle.write(json.dumps(row, allow_nan=False) + "\n")
+        self._handle.flush()
+
+    def log_event(self, event: GuardEvent) -> None:
+        """Append the event with its rows and its worst measurements."""
+        self._write({"type": "event", **to_jsonable(event)})
+
+    def log_picture(self, key: str, png: bytes, step: int) -> None:
+        """Write the picture beside the log and append its name."""
+        path = self.path.with_name(f"{key.replace('/', '-')}-{step}.png")
+        path.write_bytes(png)
+        self._write({"type": "picture", "key": key, "step": step, "path": path.name})
+
+    def log_certificate(self, path: Path, *, action: str, step: int) -> None:
+        """Append where the certificate is."""
+        self._write({"type": "certificate", "path": path.name, "action": action, "step": step})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+
+def severity(measurement: Measurement) -> tuple[int, float]:
+    """Sort key: outcome first, then how far the value lies towards (or beyond) its limit."""
+    value, limit = measurement.value, measurement.limit
+    if value is None or limit is None:
+        return _SEVERITY[measurement.outcome], -1.0
+    if not math.isfinite(value):
+        return _SEVERITY[measurement.outcome], math.inf
+    scale = abs(value) / abs(limit) if limit else abs(value)
+    return _SEVERITY[measurement.outcome], scale
+
+
+def worst_measurements(verdicts: Iterable[Verdict], count: int = 20) -> tuple[Measurement, ...]:
+    """The `count` most severe measurements over all verdicts, worst first."""
+    every = [measurement for verdict in verdicts for measurement in verdict.measurements]
+    return tuple(sorted(every, key=severity, reverse=True)[:count])
+
+
+def metric_rows(verdicts: Iterable[Verdict], reported: Iterable[Measurement] = ()) -> dict[str, float]:
+    """Scalars `guard/<guard>/<family>/<statistic>`: per family the value farthest from its reference."""
+    rows: dict[str, float] = {}
+    far: dict[str, float] = {}
+    every = [measurement for verdict in verdicts for measurement in verdict.measurements]
+    for measurement in (*every, *reported):
+        value = measurement.value
+        if value is None or not math.isfinite(value):
+            continue
+        key = f"guard/{measurement.guard}/{measurement.family}/{measurement.statistic}"
+        distance = abs(value - (measurement.reference or 0.0))
+        if key not in rows or distance > far[key]:
+            rows[key], far[key] = float(value), distance
+    return rows
