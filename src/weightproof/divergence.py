@@ -1,0 +1,202 @@
+"""Outputs now against outputs at baseline: one forward pass on fixed windows settles most cases.
+
+`capture_outputs` keeps what the unchanged model says; `measure_divergence` says how far the model
+is from it now; `locate_damage` names the blocks that changed; `forward_digest` is the bit-exact
+fingerprint by which a rollback is proven.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from weightproof.activations import ModelOutput, TapMoments, forward_outputs, tap_moments, undisturbed
+from weightproof.distributions import BaseScores, Tally, compare, is_finite, keep
+from weightproof.errors import BaselineError, InputError
+from weightproof.localisation import BlockTrace, locate_errors, trace_blocks
+from weightproof.types import BlockError, DivergenceReading
+from weightproof.windows import Item, Windows, raw_bytes
+
+MEMORY_CAP_BYTES = 256 * 2**20
+_TRACE_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputCache:
+    """What the unchanged model says, on the CPU.
+
+    Attributes:
+        windows: The windows it was asked on.
+        scores: Per windows, per batch.
+        second_moments: "windows:tap" -> mean squared block contribution.
+        forward_digest: Bit-exact hash of the raw output on the first window.
+        trace: Inputs and outputs of every block on one window; None with `trace_reason`.
+    """
+
+    windows: tuple[Windows, ...]
+    scores: tuple[tuple[BaseScores, ...], ...]
+    second_moments: Mapping[str, float]
+    forward_digest: str
+    trace: BlockTrace | None = None
+    trace_reason: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held beside the model."""
+        held = sum(batch.nbytes for batches in self.scores for batch in batches)
+        return held + (self.trace.nbytes if self.trace is not None else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPass:
+    """One reading of the outputs: a `DivergenceReading` per windows, and the second moments."""
+
+    divergence: tuple[DivergenceReading, ...]
+    second_moments: Mapping[str, float] = field(default_factory=dict)
+
+
+def capture_outputs(
+    model: nn.Module, windows: Sequence[Windows], *, memory_cap_bytes: int = MEMORY_CAP_BYTES
+) -> OutputCache:
+    """Keep the outputs of the unchanged model on `windows`.
+
+    Log-probabilities are kept in full where they fit into `memory_cap_bytes` (shared evenly by the
+    windows), else as the likeliest k and one bucket, with k as large as fits. One small window is
+    also traced through the blocks, within a quarter of the cap.
+
+    Raises:
+        InputError: If there are no windows, or the model's outputs on them cannot be compared.
+        BaselineError: If the outputs are already NaN or inf.
+    """
+    if not windows:
+        raise InputError("no windows to capture outputs on: give retain data, the model's config names no inputs")
+    scores: list[tuple[BaseScores, ...]] = []
+    moments: dict[str, float] = {}
+    for one in windows:
+        batches = []
+        rows = sum(_num_rows(batch) for batch in one.batches)
+        with undisturbed(model), tap_moments(model) as taps:
+            for batch, (output, flat, window) in zip(one.batches, _outputs(model, one, taps), strict=True):
+                if not is_finite(flat):
+                    raise BaselineError(
+                        f"the model's outputs on the {one.name} windows are NaN or inf before any change: "
+                        "a broken model cannot be a baseline, load sound weights"
+                    )
+                budget = memory_cap_bytes / len(windows) * _num_rows(batch) / rows
+                batches.append(keep(output.kind, flat, window, budget))
+        scores.append(tuple(batches))
+        moments.update({f"{one.name}:{tap}": value for tap, value in taps.moments().items()})
+    trace = trace_blocks(model, _small_window(windows), cap_bytes=memory_cap_bytes // 4)
+    return OutputCache(
+        windows=tuple(windows),
+        scores=tuple(scores),
+        second_moments=moments,
+        forward_digest=forward_digest(model, windows),
+        trace=trace if isinstance(trace, BlockTrace) else None,
+        trace_reason=trace if isinstance(trace, str) else None,
+    )
+
+
+def measure_divergence(model: nn.Module, cache: OutputCache) -> OutputPass:
+    """Compare the model's outputs now with the cached ones, on the same windows.
+
+    KL(base || now) in nats per token for logits, relative RMS change for hidden states (each token
+    normalised first, as the final norm would) and for other values (as they are). Outputs that are
+    NaN or inf give `finite=False` and no number.
+
+    Raises:
+        InputError: If the model's forward fails now, or its outputs have another shape.
+    """
+    readings: list[DivergenceReading] = []
+    moments: dict[str, float] = {}
+    for one, batches in zip(cache.windows, cache.scores, strict=True):
+        tally = Tally()
+        with undisturbed(model), tap_moments(model) as taps:
+            for base, (output, flat, _) in zip(batches, _outputs(model, one, taps), strict=True):
+                _require_same_form(base, output, flat)
+                compare(base, flat, tally)
+        readings.append(_reading(one, batches[0].kind, tally))
+        moments.update({f"{one.name}:{tap}": value for tap, value in taps.moments().items()})
+    return OutputPass(tuple(readings), moments)
+
+
+def locate_damage(model: nn.Module, cache: OutputCache) -> tuple[BlockError, ...]:
+    """Teacher-forced relative output error per block; () where the blocks were not traced.
+
+    Raises:
+        InputError: If the model's forward fails.
+    """
+    return locate_errors(model, cache.trace) if cache.trace is not None else ()
+
+
+def forward_digest(model: nn.Module, windows: Windows | Sequence[Windows]) -> str:
+    """SHA-256 of the raw bytes (with dtype and shape) of the model's output on the first window.
+
+    Raises:
+        InputError: If the model's forward fails.
+    """
+    first = windows if isinstance(windows, Windows) else windows[0]
+    with undisturbed(model):
+        scores = forward_outputs(model, first.first()).scores
+    whole = hashlib.sha256(f"{scores.dtype} {tuple(scores.shape)}\n".encode())
+    whole.update(raw_bytes(scores))
+    return whole.hexdigest()
+
+
+def _outputs(
+    model: nn.Module, windows: Windows, taps: TapMoments
+) -> Iterator[tuple[ModelOutput, torch.Tensor, torch.Tensor]]:
+    """Per batch: the output, its scored tokens (n, width), and the window (n,) of each token."""
+    offset = 0
+    for batch in windows.batches:
+        taps.batch = batch
+        output = forward_outputs(model, batch)
+        scores = output.scores if output.scores.ndim > 1 else output.scores[None]
+        rows = torch.arange(scores.shape[0]).reshape(-1, *[1] * (scores.ndim - 2)).expand(scores.shape[:-1])
+        if output.real is None or output.real.shape != scores.shape[:-1]:
+            yield output, scores.reshape(-1, scores.shape[-1]), rows.flatten() + offset
+        else:
+            yield output, scores[output.real.to(scores.device)], rows[output.real] + offset
+        offset += scores.shape[0]
+
+
+def _num_rows(batch: Mapping[str, torch.Tensor]) -> int:
+    first = next(iter(batch.values()))
+    return first.shape[0] if first.ndim else 1
+
+
+def _require_same_form(base: BaseScores, output: ModelOutput, flat: torch.Tensor) -> None:
+    if base.kind != output.kind or base.width != flat.shape[-1] or len(base.window) != flat.shape[0]:
+        raise InputError(
+            f"the outputs now are {flat.shape[0]} tokens of {output.kind} with {flat.shape[-1]} entries, at baseline "
+            f"{len(base.window)} of {base.kind} with {base.width}: they cannot be compared, capture a new baseline"
+        )
+
+
+def _reading(windows: Windows, kind: str, tally: Tally) -> DivergenceReading:
+    has_kl = tally.finite and kind == "logits"
+    return DivergenceReading(
+        windows=windows.name,
+        windows_digest=windows.digest,
+        num_tokens=tally.num_tokens,
+        kl=tally.mean_kl if has_kl else None,
+        kl_max=tally.max_kl if has_kl else None,
+        top1_flip_rate=tally.flips / tally.num_tokens if has_kl else None,
+        hidden_error=tally.relative_change if tally.finite and kind != "logits" else None,
+        finite=tally.finite,
+    )
+
+
+def _small_window(windows: Sequence[Windows]) -> Item:
+    """The first window, a text one cut to its first tokens."""
+    window = windows[0].first()
+    ids = window.get("input_ids")
+    if ids is None or ids.ndim != 2:
+        return window
+    length = ids.shape[1]
+    is_sequence = {key: value.ndim == 2 and value.shape[1] == length for key, value in window.items()}
+    return {k: v[:, :_TRACE_TOKENS] if is_sequence[k] or k.startswith("decoder_") else v for k, v in window.items()}
