@@ -18,8 +18,15 @@ from dataclasses import dataclass
 from torch import nn
 
 _WRAPPER_PREFIX = re.compile(r"^(?:module|base_model\.model)\.")
-_WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
+_WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _SAVED_MODULE = "modules_to_save.default"
+
+
+def _without_wrappers(name: str, parts: frozenset[str]) -> str:
+    name = ".".join(part for part in name.split(".") if part not in parts)
+    while stripped := _WRAPPER_PREFIX.match(name):
+        name = name[stripped.end() :]
+    return name
 
 
 def clean_name(name: str) -> str:
@@ -32,19 +39,22 @@ def clean_name(name: str) -> str:
         >>> clean_name("module.base_model.model.h.0.attn.c_attn.base_layer.weight")
         'h.0.attn.c_attn.weight'
     """
-    name = ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
-    while stripped := _WRAPPER_PREFIX.match(name):
-        name = name[stripped.end() :]
+    name = _without_wrappers(name, _WRAPPER_PARTS | {"base_layer"})
     return name.replace(f".{_SAVED_MODULE}.", ".").removesuffix(f".{_SAVED_MODULE}")
 
 
 def public_names(raw_names: Iterable[str]) -> dict[str, str]:
-    """Raw name -> public name, one to one: where two would meet, the first keeps the clean name."""
+    """Raw name -> public name, one to one.
+
+    Where two would meet (a LoRA layer and its `base_layer`), the first keeps the clean name and the
+    other keeps its PEFT components, or its whole raw name. No name is taken that is the raw name of another.
+    """
+    raws = list(raw_names)
     public: dict[str, str] = {}
-    taken: set[str] = set()
-    for raw in raw_names:
-        name = clean_name(raw)
-        public[raw] = raw if name in taken else name
+    taken = set(raws)
+    for raw in raws:
+        candidates = (clean_name(raw), _without_wrappers(raw, _WRAPPER_PARTS))
+        public[raw] = next((name for name in candidates if name == raw or name not in taken), raw)
         taken.add(public[raw])
     return public
 
@@ -188,17 +198,19 @@ _TAPS = (
         re.compile(
             r"(?:attn|attention|crossattention)\.c_proj|(?:self_attn|cross_attn|attention|attn|encoder_attn)\.(?:o|out)_proj"
             r"|(?:cross)?attention\.output\.dense|layer\.\d+\.(?:SelfAttention|EncDecAttention)\.o"
-            r"|mixer\.out_proj|(?:self_attention|attention|self_attn)\.dense"
+            r"|mixer|(?:self_attention|attention|self_attn)\.dense|attention\.out_lin"
         ),
     ),
     (
         "ffn",
         re.compile(
             r"mlp\.(?:c_proj|down_proj|fc2|fc_out|dense_4h_to_h)|output\.dense|layer\.\d+\.DenseReluDense\.wo|fc2"
-            r"|feed_forward\.(?:down_proj|w2)|linear2"
+            r"|feed_forward\.(?:down_proj|w2)|ffn\.lin2"
         ),
     ),
 )
+# The projection inside torch's MultiheadAttention: its weight is read, its forward never runs.
+_NEVER_CALLED = frozenset({"NonDynamicallyQuantizableLinear"})
 _MOE_BLOCKS = frozenset({"mlp", "block_sparse_moe", "feed_forward", "moe"})
 
 
@@ -248,7 +260,7 @@ def _block_taps(block: Block) -> Iterator[Tap]:
     seen: set[str] = set()
     for raw, module in block.module.named_modules():
         path = clean_name(raw)
-        if not path or path in seen or "original_module" in path:
+        if not path or path in seen or "original_module" in path or type(module).__name__ in _NEVER_CALLED:
             continue
         seen.add(path)
         roles = [role for role, pattern in _TAPS if pattern.fullmatch(path)]
@@ -264,7 +276,7 @@ def taps(model: nn.Module) -> tuple[Tap, ...]:
     Llama `self_attn.o_proj` and `mlp.down_proj`, GPT-2 `attn.c_proj` and `mlp.c_proj`, BERT
     `attention.output.dense` and `output.dense`, T5 `SelfAttention.o`, `EncDecAttention.o` and
     `DenseReluDense.wo`, ViT `attention.o_proj` and `mlp.fc2`, Whisper `*_attn.out_proj` and `fc2`,
-    Mixtral `self_attn.o_proj` and the whole mixture `mlp`, Mamba `mixer.out_proj`. Where PEFT
+    Mixtral `self_attn.o_proj` and the whole mixture `mlp`, Mamba the whole `mixer`. Where PEFT
     wraps such a module, the tap is the wrapper: its output includes the adapter.
     """
     return tuple(tap for block in blocks(model) for tap in _block_taps(block))

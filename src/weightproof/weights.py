@@ -138,6 +138,13 @@ def _load(tensor: Tensor, piece: Piece) -> Tensor:
     return piece.select(tensor.detach())
 
 
+def _aliases(tensor: Tensor, piece: Piece) -> bool:
+    """Whether `load()` shares memory with the parameter (a convolution of unusual strides is copied)."""
+    if piece.refusal is not None or tensor.is_contiguous():
+        return True
+    return _load(tensor, piece).untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
+
 def iter_weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
     """Every weight matrix of a model, oriented (d_out, d_in), once per storage.
 
@@ -166,6 +173,7 @@ def iter_weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
                 tied_names=tuple(f"{tied}{suffix}" for tied in tied_names),
                 tensor_name=name,
                 load=partial(_load, entry.tensor, piece),
+                is_view=_aliases(entry.tensor, piece),
                 refusal=piece.refusal,
                 select=piece.select,
             )

@@ -93,3 +93,19 @@ def build(name: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return getattr(transformers, model_class)(config).eval()
+
+
+def example_inputs(name: str, *, batch: int = 2, length: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Seeded inputs on which `build(name)` can be called."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids() -> torch.Tensor:
+        return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+    if name == "vit":
+        return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
+    if name == "whisper":
+        return {"input_features": torch.randn(batch, 16, 64, generator=generator), "decoder_input_ids": ids()}
+    if name == "t5":
+        return {"input_ids": ids(), "decoder_input_ids": ids()}
+    return {"input_ids": ids()}
