@@ -1,0 +1,175 @@
+"""The numbers behind the contracts of `weightproof.kinds`: pure functions of two matrices.
+
+Both are read in chunks of rows as float64, which holds every smaller floating point value exactly;
+beside them a few MiB are needed. A ratio with nothing in it is 0; one that is undefined is inf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# float64 work on 2^18 elements is 2 MiB per temporary: it stays in the second-level cache.
+_CHUNK_ELEMENTS = 1 << 18
+# w / Delta and q * Delta are computed in float32 by the quantizer: two roundings of at most 2^-23 |w|.
+_LEVEL_ROUNDING = 2.0**-22
+# A tensor with more distinct values than this is not quantized in any sense; counting stops here.
+_MAX_LEVELS = 1 << 17
+
+
+class Grid(NamedTuple):
+    """A quantization grid: width and what shares one scale (see `kinds.Quantize`)."""
+
+    bits: int
+    granularity: str
+    group_size: int | None
+
+
+def quantization_statistics(grid: Grid, before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    """The four statistics of `kinds.Quantize` in one pass over chunks of rows (two reads for "tensor")."""
+    top = 2 ** (grid.bits - 1) - 1
+    rounding, smallest = _storage_rounding(after.dtype)
+    whole = _max_abs(before) if grid.granularity == "tensor" else None
+    levels = np.empty(0)
+    most_levels, worst_row, flipped, beyond = 0, 0.0, 0, 0
+    error_square = weight_square = 0.0
+    for old, new in chunks(before, after):
+        half_step = _peaks(old, grid, whole) / (2 * top)
+        size, error = old.abs(), (new - old).abs()
+        bound = torch.minimum(size, half_step)
+        bound += (rounding + _LEVEL_ROUNDING) * (size + bound) + smallest
+        row_error, row_bound = error.square().sum(1), bound.square().sum(1)
+        worst_row = max(worst_row, math.sqrt(_max_ratio(row_error, row_bound)))
+        far = size > half_step * (1 + 1e-6)
+        flipped += int((far & (old.sign() * new.sign() < 0)).sum())
+        beyond += int(far.sum())
+        error_square += float(row_error.sum())
+        weight_square += float(size.square().sum())
+        if whole is None:
+            most_levels = max(most_levels, _levels_per_group(new, grid.group_size))
+        elif len(levels) < _MAX_LEVELS:
+            levels = np.unique(np.concatenate([levels, new.cpu().numpy().ravel()]), equal_nan=False)
+            most_levels = len(levels)
+    return {
+        "levels_per_group": float(most_levels),
+        "error_over_half_step": worst_row,
+        "relative_error": math.sqrt(_ratio(error_square, weight_square)),
+        "sign_flip_fraction": flipped / max(1, beyond),
+    }
+
+
+def cast_error(dtype: torch.dtype, before: torch.Tensor, after: torch.Tensor) -> float:
+    """Largest |w' - w| in units of half an ulp of `dtype` at w."""
+    worst = 0.0
+    for old, new in chunks(before, after):
+        same = (old == new) | (old.isnan() & new.isnan())
+        ratio = torch.where(same, 0.0, (new - old).abs() / _half_ulp(old.abs(), dtype))
+        worst = max(worst, float(ratio.nan_to_num(nan=math.inf, posinf=math.inf).max()))
+    return worst
+
+
+def count_altered(before: torch.Tensor, after: torch.Tensor) -> tuple[int, int, int]:
+    """How many elements differ (NaN differs); differ and are not zero; and are not zero."""
+    differ = altered = nonzero = 0
+    for old, new in chunks(before, after):
+        changed, kept = new != old, new != 0
+        differ += int(changed.sum())
+        altered += int((changed & kept).sum())
+        nonzero += int(kept.sum())
+    return differ, altered, nonzero
+
+
+def merge_error(before: torch.Tensor, after: torch.Tensor, delta: torch.Tensor) -> tuple[float, float]:
+    """||(W' - W) - delta||_F / ||delta||_F, and the largest value that rounding can make of it.
+
+    Rounding is half an ulp of each merged element in the coarser of the two dtypes, plus that of
+    the product B @ A when it was computed in the same dtype (8 units of roundoff are allowed).
+    """
+    coarse = max((before.dtype, after.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    error = size = rounding = 0.0
+    for (old, new), (grown, _) in zip(chunks(before, after), chunks(delta.to(before.device), delta), strict=True):
+        error += float((new - old - grown).square().sum())
+        size += float(grown.square().sum())
+        rounding += float(_half_ulp((old + grown).abs(), coarse).square().sum())
+    if size == 0.0:
+        return _ratio(error, size), 0.0
+    limit = 1.01 * math.sqrt(rounding / size) + 4 * torch.finfo(coarse).eps + 2.0**-20
+    return math.sqrt(_ratio(error, size)), limit
+
+
+def chunks(before: torch.Tensor, after: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Chunks of rows of two tensors of equal shape, as float64 on the device of the first."""
+    if before.numel() == 0:
+        return
+    rows = before.shape[0] if before.ndim > 1 else 1
+    old, new = before.detach().reshape(rows, -1), after.detach().reshape(rows, -1)
+    step = max(1, _CHUNK_ELEMENTS // max(1, old.shape[1]))
+    for start in range(0, rows, step):
+        part = old[start : start + step].double()
+        yield part, new[start : start + step].to(part.device).double()
+
+
+def _peaks(old: torch.Tensor, grid: Grid, whole: float | None) -> torch.Tensor:
+    """Largest magnitude in the scale group of each element: (rows, 1), or (rows, d_in) for groups."""
+    if whole is not None:
+        return old.new_full((old.shape[0], 1), whole)
+    if grid.group_size is None:
+        return old.abs().amax(1, keepdim=True)
+    return torch.cat([p.abs().amax(1, keepdim=True).expand_as(p) for p in old.split(grid.group_size, dim=1)], dim=1)
+
+
+def _levels_per_group(new: torch.Tensor, group_size: int | None) -> int:
+    """Largest number of distinct values in one group; 0.0 and -0.0 are one value, NaNs are many.
+
+    NumPy's vectorised sort is some thirty times faster than torch.sort on a CPU.
+    """
+    d_in = new.shape[1]
+    width = d_in if group_size is None else min(group_size, d_in)
+    values = new.float().cpu().numpy() if _fits_float32(new) else new.cpu().numpy()
+    edge = d_in - d_in % width
+    most = 0
+    for part in (values[:, :edge].reshape(-1, width), values[:, edge:]):
+        if part.size:
+            ordered = np.sort(part, axis=1)
+            most = max(most, 1 + int((ordered[:, 1:] != ordered[:, :-1]).sum(axis=1).max(initial=0)))
+    return most
+
+
+def _fits_float32(values: torch.Tensor) -> bool:
+    """Whether float32 holds these float64 values without merging any: half the sorting work."""
+    return bool((values.float().double() == values).all())
+
+
+def _half_ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Half the spacing of `dtype` at each |w|, never less than half its smallest subnormal; float64."""
+    facts = torch.finfo(dtype)
+    exponent = torch.frexp(size).exponent - 1
+    smallest = facts.smallest_normal * facts.eps
+    return torch.ldexp(torch.full_like(size, facts.eps / 2), exponent).clamp(min=smallest / 2)
+
+
+def _storage_rounding(dtype: torch.dtype) -> tuple[float, float]:
+    """Unit roundoff of a storage dtype, and half its smallest subnormal."""
+    facts = torch.finfo(dtype)
+    return facts.eps / 2, facts.smallest_normal * facts.eps / 2
+
+
+def _max_abs(tensor: torch.Tensor) -> float:
+    return float(torch.stack(torch.aminmax(tensor.detach())).abs().max()) if tensor.numel() else 0.0
+
+
+def _max_ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> float:
+    """Largest quotient; NaN counts as inf."""
+    quotient = torch.where(numerator == 0, 0.0, numerator / denominator)
+    return float(quotient.nan_to_num(nan=math.inf, posinf=math.inf).max())
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    if numerator == 0.0:
+        return 0.0
+    quotient = numerator / denominator if denominator else math.inf
+    return math.inf if math.isnan(quotient) else quotient
