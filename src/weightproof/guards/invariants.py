@@ -1,0 +1,169 @@
+"""Invariants guard (T0): structure, finiteness, what was declared, and the contract of the declared kind.
+
+No number here is a tuned limit: each is exact. In the order in which they are reported:
+
+- the edit happened: nothing changed although a kind or targets were declared is FAIL;
+- structure: a missing or added tensor, a changed shape or embedding size, a broken tie is FAIL; a
+  changed dtype, storage or module class is FAIL where the declared kind forbids it, else WARN;
+- finiteness of every parameter and buffer, and of the raw losses of a window of training;
+- scope: a changed tensor that no declared target covers is FAIL;
+- contract: a breach of a rigorous bound is FAIL, of a typical size WARN, an unmeasured one WARN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from weightproof.guards.conclude import conclude, edit_kind, unmeasured
+from weightproof.guards.scope import Scope, changed_tensors
+from weightproof.guards.structure import judge_structure
+from weightproof.types import EditRecord, Measurement, Outcome, Readings, Verdict
+
+WITH_CONTRACT = frozenset({"cast", "quantize", "prune", "lora_merge"})
+
+
+@dataclass(frozen=True, slots=True)
+class InvariantsLimits:
+    """The invariants are exact: there is nothing to tune."""
+
+
+@final
+class Invariants:
+    """Exact facts about every tensor, before and after."""
+
+    name: ClassVar[str] = "invariants"
+    tier: ClassVar[str] = "T0"
+    needs: ClassVar[frozenset[str]] = frozenset({"tensors", "structure"})
+    Limits: ClassVar[type[InvariantsLimits]] = InvariantsLimits
+
+    def judge(self, before: Readings, after: Readings, limits: InvariantsLimits) -> Verdict:
+        """Judge every parameter and buffer; see the module's docstring."""
+        names = list(dict.fromkeys([*before.tensors, *after.tensors]))
+        both = sum(name in before.tensors and name in after.tensors for name in names)
+        measurements = [
+            *_judge_finite(before, after),
+            *_judge_losses(after),
+            *judge_structure(before, after),
+            *_judge_edit(before, after),
+            *_judge_contract(before, after),
+        ]
+        nothing = unmeasured(after, "tensors", "no tensor was read both before and after the change")
+        return conclude(self.name, measurements, coverage=(both, len(names)), nothing=nothing)
+
+
+def _judge_finite(before: Readings, after: Readings) -> Iterator[Measurement]:
+    """Every parameter and buffer is finite, the baseline's too."""
+    for name, tensor in after.tensors.items():
+        if tensor.num_nonfinite:
+            then = before.tensors.get(name)
+            reference = None if then is None else float(then.num_nonfinite)
+            reason = f"NaN or infinite elements in a {'buffer' if tensor.is_buffer else 'parameter'}"
+            reason += "; the baseline itself is broken" if reference else ""
+            yield _broken(name, "num_nonfinite", float(tensor.num_nonfinite), reference, reason)
+    for name, tensor in before.tensors.items():
+        now = after.tensors.get(name)
+        if tensor.num_nonfinite and not (now is not None and now.num_nonfinite):
+            count = float(tensor.num_nonfinite)
+            yield _broken(name, "baseline_num_nonfinite", count, count, "the baseline itself is broken")
+    total = sum(tensor.num_nonfinite for tensor in after.tensors.values())
+    yield Measurement("invariants", "model", "num_nonfinite", float(total), 0.0, None if total else 0.0)
+
+
+def _judge_losses(after: Readings) -> Iterator[Measurement]:
+    if after.raw_losses is None:
+        return
+    bad = sum(not _is_finite(loss) for loss in after.raw_losses)
+    yield Measurement(
+        "invariants",
+        "raw losses",
+        "num_nonfinite",
+        float(bad),
+        None,
+        0.0,
+        outcome=Outcome.FAIL if bad else Outcome.PASS,
+        reason=f"of {len(after.raw_losses)} steps in this window" if bad else None,
+    )
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def _broken(target: str, statistic: str, value: float, reference: float | None, reason: str) -> Measurement:
+    return Measurement("invariants", target, statistic, value, reference, 0.0, outcome=Outcome.FAIL, reason=reason)
+
+
+def _judge_edit(before: Readings, after: Readings) -> Iterator[Measurement]:
+    """The edit happened, and only where it was declared."""
+    edit = after.edit
+    if edit is None:
+        return
+    changed = changed_tensors(before, after, edit)
+    yield Measurement("invariants", "model", "num_changed_tensors", float(len(changed)), None, None)
+    if not changed and not edit.replaced_modules:
+        yield _judge_no_op(edit)
+    if edit.targets is None:
+        return
+    scope = Scope(before)
+    for name in (name for name in changed if not scope.covers(name, edit.targets)):
+        yield _broken(name, "undeclared_change", 1.0, 0.0, f"{edit.name!r} declared {', '.join(edit.targets)} only")
+    known = tuple(dict.fromkeys([*before.tensors, *after.tensors]))
+    for target in edit.targets:
+        if not any(scope.covers(name, (target,)) for name in changed):
+            yield _unmet(target, exists=any(scope.covers(name, (target,)) for name in known))
+
+
+def _judge_no_op(edit: EditRecord) -> Measurement:
+    if edit.kind == "train":
+        return Measurement("invariants", edit.name, "no_op", 1.0, 0.0, None, reason="no tensor changed in this window")
+    declared = edit.kind != "unknown" or edit.targets is not None
+    return Measurement(
+        "invariants",
+        edit.name,
+        "no_op",
+        1.0,
+        0.0,
+        0.0,
+        outcome=Outcome.FAIL if declared else Outcome.WARN,
+        reason="no-op edit: " + (f"kind {edit.kind!r} was declared and" if declared else "") + " no tensor changed",
+    )
+
+
+def _unmet(target: str, *, exists: bool) -> Measurement:
+    """A declared target that matches no tensor is FAIL; one that changed nothing is WARN."""
+    reason = "no tensor that this target covers was changed" if exists else "this target matches no tensor"
+    outcome = Outcome.WARN if exists else Outcome.FAIL
+    return Measurement("invariants", target, "unmet_target", 1.0, 0.0, 0.0, outcome=outcome, reason=reason)
+
+
+def _judge_contract(before: Readings, after: Readings) -> Iterator[Measurement]:
+    """The bounds that the declared kind promises, for each matrix they were measured on."""
+    edit = after.edit
+    if edit is None:
+        return
+    for reading in edit.contract:
+        matrix = after.matrices.get(reading.target) or before.matrices.get(reading.target)
+        outcome, reason = Outcome.PASS, None
+        if reading.value is None:
+            outcome, reason = Outcome.WARN, f"not measured: {reading.reason or 'no reason was given'}"
+        elif not _is_finite(reading.value):
+            outcome, reason = Outcome.FAIL, f"the contract of {edit.kind!r} is broken"
+        elif reading.value > reading.limit:
+            outcome = Outcome.FAIL if reading.rigorous else Outcome.WARN
+            reason = f"the contract of {edit.kind!r} is broken" if reading.rigorous else f"unusual for {edit.kind!r}"
+        yield Measurement(
+            "invariants",
+            reading.target,
+            f"contract_{reading.statistic}",
+            reading.value,
+            None,
+            reading.limit,
+            matrix.family if matrix else "model",
+            outcome,
+            reason,
+        )
+    if edit_kind(after) in WITH_CONTRACT and not edit.contract and changed_tensors(before, after, edit):
+        reason = f"the contract of {edit.kind!r} was not measured on any matrix"
+        yield Measurement("invariants", edit.name, "contract", None, None, None, outcome=Outcome.WARN, reason=reason)
