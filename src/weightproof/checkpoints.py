@@ -135,24 +135,22 @@ def _explain_missing_weights(folder: Path) -> InputError:
     return InputError(f"{folder} holds no safetensors weights; give a folder written by save_pretrained")
 
 
-def _shards(folder: Path) -> dict[Path, list[str] | None]:
-    """Files of a checkpoint with the keys expected in each (None: whatever is there)."""
+def _shards(folder: Path) -> dict[Path, list[str]]:
+    """Files of a checkpoint with the keys an index places in each (none without an index)."""
     index = folder / _INDEX
     if (folder / _SINGLE).exists() and not index.exists():
-        return {folder / _SINGLE: None}
+        return {folder / _SINGLE: []}
     if not index.exists():
         others = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_")]
         if not others:
             raise _explain_missing_weights(folder)
-        return dict.fromkeys(others)
+        return {file: [] for file in others}
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map; download or save the model again")
-    shards: dict[Path, list[str] | None] = {}
+    shards: dict[Path, list[str]] = {}
     for key, file in weight_map.items():
-        keys = shards.setdefault(folder / str(file), [])
-        assert keys is not None
-        keys.append(key)
+        shards.setdefault(folder / str(file), []).append(key)
     if missing := sorted(file.name for file in shards if not file.exists()):
         raise InputError(f"{index} names {missing[0]}, which is not in the folder; download the model again")
     return shards
@@ -167,7 +165,7 @@ def _read_headers(folder: Path) -> list[_Tensor]:
             return [_Tensor(key, file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype())) for key, part in slices]
 
         found = _open(file, read)
-        if lacking := sorted(set(expected or ()) - {tensor.key for tensor in found}):
+        if lacking := sorted(set(expected) - {tensor.key for tensor in found}):
             raise InputError(f"{file} lacks {lacking[0]}, which the index places there; download the model again")
         tensors += found
     return tensors

@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, build, example_inputs
 from torch import nn
+
 from weightproof.families import Block, blocks, clean_name, family_of, public_names, taps, unwrap
 
 
