@@ -1,0 +1,339 @@
+"""`GuardCallback`: guards the weights of a Hugging Face `Trainer` run.
+
+    >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[GuardCallback()])  # doctest: +SKIP
+    >>> trainer.train()                                                                  # doctest: +SKIP
+
+What happens at which event, and why there:
+
+| event | what the guard does |
+| --- | --- |
+| `on_train_begin` | baseline, last good snapshot, hook for the raw loss; on resume the sidecar files |
+| `on_step_end` | before log, evaluation and save: judge the window, then a scheduled edit |
+| `on_epoch_end` | the same where the strategy is "epoch" |
+| `on_save` | sidecar files into the checkpoint folder, only for weights that were judged |
+| `on_train_end` | last window, hook removed, certificate |
+
+The guard draws no random numbers from the run's generators, calls no `Trainer` method and fires no
+event (`Trainer.log` inside a step would clear the control flags, and with them the loss row). It is
+no `ExportableState`: that would re-create the callback on resume and crash on older checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from weightproof.errors import InputError, WeightproofError
+from weightproof.policy import Policy, load_policy
+from weightproof.session import STATE_FILE, GuardSession, Step
+from weightproof.types import Action
+from weightproof_callbacks.raw_loss import RawLossRecorder
+from weightproof_callbacks.training_state import clear_optimizer_state
+from weightproof_callbacks.wandb_tracker import live_run
+
+if TYPE_CHECKING:
+    from weightproof.trackers import Tracker
+
+logger = logging.getLogger("weightproof.trainer")
+
+ON_VIOLATION = ("rollback", "monitor", "stop")
+T = TypeVar("T")
+
+
+class GuardCallback(TrainerCallback):
+    """Judge every window of training steps, and apply scheduled edits, with rollback.
+
+    On a violation the weights go back to the last good snapshot, bit for bit and in place, and the
+    optimizer's per-parameter state is cleared: moments gathered in the rejected window would carry
+    the fault on. Learning rate, RNG and data order run on: the data of the window is skipped.
+
+    Args:
+        policy: Tier name, path of a policy file, or `Policy`.
+        every: Optimizer steps between two checks; evaluations and saves are checked too.
+        edits: Edits to apply, by global step: `{500: RTN(8)}`. The window before is judged first.
+        retain: Data on which the model must not get worse; see `GuardSession`.
+        on_violation: "rollback"; "stop" (roll back, save nothing at this step, end the training);
+            "monitor" (only report).
+        trackers: Trackers or their registered names. By default the JSONL log, and W&B where a run
+            is open or `report_to` names it.
+        output_dir: Folder for certificate and log; by default `weightproof` in `args.output_dir`.
+        snapshot_dir: Keep snapshots in this folder instead of in memory.
+
+    Attributes:
+        session: The `GuardSession` of the present (or last) training; None before the first.
+
+    Raises:
+        InputError: An argument is out of its range (at construction), or the run has several
+            processes or DeepSpeed (when training begins).
+        BaselineError: The model holds NaN or inf when training begins, or the sidecar files belong
+            to other weights.
+        RestoreError: A restore could not be proven exact. Training ends with it and saves nothing.
+    """
+
+    def __init__(  # noqa: PLR0913 - the public signature is the issue's
+        self,
+        policy: str | Path | Policy = "balanced",
+        every: int = 50,
+        edits: Mapping[int, Any] | None = None,
+        retain: Any = None,
+        on_violation: str = "rollback",
+        *,
+        trackers: Sequence[Tracker | str] | None = None,
+        output_dir: str | Path | None = None,
+        snapshot_dir: str | Path | None = None,
+    ) -> None:
+        _require_positive("every", every)
+        if on_violation not in ON_VIOLATION:
+            raise InputError(f"on_violation must be one of {', '.join(ON_VIOLATION)}, not {on_violation!r}")
+        self.policy = load_policy(policy)
+        self.every = every
+        self.edits = _checked_edits(edits)
+        self.retain = retain
+        self.on_violation = on_violation
+        self.trackers = trackers
+        self.output_dir = output_dir
+        self.snapshot_dir = snapshot_dir
+        self.session: GuardSession | None = None
+        self._recorder = RawLossRecorder()
+        self._judged_at = self._warmup_steps = 0
+        self._stopped = False
+        self._warned: set[str] = set()
+
+    @property
+    def history(self) -> tuple[Step, ...]:
+        """Every judged step of the present (or last) training, oldest first."""
+        return self.session.history if self.session is not None else ()
+
+    # -- events --------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Capture the baseline, or continue from the sidecar files of the resumed checkpoint."""
+        self._guarded(control, lambda: self._begin(args, state, kwargs["model"]))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Judge the window if one is due, then apply the edit scheduled for this step."""
+        self._recorder.end_step()
+        edit = self.edits.get(state.global_step)
+        due = edit is not None or state.global_step % self.every == 0
+        if due or control.should_evaluate or control.should_save:
+            self._guarded(control, lambda: self._check(state, control, kwargs["optimizer"]))
+        if edit is not None and not self._stopped:
+            self._guarded(control, lambda: self._apply(edit, state, control))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Judge what an "epoch" strategy is about to evaluate or save; veto saves after a stop."""
+        if (control.should_evaluate or control.should_save) and state.global_step != self._judged_at:
+            self._guarded(control, lambda: self._check(state, control, kwargs["optimizer"]))
+        if self._stopped:
+            control.should_save = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the sidecar files into the checkpoint that was just saved."""
+        if state.is_world_process_zero:
+            self._guarded(control, lambda: self._save(args, state, control, kwargs["optimizer"]))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Judge the last window, write the certificate, remove the hook, free the snapshot."""
+        self._guarded(control, lambda: self._end(args, state, control, kwargs["optimizer"]))
+
+    # -- what they do --------------------------------------------------------------------------
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
+        _require_supported(args)
+        if self.session is not None:
+            self.session.close()
+        self._stopped = False
+        self._warned.clear()
+        self._judged_at = state.global_step
+        self._warmup_steps = args.get_warmup_steps(state.max_steps)
+        self._warn_of_unreached_edits(state)
+        main = state.is_world_process_zero
+        folder = Path(self.output_dir) if self.output_dir is not None else Path(str(args.output_dir)) / "weightproof"
+        self.session = GuardSession(
+            model,
+            policy=self.policy,
+            retain=self.retain,
+            trackers=self._tracker_names(args) if main else (),
+            output_dir=folder if main else None,
+            snapshot_dir=self.snapshot_dir,
+        )
+        if state.global_step > 0:
+            self._resume(args, state)
+        self.session.watch()
+        self._recorder.attach(model)
+
+    def _tracker_names(self, args: TrainingArguments) -> Sequence[Tracker | str]:
+        if self.trackers is not None:
+            return self.trackers
+        asked = "wandb" in (args.report_to or ())
+        return ("jsonl", "wandb") if asked or live_run() is not None else ("jsonl",)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        folder = _checkpoint_folder(args, state)
+        given = args.resume_from_checkpoint
+        candidates = [folder, *([Path(given)] if isinstance(given, str) else [])]
+        found = next((path for path in candidates if (path / STATE_FILE).is_file()), None)
+        if found is None:
+            self._warn_once(
+                "resume", f"no {STATE_FILE} in {folder}: the guard starts from a new baseline, the resumed weights"
+            )
+        else:
+            self._required_session.load_state(found)
+
+    def _check(self, state: TrainerState, control: TrainerControl, optimizer: Any) -> Step:
+        """Judge the window that ends now; on a violation clear the moments, and stop if asked to."""
+        losses = self._recorder.drain()
+        if losses is None and state.global_step > self._judged_at:
+            self._warn_once("loss", "the model returned no loss in training mode: raw losses are not judged")
+        step = self._required_session.check_window(
+            step=state.global_step,
+            raw_losses=losses,
+            # A window that began in the warm-up belongs to it: its growth is what warming up is for.
+            in_warmup=self._judged_at < self._warmup_steps,
+            on_violation=self._session_mode,
+        )
+        self._judged_at = state.global_step
+        if step.applied == "restored":
+            cleared = clear_optimizer_state(optimizer)
+            if step.record is not None:
+                params = {**step.record.params, "optimizer_states_cleared": cleared}
+                step.record = replace(step.record, params=params)
+            logger.warning(
+                "step %d: the last good weights are restored and the optimizer state of %d parameters is cleared",
+                state.global_step,
+                cleared,
+            )
+        self._report(step, control)
+        return step
+
+    def _apply(self, edit: Any, state: TrainerState, control: TrainerControl) -> None:
+        step = self._required_session.apply(edit, on_violation=self._session_mode, step=state.global_step)
+        self._report(step, control)
+
+    def _report(self, step: Step, control: TrainerControl) -> None:
+        decision = step.decision
+        if decision is None or (decision.action is Action.KEEP and not decision.warned):
+            return
+        logger.warning("step %d, %s: %s, %s: %s", step.step, step.name, decision.action, step.applied, decision.reason)
+        if decision.action is Action.HALT or (decision.action is Action.ROLLBACK and self.on_violation == "stop"):
+            self._stop(control)
+
+    def _save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
+        folder = _checkpoint_folder(args, state)
+        if not folder.is_dir():
+            self._warn_once("save", f"no folder {folder}: the guard's state is not saved with this checkpoint")
+            return
+        if state.global_step != self._judged_at:  # another callback asked for this save after us
+            step = self._check(state, control, optimizer)
+            if step.applied == "restored":
+                logger.error("%s was saved before it was judged and holds rejected weights: do not use it", folder)
+                return
+        self._required_session.save_state(folder)
+
+    def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
+        session = self._required_session
+        # load_best_model_at_end has changed the weights after the last step.
+        if state.global_step != self._judged_at or args.load_best_model_at_end:
+            self._check(state, control, optimizer)
+        self._recorder.detach()
+        if session.output_dir is not None:
+            path = session.certificate().save(session.output_dir / "certificate.json")
+            actions = [step.decision.action for step in session.history if step.decision is not None]
+            for tracker in session.trackers if actions else ():
+                tracker.log_certificate(path, action=actions[-1], step=state.global_step)
+        session.close()
+        cost = session.cost
+        logger.info(
+            "guarded %d steps with %d checks in %.1f s (baseline %.1f s) and %.1f MB of snapshot: %d rejected",
+            state.global_step,
+            cost.checks,
+            cost.seconds,
+            cost.baseline_seconds,
+            cost.snapshot_bytes / 1e6,
+            sum(step.decision is not None and step.decision.action is not Action.KEEP for step in session.history),
+        )
+
+    # -- helpers -------------------------------------------------------------------------------
+
+    @property
+    def _session_mode(self) -> str:
+        return "monitor" if self.on_violation == "monitor" else "rollback"
+
+    @property
+    def _required_session(self) -> GuardSession:
+        if self.session is None:
+            raise InputError("the guard has no baseline: GuardCallback was added after training began; add it before")
+        return self.session
+
+    def _stop(self, control: TrainerControl) -> None:
+        self._stopped = True
+        control.should_training_stop = True
+        control.should_save = False
+
+    def _guarded(self, control: TrainerControl, act: Callable[[], T]) -> T:
+        """Run `act`; a guard's failure ends the training with it: on_train_end will not be called."""
+        try:
+            return act()
+        except WeightproofError as error:
+            self._recorder.detach()
+            self._stop(control)
+            logger.error("the guard cannot vouch for this model, training ends and saves nothing: %s", error)
+            raise
+
+    def _warn_of_unreached_edits(self, state: TrainerState) -> None:
+        late = sorted(step for step in self.edits if step > state.max_steps)
+        if late:
+            steps = ", ".join(map(str, late))
+            self._warn_once("edits", f"edits at step {steps} will never be reached: training ends at {state.max_steps}")
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            logger.warning(message)
+        self._warned.add(topic)
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _require_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a whole number of steps, 1 or more, not {value!r}")
+
+
+def _checked_edits(edits: Mapping[int, Any] | None) -> dict[int, Any]:
+    if edits is None:
+        return {}
+    if not isinstance(edits, Mapping):
+        raise InputError(f"edits must map a global step to an edit, such as {{500: RTN(8)}}, not {edits!r}")
+    for step, edit in edits.items():
+        _require_positive("a step in edits", step)
+        if not callable(getattr(edit, "plan", None)):
+            raise InputError(
+                f"edits[{step}] is {edit!r}, which has no plan(): use an edit such as weightproof.edits.RTN"
+            )
+    return dict(edits)
+
+
+def _require_supported(args: TrainingArguments) -> None:
+    if args.world_size > 1:
+        raise InputError(
+            f"this version guards one process, not {args.world_size}: ranks are not compared yet, so run on one"
+        )
+    if args.deepspeed is not None:
+        raise InputError(
+            "this version does not guard DeepSpeed: its fp32 master weights would undo a restore at the next step"
+        )
