@@ -1,0 +1,182 @@
+"""Golub-Kahan-Lanczos bidiagonalisation with a certified upper bound on the spectral norm.
+
+After k steps from a start vector v_1, A V_k = U_k B_k with B_k upper bidiagonal. The largest
+singular value of B_k (the Ritz value) never exceeds s_1 = ||A||_2. An upper bound comes from the
+Lanczos polynomial p_k of A'A: v_{k+1} = p_k(A'A) v_1 has norm 1, so p_k(s_1^2) |<v_1, y_1>| <= 1
+for the top right singular vector y_1, and p_k increases beyond the largest Ritz value. For v_1
+uniform on the sphere of R^n, |<v_1, y_1>| < eps sqrt(pi / (2 n)) has probability <= eps.
+(Hochstenbach, "Probabilistic upper bounds for the matrix two-norm", J. Sci. Comput. 2013.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from weightproof.matrices import seeded_generator
+
+# Failure probability of the upper bound, per matrix and check.
+FAILURE_PROBABILITY = 1e-6
+
+# Relative allowance for float32 products: bounds are widened by it on either side.
+ROUNDING = 1e-5
+
+# Below this fraction of the largest coefficient the Krylov space is exhausted (exact low rank).
+BREAKDOWN = 1e-5
+
+# Smaller first coefficients would underflow when squared.
+TINY = 1e-15
+
+# A bound is refined to this fraction of its distance from the Ritz value.
+BOUND_RESOLUTION = 1e-3
+
+
+class GolubKahan:
+    """A growing bidiagonalisation of diag(row_scale) matrix diag(col_scale), never formed.
+
+    Args:
+        matrix: (d_out, d_in) floating point tensor; half precision and float64 are read as float32.
+        key: Salt of the start vector, for example (name, step).
+        max_steps: The most steps that will be taken.
+        row_scale: (d_out,) or None.
+        col_scale: (d_in,) or None.
+
+    Only the right vectors, on the shorter side, are re-orthogonalised: that suffices
+    (Simon and Zha 2000) and halves the work beside the products.
+    """
+
+    def __init__(
+        self,
+        matrix: torch.Tensor,
+        *,
+        key: object,
+        max_steps: int,
+        row_scale: torch.Tensor | None = None,
+        col_scale: torch.Tensor | None = None,
+    ) -> None:
+        tall = matrix.shape[0] >= matrix.shape[1]
+        matrix = matrix.to(torch.float32)
+        self._matrix, self._matrix_t = (matrix, matrix.t()) if tall else (matrix.t(), matrix)
+        scales = (row_scale, col_scale) if tall else (col_scale, row_scale)
+        self._long_scale, self._short_scale = (
+            None if scale is None else scale.to(device=matrix.device, dtype=torch.float32) for scale in scales
+        )
+        self.size = self._matrix.shape[1]
+        start = torch.randn(self.size, generator=seeded_generator("golub-kahan", key), device="cpu")
+        self._basis = torch.empty(max_steps + 1, self.size, dtype=torch.float32, device=matrix.device)
+        self._basis[0] = start / torch.linalg.vector_norm(start)
+        self._left: torch.Tensor | None = None
+        self.alphas: list[float] = []
+        self.betas: list[float] = []
+        self.exhausted = False
+
+    @property
+    def reads(self) -> int:
+        """How often the matrix has been read."""
+        return 2 * len(self.alphas)
+
+    def extend(self, steps: int) -> None:
+        """Take steps until `steps` have been taken in all or the Krylov space is exhausted."""
+        while len(self.alphas) < steps and not self.exhausted:
+            self._step()
+
+    def _step(self) -> None:
+        taken = len(self.alphas)
+        left = self._forward(self._basis[taken])
+        if self._left is not None:
+            left.sub_(self._left, alpha=self.betas[-1])
+        alpha = float(torch.linalg.vector_norm(left))
+        largest = max(*self.alphas, *self.betas, alpha) if taken else alpha
+        if not alpha > BREAKDOWN * largest or math.isinf(alpha):
+            self._append(alpha, 0.0)
+            return
+        left.mul_(1.0 / alpha)
+        right = self._backward(left)
+        basis = self._basis[: taken + 1]
+        right.addmv_(basis.t(), torch.mv(basis, right), alpha=-1.0)
+        beta = float(torch.linalg.vector_norm(right))
+        self._append(alpha, beta)
+        if not beta > BREAKDOWN * largest or math.isinf(beta):
+            self.exhausted = True
+            return
+        torch.mul(right, 1.0 / beta, out=self._basis[taken + 1])
+        self._left = left
+
+    def _append(self, alpha: float, beta: float) -> None:
+        self.alphas.append(alpha)
+        self.betas.append(beta)
+        self.exhausted = beta == 0.0
+
+    def _forward(self, vector: torch.Tensor) -> torch.Tensor:
+        if self._short_scale is not None:
+            vector = vector * self._short_scale
+        product = torch.mv(self._matrix, vector)
+        return product if self._long_scale is None else product.mul_(self._long_scale)
+
+    def _backward(self, vector: torch.Tensor) -> torch.Tensor:
+        if self._long_scale is not None:
+            vector = vector * self._long_scale
+        product = torch.mv(self._matrix_t, vector)
+        return product if self._short_scale is None else product.mul_(self._short_scale)
+
+    @property
+    def finite(self) -> bool:
+        """False when a NaN, an inf or a float32 overflow came up."""
+        return math.isfinite(sum(self.alphas) + sum(self.betas))
+
+    @property
+    def vanished(self) -> bool:
+        """True when the matrix looks like zero in float32: zero, or too small to be squared."""
+        return not self.alphas or self.alphas[0] < TINY
+
+    def ritz_value(self) -> float:
+        """The largest singular value of B_k: a lower bound on ||A||_2 up to `ROUNDING`."""
+        diagonal, off_diagonal = _tridiagonal(self.alphas, self.betas)
+        matrix = np.diag(diagonal) + np.diag(off_diagonal[:-1], 1) + np.diag(off_diagonal[:-1], -1)
+        return math.sqrt(max(float(np.linalg.eigvalsh(matrix)[-1]), 0.0))
+
+    def bounds(self, eps: float = FAILURE_PROBABILITY) -> tuple[float, float, float]:
+        """(lower, Ritz value, upper) for ||A||_2; the upper bound fails with probability <= eps."""
+        ritz = self.ritz_value()
+        if ritz == 0.0:
+            return 0.0, 0.0, 0.0
+        upper = upper_bound(self.alphas, self.betas, ritz, size=self.size, eps=eps)
+        return ritz * (1.0 - ROUNDING), ritz, upper * (1.0 + ROUNDING)
+
+
+def _tridiagonal(alphas: list[float], betas: list[float]) -> tuple[list[float], list[float]]:
+    """Diagonal and off-diagonal of B'B; the last off-diagonal entry belongs to v_{k+1}."""
+    shifted = [0.0, *betas[:-1]]
+    diagonal = [alpha * alpha + beta * beta for alpha, beta in zip(alphas, shifted, strict=True)]
+    return diagonal, [alpha * beta for alpha, beta in zip(alphas, betas, strict=True)]
+
+
+def upper_bound(alphas: list[float], betas: list[float], ritz: float, *, size: int, eps: float) -> float:
+    """Square root of the t > ritz^2 where p_k(t) = 1 / (eps sqrt(pi / (2 size))), to `BOUND_RESOLUTION`.
+
+    Coefficients lost in rounding (breakdown) are replaced by the rounding level: that only
+    shrinks p_k, so that the bound stays valid.
+    """
+    unit = ritz * ritz
+    diagonal, off_diagonal = _tridiagonal(alphas, betas)
+    centre = [value / unit for value in diagonal]
+    coupling = [max(value / unit, BREAKDOWN) for value in off_diagonal]
+    target = 1.0 / (eps * math.sqrt(math.pi / (2.0 * size)))
+
+    def reaches(excess: float) -> bool:
+        point, previous, current, before = 1.0 + excess, 0.0, 1.0, 0.0
+        for middle, off in zip(centre, coupling, strict=True):
+            previous, current = current, ((point - middle) * current - before * previous) / off
+            before = off
+        return not current < target
+
+    high = 1e-6
+    while not reaches(high):
+        high *= 8.0
+    low = 0.0 if high <= 1e-6 else high / 8.0
+    while high - low > BOUND_RESOLUTION * high:
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return ritz * math.sqrt(1.0 + high)
