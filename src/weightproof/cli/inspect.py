@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from weightproof.cli.spectral_report import MatrixReport, SpectralReport
 
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
+NAME_WIDTH = 26
 WIDTH = 118
 """Columns of the tables where standard output is not a terminal."""
 
@@ -42,6 +44,8 @@ def inspect(
     limit: Annotated[int | None, typer.Option(min=1, help="Measure only the first N matrices.")] = None,
 ) -> None:
     """Report spectra, noise fit and weight distribution of a model, matrix by matrix."""
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise InputError(f"--plot writes PNG: give a file name that ends in .png, not {plot.name}")
     folder = resolve_folder(model)
     report = _measure(folder, model, null.value, limit)
     if as_json:
@@ -69,11 +73,19 @@ def resolve_folder(model: str) -> Path:
 
 
 def shorten(name: str, width: int) -> str:
-    """`name` in at most `width` columns, cut in its middle: both ends tell matrices apart."""
+    """`name` in at most `width` columns, cut nearer to its front: layer number and role stand at its end."""
     if len(name) <= width:
         return name
-    tail = (width - 1) // 2 + 1
-    return f"{name[: width - 1 - tail]}…{name[-tail:]}"
+    head = (width - 1) // 4
+    return f"{name[:head]}…{name[head + 1 - width :]}"
+
+
+def display_names(names: Sequence[str]) -> list[str]:
+    """Names without `.weight` and without a first component that most of them share (`model.`)."""
+    bare = [name.removesuffix(".weight") for name in names]
+    [(first, count)] = Counter(name.split(".")[0] for name in bare).most_common(1) or [("", 0)]
+    short = [name.removeprefix(f"{first}.") for name in bare]
+    return short if 2 * count > len(bare) and len(set(short)) == len(set(bare)) else bare
 
 
 def print_report(report: SpectralReport) -> None:
@@ -84,14 +96,14 @@ def print_report(report: SpectralReport) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
     if report.measured:
-        console.print(_matrix_table(report, console.width))
-        console.print(_family_table(report))
+        console.print(_matrix_table(report, console.width), "")
+        console.print(_family_table(report), "")
     _print_refused(console, report)
     console.print(f"measured {len(report.measured)} of {len(report.matrices)} weight matrices of {report.model}")
     if report.looks_untrained:
         console.print(
-            "[bold]looks untrained[/bold]: every spectrum is a pure Marchenko-Pastur bulk, as random initialisation "
-            "gives; if it should be trained, its weights were not really loaded or saved"
+            "[bold]looks untrained[/bold]: every measured spectrum is a pure Marchenko-Pastur bulk, as random "
+            "initialisation gives; if it should be trained, its weights were not really loaded or saved"
         )
 
 
@@ -109,8 +121,6 @@ def _measure(folder: Path, title: str, null: str, limit: int | None) -> Spectral
 def _write_plot(path: Path, report: SpectralReport) -> None:
     from weightproof.plots import inspect_png
 
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--plot writes PNG: give a file name that ends in .png, not {path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(inspect_png(report.model, report.fits))
     sys.stderr.write(f"wrote {path}\n")
@@ -133,6 +143,12 @@ def _alpha(matrix: MatrixReport) -> str:
     return f"{matrix.alpha:.2f}±{_number(matrix.alpha_error, '.2f')} k{matrix.alpha_tail}"
 
 
+def _spikes(matrix: MatrixReport) -> str:
+    if matrix.frobenius_norm == 0:
+        return "zero"
+    return "bulk" if matrix.pure_bulk else _number(matrix.num_spikes, "d")
+
+
 def _cells(matrix: MatrixReport) -> dict[str, str]:
     """Column title -> cell, in order of display."""
     return {
@@ -142,7 +158,7 @@ def _cells(matrix: MatrixReport) -> dict[str, str]:
         "stable\nrank": _number(matrix.stable_rank),
         "sigma": _number(matrix.sigma_mp),
         "edge": _number(matrix.edge_plus),
-        "spikes": "bulk" if matrix.pure_bulk else _number(matrix.num_spikes, "d"),
+        "spikes": _spikes(matrix),
         "spike\nenergy": _percent(matrix.spike_energy),
         "KS": _number(matrix.ks_distance, ".2f"),
         "alpha ± se k": _alpha(matrix),
@@ -157,11 +173,11 @@ DROP_FIRST = ("KS", "edge", "‖W‖F", "zeros", "sigma")
 
 
 def _matrix_table(report: SpectralReport, width: int) -> Table:
-    """One row a matrix, in model order; columns give way until names keep 24 characters."""
+    """One row a matrix, in model order; columns give way until names keep `NAME_WIDTH` characters."""
     rows = [(matrix, _cells(matrix)) for matrix in report.measured]
-    names = [matrix.name.removesuffix(".weight") for matrix, _ in rows]
+    names = display_names([matrix.name for matrix, _ in rows])
     columns = list(rows[0][1])
-    wanted = min(24, max(map(len, names)))
+    wanted = min(NAME_WIDTH, max(map(len, names)))
     room = _room(rows, columns, width)
     for column in DROP_FIRST:
         if room >= wanted:
@@ -184,7 +200,7 @@ def _room(rows: Iterable[tuple[MatrixReport, dict[str, str]]], columns: list[str
     used = max(len("family"), *(len(matrix.family) for matrix, _ in rows))
     for column in columns:
         used += max([*map(len, column.split("\n")), *(len(cells[column]) for _, cells in rows)])
-    return width - used - (len(columns) + 2) - 1
+    return width - used - (len(columns) + 1)  # one blank between two columns
 
 
 def _family_table(report: SpectralReport) -> Table:
@@ -213,9 +229,13 @@ def _table(title: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
 
 
 def _print_refused(console: Console, report: SpectralReport) -> None:
+    """Every matrix that was not measured, by name, gathered by reason."""
+    by_reason: dict[str, list[str]] = {}
     for matrix in report.refused:
-        console.print(f"not measured: {matrix.name} ({matrix.d_out}x{matrix.d_in}): {matrix.reason}", markup=False)
+        by_reason.setdefault(matrix.reason or "no reason given", []).append(matrix.name.removesuffix(".weight"))
+    for reason, names in by_reason.items():
+        console.print(f"not measured ({reason}): {', '.join(names)}", markup=False)

@@ -198,7 +198,7 @@ def _measure_all(
         if matrix.refusal is not None:
             yield _blank(matrix, null, reason=matrix.refusal), None
         elif done >= limit:
-            yield _blank(matrix, null, reason=f"not measured: beyond --limit {limit:g}"), None
+            yield _blank(matrix, null, reason=f"beyond --limit {limit:g}"), None
         else:
             done += 1
             yield _measure(matrix, null)
