@@ -45,7 +45,7 @@ class Recipe:
     length: int = 32
     mask_fraction: float = 0.0
     seed: int = 0
-    version: int = 1
+    version: int = 2
 
     @property
     def digest(self) -> str:
@@ -55,9 +55,9 @@ class Recipe:
 
 
 RECIPES = {
-    "gpt2": Recipe("gpt2", steps=400),
-    "llama": Recipe("llama", steps=400),
-    "bert": Recipe("bert", steps=800, learning_rate=1e-3, batch_size=64, length=16, mask_fraction=0.2),
+    "gpt2": Recipe("gpt2", steps=600),
+    "llama": Recipe("llama", steps=500),
+    "bert": Recipe("bert", steps=1000, learning_rate=1e-3, batch_size=64, length=16, mask_fraction=0.2),
     "t5": Recipe("t5", steps=700, length=16, mask_fraction=0.1),
 }
 
@@ -129,9 +129,9 @@ def transition_table(seed: int = 0) -> torch.Tensor:
     """Return P[a, b, next], the chain's law: peaked rows on a skewed alphabet, (symbols, symbols, symbols)."""
     generator = torch.Generator().manual_seed(1000 + seed)
     popularity = torch.arange(1, NUM_SYMBOLS + 1, dtype=torch.float64) ** -0.7
-    scores = torch.randn((NUM_SYMBOLS,) * 3, generator=generator, dtype=torch.float64)
-    scores += 2.0 * torch.randn((NUM_SYMBOLS, 1, NUM_SYMBOLS), generator=generator, dtype=torch.float64)
-    scores += 2.0 * torch.randn((1, NUM_SYMBOLS, NUM_SYMBOLS), generator=generator, dtype=torch.float64)
+    scores = 2.0 * torch.randn((NUM_SYMBOLS,) * 3, generator=generator, dtype=torch.float64)
+    scores += 1.5 * torch.randn((NUM_SYMBOLS, 1, NUM_SYMBOLS), generator=generator, dtype=torch.float64)
+    scores += 1.5 * torch.randn((1, NUM_SYMBOLS, NUM_SYMBOLS), generator=generator, dtype=torch.float64)
     return torch.softmax(scores + popularity.log(), dim=-1)
 
 

@@ -279,7 +279,7 @@ NOT_ADMITTED = {
     ("bert", "W_up*c with W_down/c"): "GELU is not positively homogeneous",
     ("bert", "pre-norm gain folded"): "post-norm: the residual stream reads the norm's output too",
 }
-"""(architecture, edit) -> why it would change the function. Final norms before a tied head (GPT-2, T5) stay unfolded."""
+"""(architecture, edit) -> why it would change the function; final norms before a tied head (GPT-2, T5) stay unfolded"""
 
 
 def preserving_edits(architecture: str) -> tuple[Edit, ...]:
