@@ -22,7 +22,7 @@ from torch import Tensor
 
 from weightproof.errors import InputError
 from weightproof.families import family_of, public_names
-from weightproof.layouts import DEPTHWISE, Layout, Piece, Stored, parameter_layout, pieces
+from weightproof.layouts import DEPTHWISE, Layout, Piece, Stored, parameter_layout, pieces, unreadable_dtype
 from weightproof.types import WeightMatrix
 
 _SINGLE = "model.safetensors"
@@ -59,6 +59,12 @@ _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
     "mixtral": ((r"\.block_sparse_moe\.", ".mlp."),),
     "minimax": ((r"\.block_sparse_moe\.", ".mlp."),),
+    "gpt_neox": ((r"^embed_out\.", "lm_head."),),
+    "granitemoe": (
+        (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
+        (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
+        (r"\.router\.layer\.weight$", ".router.weight"),
+    ),
 }
 
 # One tensor per expert -> the stack it belongs to in memory, and its place in a fused map.
@@ -72,7 +78,9 @@ _EXPERT_PARTS = {
     "down_proj": ("down_proj", 0),
 }
 # Buffers of older files; parameters are all else.
-_BUFFER = re.compile(r".*(?:position_ids|token_type_ids|inv_freq|\.attn\.(?:masked_)?bias|running_(?:mean|var))")
+_BUFFER = re.compile(
+    r".*(?:position_ids|token_type_ids|inv_freq|\.attn\.(?:masked_)?bias|final_logits_bias|running_(?:mean|var))"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,18 +210,17 @@ def _in_memory_name(key: str, model_types: set[str]) -> str:
 def _unreadable(tensor: _Tensor) -> str | None:
     if tensor.dtype is None:
         return "its stored dtype is unknown: dequantise the model and save it again"
-    if not tensor.dtype.is_floating_point:
-        name = str(tensor.dtype).removeprefix("torch.")
-        return f"it is stored as {name}, packed or quantised: dequantise the model and save it again"
-    return None
+    return unreadable_dtype(tensor.dtype)
 
 
 def _stored(name: str, tensor: _Tensor, config: Mapping[str, Any], model_types: set[str]) -> Stored:
     """What a parameter of the model in memory would tell, from its name and config.json."""
     shape, module_class, refusal = tensor.shape, "", _unreadable(tensor)
-    is_weight = name.endswith(".weight") and family_of(name) != "expert"
-    if is_weight and len(shape) > 2 and "_moe." not in name:
+    if ".parametrizations." in name:
+        module_class = "ParametrizationList"
+    elif len(shape) > 2 and name.endswith(".weight") and family_of(name) != "expert":
         module_class = f"Conv{len(shape) - 2}d"
+        # The file does not tell a depthwise convolution from one that reads a single channel.
         one_channel = len(shape) > 3 and config.get("num_channels") == 1
         if shape[1] == 1 and shape[0] > 1 and not one_channel:
             refusal = refusal or DEPTHWISE

@@ -205,7 +205,7 @@ _TAPS = (
         "ffn",
         re.compile(
             r"mlp\.(?:c_proj|down_proj|fc2|fc_out|dense_4h_to_h)|output\.dense|layer\.\d+\.DenseReluDense\.wo|fc2"
-            r"|feed_forward\.(?:down_proj|w2)|ffn\.lin2"
+            r"|feed_forward\.(?:down_proj|w2|output_dense)|ffn\.lin2|layer\.\d+\.mlp\.wo"
         ),
     ),
 )

@@ -67,6 +67,10 @@ _REFUSED_NAMES = (
         re.compile(r"(?:.*\.)?(?:\w+_)?rel(?:ative)?_(?:attention_|position_|pos_)?(?:bias\w*|h|w|table)(?:\.weight)?"),
         "a relative position table added to attention scores, not a linear map",
     ),
+    (
+        re.compile(r"(?:.*\.)?(?:\w+_)?scales?(?:_inv)?"),
+        "a table of scales (of a quantised weight, for example), not a linear map",
+    ),
     (re.compile(r"(?:.*\.)?A_log"), "state-space decay rates applied elementwise, not a linear map"),
     (re.compile(r"(?:.*\.)?(?:\w+_)?bias(?:es)?"), "a table of biases that are added, not a linear map"),
     (
@@ -139,6 +143,13 @@ def _whole(stored: Stored) -> tuple[int, int, Callable[[Tensor], Tensor]]:
     return shape[0], shape[1], _as_stored
 
 
+def unreadable_dtype(dtype: torch.dtype) -> str | None:
+    """Why values of this dtype are not the weights themselves; None for 16-bit floats and wider."""
+    if dtype.is_floating_point and dtype.itemsize > 1:
+        return None
+    return f"it is stored as {str(dtype).removeprefix('torch.')}, packed or quantised: dequantise it to measure it"
+
+
 def pieces(stored: Stored) -> Iterator[Piece]:
     """The matrices of one stored tensor of two or more dimensions, in order of the stack."""
     family = family_of(stored.name, stored.module_class)
@@ -167,6 +178,6 @@ def parameter_layout(shape: tuple[int, ...], module_class: str, *, turned_linear
         return Layout.CONVOLUTION
     if len(shape) == 2:
         return Layout.TURNED if turned_linear else Layout.LINEAR
-    if len(shape) == 3 and shape[0] > 1:
+    if len(shape) == 3 and shape[0] > 1 and module_class != "ParametrizationList":
         return Layout.TURNED_STACK if turned_stack else Layout.STACK
     return Layout.TABLE

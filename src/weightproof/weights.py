@@ -15,12 +15,11 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from weightproof.checkpoints import iter_checkpoint_matrices
 from weightproof.families import clean_name, public_names, unwrap
-from weightproof.layouts import DEPTHWISE, Layout, Piece, Stored, parameter_layout, pieces
+from weightproof.layouts import DEPTHWISE, Layout, Piece, Stored, parameter_layout, pieces, unreadable_dtype
 from weightproof.types import NamedTensor, StructureReading, WeightMatrix
 
 __all__ = [
@@ -104,16 +103,10 @@ def _unreadable(tensor: Tensor) -> str | None:
         return "it is on the meta device and has no values: load the weights first"
     if type(tensor).__name__ == "DTensor":
         return "it is sharded (DTensor): sharded weights are not supported yet"
-    if not tensor.dtype.is_floating_point:
-        return f"it is stored as {_dtype_name(tensor.dtype)}, packed or quantised: dequantise it to measure it"
-    # Parameter subclasses of quantizers keep a floating dtype and the logical shape.
+    # Tensor subclasses of quantizers keep a floating dtype and the logical shape.
     if type(tensor.data) not in (Tensor, nn.Parameter):
         return f"it is stored as {type(tensor.data).__name__}, not as a plain tensor: dequantise it to measure it"
-    return None
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return unreadable_dtype(tensor.dtype)
 
 
 def _module_class(module: nn.Module, ndim: int) -> str:

@@ -58,6 +58,20 @@ def test_experts_stored_turned_are_known_by_the_configuration(tmp_path):
     _compare(model, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["GPTNeoX", "Qwen3Moe", "GraniteMoe", "DeepseekV3"])
+def test_models_whose_files_keep_older_names_are_read_under_the_names_in_memory(kind, tmp_path):
+    settings = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        "q_lora_rank": 8, "kv_lora_rank": 8, "pad_token_id": 0,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model.save_pretrained(tmp_path)
+    _compare(model, tmp_path)
+
+
 def test_one_tensor_per_expert_is_joined_into_the_stack(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
     parts = {

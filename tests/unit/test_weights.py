@@ -249,10 +249,14 @@ def test_packed_integers_and_foreign_tensor_types_are_refused():
     class Wrapped(torch.Tensor):
         """A stand-in for a quantizer's tensor: floating dtype, logical shape, no plain storage."""
 
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
     model[0].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     model[1].weight = nn.Parameter(torch.randn(4, 4).as_subclass(Wrapped))
-    packed, wrapped = iter_weight_matrices(model)
+    model[2].weight = nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    model[2].weight_scale_inv = nn.Parameter(torch.ones(2, 2))
+    packed, wrapped, eight_bits, scales = iter_weight_matrices(model)
+    assert "float8" in eight_bits.refusal
+    assert "scales" in scales.refusal
     assert "uint8" in packed.refusal
     assert "Wrapped" in wrapped.refusal
 
@@ -260,10 +264,14 @@ def test_packed_integers_and_foreign_tensor_types_are_refused():
 def test_weights_under_a_parametrization_or_mask_are_refused():
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     nn.utils.parametrizations.orthogonal(model["a"])
+    model["c"] = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3), dim=2)
     prune.l1_unstructured(model["b"], "weight", amount=0.5)
     found = _by_name(model)
     assert "remove the parametrization" in found["b.weight_orig"].refusal
     assert all(matrix.refusal for name, matrix in found.items() if name.startswith("a."))
+    conv = [matrix for name, matrix in found.items() if name.startswith("c.")]
+    assert len(conv) == 2
+    assert all("remove the parametrization" in matrix.refusal for matrix in conv)
 
 
 def test_an_empty_matrix_is_refused():
