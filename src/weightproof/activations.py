@@ -102,11 +102,18 @@ class ModelOutput:
             state) or "values" (numbers that are neither: regression, independent labels).
         scores: (rows, ..., width).
         real: (rows, ...) bool, False where the input was padding; None when every position counts.
+        pooled: (rows, width) summary beside a hidden state (the pooler's output), None without one.
     """
 
     kind: str
     scores: torch.Tensor
     real: torch.Tensor | None
+    pooled: torch.Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """Everything compared: the scores and, where there is one, the pooled summary."""
+        return (self.scores,) if self.pooled is None else (self.scores, self.pooled)
 
 
 def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> ModelOutput:
@@ -125,7 +132,10 @@ def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Mode
             f"({type(error).__name__}: {first[0]}): give windows that this model accepts"
         ) from error
     kind, scores = _comparable(output, model)
-    return ModelOutput(kind, scores, real_positions(batch, scores.shape[:-1], decoder="decoder_input_ids" in batch))
+    real = real_positions(batch, scores.shape[:-1], decoder="decoder_input_ids" in batch)
+    pooled = output.get("pooler_output") if kind == "hidden" else None
+    has_summary = isinstance(pooled, torch.Tensor) and pooled.ndim == 2 and pooled.shape[-1] > 1
+    return ModelOutput(kind, scores, real, pooled if has_summary else None)
 
 
 def _switches(model: nn.Module) -> dict[str, bool]:
@@ -148,7 +158,7 @@ def _placed(value: torch.Tensor, model: nn.Module) -> torch.Tensor:
 
 def _comparable(output: Any, model: nn.Module) -> tuple[str, torch.Tensor]:
     fields = output if isinstance(output, Mapping) else {}
-    logits = fields.get("logits")
+    logits = fields.get("logits", fields.get("prediction_logits"))
     if logits is None and isinstance(fields.get("start_logits"), torch.Tensor):
         logits = torch.stack([fields["start_logits"], fields["end_logits"]], dim=1)  # two distributions over positions
     if logits is None and not fields:  # a plain module: a tensor, or a tuple that begins with one

@@ -170,6 +170,8 @@ def _prepare(sample: Item, model: nn.Module, length: int) -> Iterator[Item]:
     labels = next((sample.pop(key) for key in _LABELS if key in sample), None)
     if is_encoder_decoder(model) and "decoder_input_ids" not in sample:
         sample = {**sample, **_decoder_inputs(sample, labels, model)}
+    if not bool(sample.get("decoder_attention_mask", torch.ones(1)).any()):
+        return  # every label is ignored: nothing to score
     if "input_ids" in sample and main_input(model) == "input_ids":
         yield from _cut_text(sample, length)
         return

@@ -49,13 +49,12 @@ class BaseScores:
 
 @dataclass
 class Tally:
-    """Running sums over batches: KL and tokens per window, flips, squared change of hidden states."""
+    """Running sums over batches: KL and tokens per window, flips, squared change and size of hidden states."""
 
     kl: dict[int, float] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
     flips: int = 0
-    change: float = 0.0
-    size: float = 0.0
+    squares: tuple[float, float] = (0.0, 0.0)
     finite: bool = True
 
     @property
@@ -76,9 +75,8 @@ class Tally:
     @property
     def relative_change(self) -> float:
         """||now - base|| / ||base||; 1 when the base was all zero and is not any more."""
-        if self.size == 0.0:
-            return float(self.change > 0.0)
-        return math.sqrt(self.change / self.size)
+        change, size = self.squares
+        return math.sqrt(change / size) if size else float(change > 0.0)
 
 
 def is_finite(scores: torch.Tensor) -> bool:
@@ -162,8 +160,8 @@ def compare(base: BaseScores, scores: torch.Tensor, tally: Tally) -> None:
     if base.kind != "logits":
         now = normalise(scores) if base.kind == "hidden" else scores.float()
         kept = base.values.to(now.device)
-        tally.change += float(torch.linalg.vector_norm(now - kept, dtype=torch.float64)) ** 2
-        tally.size += float(torch.linalg.vector_norm(kept, dtype=torch.float64)) ** 2
+        change, size = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in (now - kept, kept))
+        tally.squares = (tally.squares[0] + change, tally.squares[1] + size)
         return
     for rows in _chunks(scores):
         kl, flipped = _divergence(base, scores[rows], rows)

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from weightproof.activations import (
-    ModelOutput,
     TapMoments,
     calibration_windows,
     forward_outputs,
@@ -52,14 +51,14 @@ class OutputCache:
 
     Attributes:
         windows: The windows it was asked on.
-        scores: Per windows, per batch.
+        scores: Per windows, per batch: the scores and, where there is one, the pooled summary.
         second_moments: "windows:tap" -> mean squared block contribution.
         forward_digest: Bit-exact hash of the raw output on the first window.
         trace: Inputs and outputs of every block on one window; None with `trace_reason`.
     """
 
     windows: tuple[Windows, ...]
-    scores: tuple[tuple[BaseScores, ...], ...]
+    scores: tuple[tuple[tuple[BaseScores, ...], ...], ...]
     second_moments: Mapping[str, float]
     forward_digest: str
     trace: BlockTrace | None = None
@@ -68,7 +67,7 @@ class OutputCache:
     @property
     def nbytes(self) -> int:
         """Memory held beside the model."""
-        held = sum(batch.nbytes for batches in self.scores for batch in batches)
+        held = sum(part.nbytes for batches in self.scores for batch in batches for part in batch)
         return held + (self.trace.nbytes if self.trace is not None else 0)
 
 
@@ -95,21 +94,17 @@ def capture_outputs(
     """
     if not windows:
         raise InputError("no windows to capture outputs on: give retain data, the model's config names no inputs")
-    scores: list[tuple[BaseScores, ...]] = []
+    scores: list[tuple[tuple[BaseScores, ...], ...]] = []
     moments: dict[str, float] = {}
     for one in windows:
-        batches = []
-        rows = sum(_num_rows(batch) for batch in one.batches)
+        budget = memory_cap_bytes / len(windows) / sum(_num_rows(batch) for batch in one.batches)
         with undisturbed(model), tap_moments(model) as taps:
-            for batch, (output, flat, window) in zip(one.batches, _outputs(model, one, taps), strict=True):
-                if not is_finite(flat):
-                    raise BaselineError(
-                        f"the model's outputs on the {one.name} windows are NaN or inf before any change: "
-                        "a broken model cannot be a baseline, load sound weights"
-                    )
-                budget = memory_cap_bytes / len(windows) * _num_rows(batch) / rows
-                batches.append(keep(output.kind, flat, window, budget))
-        scores.append(tuple(batches))
+            scores.append(
+                tuple(
+                    tuple(_keep_part(one, part, budget * _num_rows(batch)) for part in parts)
+                    for batch, parts in zip(one.batches, _outputs(model, one, taps), strict=True)
+                )
+            )
         moments.update({f"{one.name}:{tap}": value for tap, value in taps.moments().items()})
     trace = trace_blocks(model, _small_window(windows), cap_bytes=memory_cap_bytes // 4)
     return OutputCache(
@@ -126,8 +121,8 @@ def measure_divergence(model: nn.Module, cache: OutputCache) -> OutputPass:
     """Compare the model's outputs now with the cached ones, on the same windows.
 
     KL(base || now) in nats per token for logits, relative RMS change for hidden states (each token
-    normalised first, as the final norm would) and for other values (as they are). Outputs that are
-    NaN or inf give `finite=False` and no number.
+    normalised first, as the final norm would; the pooled summary apart, the larger is reported) and
+    for other values (as they are). Outputs that are NaN or inf give `finite=False` and no number.
 
     Raises:
         InputError: If the model's forward fails now, or its outputs have another shape.
@@ -135,12 +130,13 @@ def measure_divergence(model: nn.Module, cache: OutputCache) -> OutputPass:
     readings: list[DivergenceReading] = []
     moments: dict[str, float] = {}
     for one, batches in zip(cache.windows, cache.scores, strict=True):
-        tally = Tally()
+        tallies = tuple(Tally() for _ in batches[0])
         with undisturbed(model), tap_moments(model) as taps:
-            for base, (output, flat, _) in zip(batches, _outputs(model, one, taps), strict=True):
-                _require_same_form(base, output, flat)
-                compare(base, flat, tally)
-        readings.append(_reading(one, batches[0].kind, tally))
+            for bases, parts in zip(batches, _outputs(model, one, taps), strict=True):
+                _require_same_form(bases, parts)
+                for base, part, tally in zip(bases, parts, tallies, strict=True):
+                    compare(base, part.scores, tally)
+        readings.append(_reading(one, batches[0][0].kind, tallies))
         moments.update({f"{one.name}:{tap}": value for tap, value in taps.moments().items()})
     return OutputPass(tuple(readings), moments)
 
@@ -162,27 +158,49 @@ def forward_digest(model: nn.Module, windows: Windows | Sequence[Windows]) -> st
     """
     first = windows if isinstance(windows, Windows) else windows[0]
     with undisturbed(model):
-        scores = forward_outputs(model, first.first()).scores
-    whole = hashlib.sha256(f"{scores.dtype} {tuple(scores.shape)}\n".encode())
-    whole.update(raw_bytes(scores))
+        parts = forward_outputs(model, first.first()).parts
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
+        whole.update(raw_bytes(part))
     return whole.hexdigest()
 
 
-def _outputs(
-    model: nn.Module, windows: Windows, taps: TapMoments
-) -> Iterator[tuple[ModelOutput, torch.Tensor, torch.Tensor]]:
-    """Per batch: the output, its scored tokens (n, width), and the window (n,) of each token."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Scores (n, width) of the real tokens of one batch, and the window (n,) of each token."""
+
+    kind: str
+    scores: torch.Tensor
+    window: torch.Tensor
+
+
+def _outputs(model: nn.Module, windows: Windows, taps: TapMoments) -> Iterator[tuple[_Part, ...]]:
+    """One forward pass per batch; windows are numbered through."""
     offset = 0
     for batch in windows.batches:
         taps.batch = batch
         output = forward_outputs(model, batch)
-        scores = output.scores if output.scores.ndim > 1 else output.scores[None]
-        rows = torch.arange(scores.shape[0]).reshape(-1, *[1] * (scores.ndim - 2)).expand(scores.shape[:-1])
-        if output.real is None or output.real.shape != scores.shape[:-1]:
-            yield output, scores.reshape(-1, scores.shape[-1]), rows.flatten() + offset
-        else:
-            yield output, scores[output.real.to(scores.device)], rows[output.real] + offset
-        offset += scores.shape[0]
+        main = _flat(output.kind, output.scores, output.real, offset)
+        yield (main,) if output.pooled is None else (main, _flat(output.kind, output.pooled, None, offset))
+        offset += output.scores.shape[0]
+
+
+def _flat(kind: str, scores: torch.Tensor, real: torch.Tensor | None, offset: int) -> _Part:
+    scores = scores if scores.ndim > 1 else scores[None]
+    rows = torch.arange(scores.shape[0]).reshape(-1, *[1] * (scores.ndim - 2)).expand(scores.shape[:-1]) + offset
+    if real is None:
+        return _Part(kind, scores.reshape(-1, scores.shape[-1]), rows.flatten())
+    return _Part(kind, scores[real.to(scores.device)], rows[real])
+
+
+def _keep_part(windows: Windows, part: _Part, budget_bytes: float) -> BaseScores:
+    if not is_finite(part.scores):
+        raise BaselineError(
+            f"the model's outputs on the {windows.name} windows are NaN or inf before any change: "
+            "a broken model cannot be a baseline, load sound weights"
+        )
+    return keep(part.kind, part.scores, part.window, budget_bytes)
 
 
 def _num_rows(batch: Mapping[str, torch.Tensor]) -> int:
@@ -190,25 +208,29 @@ def _num_rows(batch: Mapping[str, torch.Tensor]) -> int:
     return first.shape[0] if first.ndim else 1
 
 
-def _require_same_form(base: BaseScores, output: ModelOutput, flat: torch.Tensor) -> None:
-    if base.kind != output.kind or base.width != flat.shape[-1] or len(base.window) != flat.shape[0]:
+def _require_same_form(bases: tuple[BaseScores, ...], parts: tuple[_Part, ...]) -> None:
+    then = [(base.kind, len(base.window), base.width) for base in bases]
+    now = [(part.kind, *part.scores.shape) for part in parts]
+    if then != now:
         raise InputError(
-            f"the outputs now are {flat.shape[0]} tokens of {output.kind} with {flat.shape[-1]} entries, at baseline "
-            f"{len(base.window)} of {base.kind} with {base.width}: they cannot be compared, capture a new baseline"
+            f"the model's outputs are now {now} and were {then} at baseline (kind, tokens, width): "
+            "they cannot be compared, capture a new baseline"
         )
 
 
-def _reading(windows: Windows, kind: str, tally: Tally) -> DivergenceReading:
-    has_kl = tally.finite and kind == "logits"
+def _reading(windows: Windows, kind: str, tallies: tuple[Tally, ...]) -> DivergenceReading:
+    main = tallies[0]
+    finite = all(tally.finite for tally in tallies)
+    has_kl = finite and kind == "logits"
     return DivergenceReading(
         windows=windows.name,
         windows_digest=windows.digest,
-        num_tokens=tally.num_tokens,
-        kl=tally.mean_kl if has_kl else None,
-        kl_max=tally.max_kl if has_kl else None,
-        top1_flip_rate=tally.flips / tally.num_tokens if has_kl else None,
-        hidden_error=tally.relative_change if tally.finite and kind != "logits" else None,
-        finite=tally.finite,
+        num_tokens=main.num_tokens,
+        kl=main.mean_kl if has_kl else None,
+        kl_max=main.max_kl if has_kl else None,
+        top1_flip_rate=main.flips / main.num_tokens if has_kl else None,
+        hidden_error=max(t.relative_change for t in tallies) if finite and kind != "logits" else None,
+        finite=finite,
     )
 
 

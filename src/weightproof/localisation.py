@@ -37,19 +37,19 @@ class BlockTrace:
         tensors: Distinct floating tensors, on the CPU, in the model's dtype.
         places: (block call, "in" or "out", path of the argument or output) -> index into `tensors`.
         sources: Places of tensors that no block made -> "embedding" or "encoder_output".
-        scores: What the model returned (logits or hidden state).
+        scores: What the model returned (logits, or hidden state and pooled summary).
     """
 
     window: Mapping[str, torch.Tensor]
     tensors: tuple[torch.Tensor, ...]
     places: Mapping[tuple[str, str, str], int]
     sources: Mapping[tuple[str, str, str], str]
-    scores: torch.Tensor
+    scores: tuple[torch.Tensor, ...]
 
     @property
     def nbytes(self) -> int:
         """Memory held."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.tensors, self.scores))
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.tensors, *self.scores))
 
 
 class _TooLargeError(Exception):
@@ -95,12 +95,13 @@ def trace_blocks(model: nn.Module, window: Item, *, cap_bytes: int) -> BlockTrac
 
     try:
         scores = _run(model, window, record)
-        store.put(scores)
+        for part in scores:
+            store.put(part)
     except _TooLargeError:
         return f"the inputs and outputs of its blocks on one window take more than {cap_bytes / 2**20:.0f} MiB"
     if not places:
         return "the model has no repeated blocks that are known"
-    return BlockTrace(window, tuple(store.clones), places, sources, scores.cpu())
+    return BlockTrace(window, tuple(store.clones), places, sources, tuple(part.cpu() for part in scores))
 
 
 def locate_errors(model: nn.Module, trace: BlockTrace) -> tuple[BlockError, ...]:
@@ -127,7 +128,8 @@ def locate_errors(model: nn.Module, trace: BlockTrace) -> tuple[BlockError, ...]
         return base.to(tensor.dtype) if base.shape == tensor.shape else tensor
 
     scores = _run(model, dict(trace.window), force)
-    _note(errors, HEAD, relative_error(scores, trace.scores.to(scores.device)))
+    for part, base in zip(scores, trace.scores, strict=False):
+        _note(errors, HEAD, relative_error(part, base.to(part.device)))
     return tuple(BlockError(name, error) for name, error in errors.items())
 
 
@@ -152,7 +154,7 @@ _Visit = Callable[[tuple[str, str, str], torch.Tensor], torch.Tensor]
 _MAIN_OUTPUT = "0"
 
 
-def _run(model: nn.Module, window: Item, visit: _Visit) -> torch.Tensor:
+def _run(model: nn.Module, window: Item, visit: _Visit) -> tuple[torch.Tensor, ...]:
     """One forward pass in which `visit` sees, and may replace, every floating tensor at a block's border."""
     calls: Counter[str] = Counter()
 
@@ -180,7 +182,7 @@ def _run(model: nn.Module, window: Item, visit: _Visit) -> torch.Tensor:
         handles.append(block.module.register_forward_pre_hook(partial(enter, block), with_kwargs=True))
         handles.append(block.module.register_forward_hook(partial(leave, block)))
     with undisturbed(model), hooked(*handles):
-        return forward_outputs(model, window).scores
+        return forward_outputs(model, window).parts
 
 
 def _at(visit: _Visit, call: str, side: str, path: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -305,6 +305,8 @@ def test_decoder_inputs_come_from_labels_shifted_right():
     assert batch["decoder_input_ids"].tolist() == [[0, 7, 8]]
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 0]]
     assert "labels" not in batch
+    with pytest.raises(InputError, match="has no window"):
+        calibration_windows([{"input_ids": [4, 5], "labels": [-100, -100]}], model)
     without = calibration_windows([{"input_ids": [4, 5, 6]}], model).batches[0]
     assert without["decoder_input_ids"].tolist() == [[0, 4, 5]]
 
