@@ -1,0 +1,138 @@
+"""The edits that fooled the strongest existing system: every harmful one goes back, every harmless one stays.
+
+Truth is the model's own held-out loss: an edit is harmful when delta-NLL > 0.02 (NaN counts as harm).
+`pytest -s` prints the table: delta-NLL, decision, deciding guard.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from trained_models import NAMES, Trained, calibration_windows, load
+from weight_edits import HARMFUL, NOT_ADMITTED, Edit, apply_edit, harmless_edits
+
+from weightproof import Action, GuardSession, Outcome
+from weightproof.edits.rtn import RTN
+from weightproof.session import Step
+
+HARM = 0.02
+CASES = [
+    pytest.param(name, windows, id=f"{name}-{windows}", marks=pytest.mark.xdist_group(f"trained-{name}"))
+    for name in NAMES
+    for windows in ("random tokens", "retain windows")
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    edit: str
+    delta_nll: float
+    expected: str
+    step: Step
+
+    @property
+    def is_right(self) -> bool:
+        return self.step.decision is not None and self.step.decision.action == self.expected
+
+    def __str__(self) -> str:
+        decision = self.step.decision
+        assert decision is not None
+        mark = " " if self.is_right else "!"
+        return f"{mark} {self.edit:<30}{self.delta_nll:>12.5f}  {decision.action:<9} {deciding_guards(self.step)}"
+
+
+def deciding_guards(step: Step) -> str:
+    """Return the guards that failed, or those that only warned, or what kept the change."""
+    for outcome in (Outcome.FAIL, Outcome.WARN):
+        guards = [verdict.guard for verdict in step.verdicts if verdict.outcome is outcome]
+        if guards:
+            return f"{outcome}: {', '.join(guards)}"
+    assert step.decision is not None
+    return step.decision.assurance
+
+
+def is_harmful(delta_nll: float) -> bool:
+    return not delta_nll <= HARM
+
+
+def delta_nll(edit: Edit, trained: Trained) -> float:
+    """Return the edit's change of the held-out loss, on a copy that no guard sees."""
+    edited = copy.deepcopy(trained.model)
+    apply_edit(edit, edited)
+    return trained.loss(edited) - trained.loss(trained.model)
+
+
+def contents(model: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
+    """Return the exact bytes of every parameter and buffer by name, with its dtype; tied names included."""
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {
+        name: (tensor.dtype, tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors
+    }
+
+
+def module_objects(model: nn.Module) -> dict[str, int]:
+    return {name: id(module) for name, module in model.named_modules()}
+
+
+def guarded(session: GuardSession, edit: Edit) -> Step:
+    with session.edit(edit.name) as step:
+        apply_edit(edit, session.model)
+    return step
+
+
+def harmful_rows(trained: Trained, retain: list | None) -> Iterable[Row]:
+    """Judge every harmful edit in one session, proving after each that the model is back."""
+    model = copy.deepcopy(trained.model)
+    session = GuardSession(model, policy="balanced", retain=retain)
+    before, objects = contents(model), module_objects(model)
+    for edit in HARMFUL:
+        harm = delta_nll(edit, trained)
+        if not is_harmful(harm):
+            print(f"  {edit.name}: not harmful here (delta-NLL {harm:.5f}), exempt")
+            continue
+        step = guarded(session, edit)
+        yield Row(edit.name, harm, Action.ROLLBACK, step)
+        if step.applied == "restored":
+            assert contents(model) == before, edit.name
+            assert module_objects(model) == objects, edit.name
+        else:
+            model = copy.deepcopy(trained.model)
+            session = GuardSession(model, policy="balanced", retain=retain)
+            before, objects = contents(model), module_objects(model)
+
+
+def harmless_rows(name: str, trained: Trained, retain: list | None) -> Iterable[Row]:
+    """Judge every harmless edit, each against the model as trained."""
+    for edit in harmless_edits(name):
+        session = GuardSession(copy.deepcopy(trained.model), policy="balanced", retain=retain)
+        yield Row(edit.name, delta_nll(edit, trained), Action.KEEP, guarded(session, edit))
+    session = GuardSession(copy.deepcopy(trained.model), policy="balanced", retain=retain)
+    step = session.apply(RTN(8))
+    yield Row("RTN(8), declared", trained.loss(session.model) - trained.loss(trained.model), Action.KEEP, step)
+
+
+@pytest.mark.parametrize(("name", "windows"), CASES)
+def test_harmful_edits_are_rolled_back_and_harmless_ones_kept(name: str, windows: str) -> None:
+    trained = load(name)
+    retain = calibration_windows(name) if windows == "retain windows" else None
+    print(f"\n{name}, {windows}: held-out loss {trained.loss(trained.model):.4f}")
+    rows = []
+    for row in (*harmful_rows(trained, retain), *harmless_rows(name, trained, retain)):
+        print(row)
+        rows.append(row)
+    for (architecture, edit), reason in NOT_ADMITTED.items():
+        if architecture == name:
+            print(f"  {edit}: not admitted ({reason})")
+
+    assert [str(row) for row in rows if not row.is_right] == []
+    assert sum(row.expected == Action.ROLLBACK for row in rows) >= len(HARMFUL) - 1
+    assert all(math.isfinite(row.delta_nll) and row.delta_nll < HARM for row in rows if row.expected == Action.KEEP)
