@@ -1,0 +1,431 @@
+"""The only writer of weights: keeps originals, writes planned values, restores, proves the digest.
+
+A snapshot keeps the values of every parameter and buffer, and the objects that hold them: which
+module, parameter and buffer object sits where, and the storage behind each. Restoring puts the same
+objects back and writes into the same storage, so that ties, optimizer references and DDP buckets
+survive, whatever the edit did (in-place writes, `model.to(dtype)`, replaced modules, parametrizations).
+
+Not covered: anything that is not a parameter, a buffer or the module graph, such as `model.config`,
+optimizer state, or plain attributes of modules whose tensors and children stayed the same objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from weightproof.errors import InputError, RestoreError, SnapshotError
+from weightproof.tensor_store import (
+    FolderStore,
+    MemoryStore,
+    Store,
+    as_bits,
+    dense_part,
+    model_digest,
+    same_bits,
+    tensor_digest,
+    tensor_digests,
+)
+from weightproof.types import WeightMatrix
+from weightproof.weights import clean_name, iter_tensors, iter_weight_matrices, unwrap
+
+__all__ = ["Snapshot", "model_digest", "tensor_digest", "write_matrix"]
+
+_TABLES = ("_modules", "_parameters", "_buffers")
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+@dataclass(slots=True)
+class _Holder:
+    """A tensor object, with an alias of the storage that was behind it and what belongs to it."""
+
+    holder: torch.Tensor
+    alias: torch.Tensor
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Holder:
+        return cls(tensor, tensor.data, tensor.requires_grad)
+
+    def put_back(self) -> None:
+        """Give the object its original storage and flag; a gradient follows the dtype."""
+        tensor, alias = self.holder, self.alias
+        if not _same_memory(tensor, alias):
+            grad, tensor.grad = tensor.grad, None
+            tensor.data = alias
+            if grad is not None and grad.shape == alias.shape:
+                tensor.grad = grad.to(device=alias.device, dtype=alias.dtype)
+        if tensor.requires_grad != self.requires_grad:
+            tensor.requires_grad_(self.requires_grad)
+
+
+@dataclass(slots=True)
+class _ModuleState:
+    """One module object: its class, its tables, and what an edit may hang onto it.
+
+    `visible` are the names in the tables that no plain attribute of the instance hides.
+    """
+
+    module: nn.Module
+    kind: type[nn.Module]
+    tables: dict[str, dict[str, object]]
+    visible: tuple[str, ...]
+    non_persistent: set[str]
+    hooks: dict[str, dict[int, object]]
+    plain: dict[str, object]
+    forward: object
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _ModuleState:
+        own = vars(module)
+        return cls(
+            module=module,
+            kind=type(module),
+            tables={table: dict(own[table]) for table in _TABLES},
+            visible=tuple(name for table in _TABLES for name in own[table] if name not in own),
+            non_persistent=set(own["_non_persistent_buffers_set"]),
+            hooks={table: dict(own[table]) for table in _HOOK_TABLES},
+            plain={key: value for key, value in own.items() if _is_plain(key, value)},
+            forward=own.get("forward"),
+        )
+
+    def is_changed(self) -> bool:
+        """Whether the class, a table or the instance's `forward` is not what it was."""
+        own = vars(self.module)
+        return (
+            type(self.module) is not self.kind
+            or own.get("forward") is not self.forward
+            or own["_non_persistent_buffers_set"] != self.non_persistent
+            or any(not _same_objects(own[table], kept) for table, kept in self.tables.items())
+            or any(name in own for name in self.visible)
+        )
+
+    def put_back(self) -> None:
+        """Restore a changed module: tables in place, and the hooks and attributes beside them."""
+        if not self.is_changed():
+            return
+        module, own = self.module, vars(self.module)
+        module.__class__ = self.kind
+        for table, kept in (*self.tables.items(), *self.hooks.items()):
+            own[table].clear()
+            own[table].update(kept)
+        for name in self.visible:
+            own.pop(name, None)  # a plain attribute left by a reparametrization would hide the tensor
+        own["_non_persistent_buffers_set"].clear()
+        own["_non_persistent_buffers_set"].update(self.non_persistent)
+        own.pop("forward", None)
+        own.update(self.plain)
+        if self.forward is not None:
+            own["forward"] = self.forward
+
+
+@dataclass(slots=True)
+class _Record:
+    """One distinct tensor: its public names, and every object that holds its storage."""
+
+    name: str
+    names: tuple[str, ...]
+    holders: list[_Holder] = field(default_factory=list)
+
+
+class Snapshot:
+    """Everything needed to take a change of weights back, bit for bit.
+
+    Made by `Snapshot.capture`; `discard` it when it is no longer needed.
+
+    Attributes:
+        nbytes: Size of the copies, in memory or on disk.
+    """
+
+    def __init__(self, model: nn.Module, store: Store, records: dict[str, _Record]) -> None:
+        self._model = model
+        self._store: Store | None = store
+        self._records = records
+        self._modules = [_ModuleState.of(module) for module in model.modules()]
+        self._paths = dict(model.named_modules(remove_duplicate=False))
+        self._registered = _registered(model)
+        self._selectors = _selectors(model)
+        self.nbytes = store.nbytes
+
+    @classmethod
+    def capture(cls, model: nn.Module, directory: Path | str | None = None) -> Snapshot:
+        """Copy every parameter and buffer, and note the module graph.
+
+        Args:
+            model: Any module; DDP and torch.compile wrappers are looked through.
+            directory: Keep the copies in a fresh sub-folder of this folder (safetensors, verified
+                when read back); None: in memory, each on its tensor's device.
+
+        Raises:
+            SnapshotError: If there is no room, or a tensor cannot be copied bit for bit (sharded,
+                quantized subclass, meta, sparse). The model is untouched.
+        """
+        model = unwrap(model)
+        for raw, tensor in _registered(model).items():
+            _require_plain(clean_name(raw), tensor)
+        records = _records(model)
+        originals = {name: record.holders[0].alias for name, record in records.items()}
+        store = MemoryStore(originals) if directory is None else FolderStore(originals, Path(directory))
+        return cls(model, store, records)
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """SHA-256 of every tensor at capture, by public name."""
+        return self._held().digests
+
+    @property
+    def model_digest(self) -> str:
+        """SHA-256 over names and digests of all tensors at capture."""
+        return model_digest(self.digests)
+
+    def original(self, tensor_name: str) -> torch.Tensor:
+        """The kept copy of a tensor, by any of its public names; do not write to it.
+
+        Raises:
+            InputError: If the model had no such tensor.
+            RestoreError: If the copy on disk is gone or was altered.
+        """
+        for name, record in self._records.items():
+            if tensor_name in record.names:
+                return self._held().read(name)
+        raise InputError(f"the snapshot holds no tensor {tensor_name!r}")
+
+    def original_matrix(self, matrix: WeightMatrix) -> torch.Tensor | None:
+        """What `matrix.load()` gave at capture, (d_out, d_in); None for a matrix that was not there.
+
+        The orientation is the one the matrix had at capture, whatever replaced it since.
+        """
+        found = self._selectors.get(matrix.name)
+        if found is None:
+            return None
+        tensor_name, select = found
+        kept, alias = self.original(tensor_name), self._records[tensor_name].holders[0].alias
+        return select(kept if alias.is_contiguous() else _strided_like(kept, alias))
+
+    def changed_names(self) -> tuple[str, ...]:
+        """Public names of tensors whose bits, dtype or shape differ now, or that were added or removed.
+
+        Compared bit for bit (NaN equals NaN, 0.0 differs from -0.0), without hashing. A tensor with
+        several names is given once, unless only some of its names changed.
+        """
+        now = {name: named.tensor for named in iter_tensors(self._model) for name in (named.name, *named.tied_names)}
+        changed: list[str] = []
+        for record in self._records.values():
+            different = self._differing(record, now)
+            changed += [record.name] if len(different) == len(record.names) else different
+        known = {name for record in self._records.values() for name in record.names}
+        return (*changed, *(name for name in now if name not in known))
+
+    def _differing(self, record: _Record, now: Mapping[str, torch.Tensor]) -> list[str]:
+        kept = self._held().read(record.name)
+        equal: dict[int, bool] = {}
+        for name in record.names:
+            tensor = now.get(name)
+            if tensor is not None and id(tensor) not in equal:
+                equal[id(tensor)] = type(tensor) in _PLAIN_TYPES and same_bits(tensor, kept)
+        return [name for name in record.names if name not in now or not equal[id(now[name])]]
+
+    def replaced_modules(self) -> tuple[str, ...]:
+        """Public names of modules that are another object or class now, were added, or removed.
+
+        Of a replaced subtree only the topmost name is given.
+        """
+        now = dict(self._model.named_modules(remove_duplicate=False))
+        kinds = {id(state.module): state.kind for state in self._modules}
+        different = {
+            path
+            for path in now.keys() | self._paths.keys()
+            if now.get(path) is not self._paths.get(path) or type(now[path]) is not kinds[id(now[path])]
+        }
+        topmost = [path for path in different if not any(path.startswith(f"{other}.") for other in different)]
+        return tuple(sorted(clean_name(path) for path in topmost))
+
+    def restore(self) -> str:
+        """Put every object, tie and value back, and prove it.
+
+        The copies that will be written are checked against their digests before anything is
+        touched. A gradient follows its parameter back to the original dtype.
+
+        Returns:
+            The model digest, equal to the one at capture.
+
+        Raises:
+            RestoreError: Naming the tensor. Do not use the model: it may be partly restored.
+        """
+        digests = self.digests
+        try:
+            differing = self._verified_differences(digests)
+            for state in self._modules:
+                state.put_back()
+            for record in self._records.values():
+                for holder in record.holders:
+                    holder.put_back()
+                if record.name in differing:
+                    _write(record.holders[0].alias, self._held().read(record.name))
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, OSError) as error:
+            raise RestoreError(f"restoring failed midway, do not use the model: {error}") from error
+        self._prove(digests)
+        return model_digest(digests)
+
+    def _verified_differences(self, digests: Mapping[str, str]) -> frozenset[str]:
+        """Names of tensors whose storage no longer holds the original, their copies proven intact."""
+        differing = []
+        for name, record in self._records.items():
+            kept = self._held().read(name)
+            if not all(same_bits(holder.alias, kept) for holder in record.holders):
+                if tensor_digest(kept) != digests[name]:
+                    raise RestoreError(f"the kept copy of {name} was altered: nothing was restored")
+                differing.append(name)
+        return frozenset(differing)
+
+    def _prove(self, digests: Mapping[str, str]) -> None:
+        now = _registered(self._model)
+        for raw in now.keys() | self._registered.keys():
+            if now.get(raw) is not self._registered.get(raw):
+                raise RestoreError(
+                    f"{clean_name(raw)} is not the original object after restoring: do not use the model"
+                )
+        if dict(self._model.named_modules(remove_duplicate=False)) != self._paths:
+            raise RestoreError("the module graph is not the original one after restoring: do not use the model")
+        for record in self._records.values():
+            for holder in record.holders:
+                if not _same_memory(holder.holder, holder.alias):
+                    raise RestoreError(f"{record.name} is not in its original storage: do not use the model")
+        found = tensor_digests({name: record.holders[0].alias for name, record in self._records.items()})
+        wrong = [name for name in digests if found[name] != digests[name]]
+        if wrong:
+            raise RestoreError(
+                f"{wrong[0]} has another digest after restoring ({len(wrong)} of {len(digests)} tensors): "
+                "do not use the model"
+            )
+
+    def discard(self) -> None:
+        """Free the memory or remove the files; the snapshot cannot be used afterwards."""
+        if self._store is not None:
+            self._store.discard()
+            self._store = None
+
+    def _held(self) -> Store:
+        if self._store is None:
+            raise RestoreError("this snapshot was discarded: nothing can be read or restored from it")
+        return self._store
+
+
+def write_matrix(matrix: WeightMatrix, values: torch.Tensor) -> None:
+    """Write new (d_out, d_in) values into the live storage of a matrix, cast once to its dtype.
+
+    Raises:
+        InputError: If the matrix is refused, is not a view of live storage, or has another shape.
+    """
+    if matrix.refusal is not None:
+        raise InputError(f"{matrix.name} cannot be written: {matrix.refusal}")
+    if not matrix.is_view:
+        raise InputError(f"{matrix.name} cannot be written: it is a copy, not a view of the model's storage")
+    target = matrix.load()
+    if values.shape != target.shape:
+        raise InputError(
+            f"{matrix.name} has shape {list(target.shape)} (d_out, d_in), the new values {list(values.shape)}"
+        )
+    if not target.is_floating_point() or not values.is_floating_point():
+        raise InputError(f"{matrix.name}: {values.dtype} values cannot be written into {target.dtype} weights")
+    with torch.no_grad():
+        target.copy_(values.detach().to(device=target.device, dtype=target.dtype))
+
+
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter)
+
+
+def _write(target: torch.Tensor, kept: torch.Tensor) -> None:
+    """Copy bit for bit into existing storage."""
+    with torch.no_grad():
+        dense = dense_part(target)
+        part = kept[tuple(slice(0, size) for size in dense.shape)]
+        as_bits(dense).copy_(as_bits(part).to(dense.device))
+
+
+def _strided_like(kept: torch.Tensor, alias: torch.Tensor) -> torch.Tensor:
+    """The copy laid out in memory as its original is (a convolution in channels-last, for example)."""
+    laid_out = torch.empty_strided(alias.size(), alias.stride(), dtype=kept.dtype, device=kept.device)
+    _write(laid_out, kept)
+    return laid_out
+
+
+def _registered(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Raw name -> tensor object, every registration of every parameter and buffer."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in model.named_modules(remove_duplicate=False)
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+        if tensor is not None
+    }
+
+
+def _records(model: nn.Module) -> dict[str, _Record]:
+    """One record per storage, under the names of `iter_tensors`, with all objects that hold it."""
+    records: dict[str, _Record] = {}
+    by_memory: dict[object, _Record] = {}
+    for named in iter_tensors(model):
+        record = _Record(named.name, (named.name, *named.tied_names))
+        records[named.name] = by_memory[_memory(named.tensor)] = record
+    seen: set[int] = set()
+    for tensor in _registered(model).values():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            by_memory[_memory(tensor)].holders.append(_Holder.of(tensor))
+    return records
+
+
+def _selectors(model: nn.Module) -> dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
+    """How each matrix is selected from its stored tensor, by matrix name."""
+    return {
+        matrix.name: (matrix.tensor_name, matrix.select)
+        for matrix in iter_weight_matrices(model)
+        if matrix.select is not None and matrix.refusal is None
+    }
+
+
+def _require_plain(name: str, tensor: torch.Tensor) -> None:
+    """Refuse what cannot be copied and restored bit for bit."""
+    reason = None
+    if type(tensor) not in _PLAIN_TYPES or type(tensor.data) is not torch.Tensor:
+        reason = f"it is a {type(tensor).__name__}, and sharded or quantized tensors are not supported yet"
+    elif tensor.is_meta:
+        reason = "it is on the meta device and has no values here: load the weights into memory first"
+    elif tensor.layout != torch.strided or tensor.is_quantized:
+        reason = f"its layout {tensor.layout} is not supported yet"
+    if reason:
+        raise SnapshotError(f"no snapshot can be taken of {name}: {reason}. The model is untouched")
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    """Equal for tensors that see the same memory in the same way; an empty tensor equals itself only."""
+    if tensor.numel() == 0:
+        return id(tensor)
+    return tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _same_memory(tensor: torch.Tensor, alias: torch.Tensor) -> bool:
+    if tensor.numel() == 0:
+        return tensor.shape == alias.shape and tensor.dtype == alias.dtype and tensor.device == alias.device
+    return _memory(tensor) == _memory(alias)
+
+
+def _same_objects(now: Mapping[str, object], kept: Mapping[str, object]) -> bool:
+    return list(now) == list(kept) and all(now[name] is kept[name] for name in kept)
+
+
+def _is_plain(key: str, value: object) -> bool:
+    return (
+        not key.startswith("_") and key != "training" and isinstance(value, (bool, int, float, str, tuple, type(None)))
+    )
