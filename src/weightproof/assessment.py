@@ -14,16 +14,14 @@ from torch import nn
 
 from weightproof import kinds
 from weightproof.baseline import Baseline
+from weightproof.calibration import calibration_windows
 from weightproof.divergence import (
     OutputCache,
     OutputPass,
-    Windows,
-    calibration_windows,
     capture_outputs,
     forward_digest,
     locate_damage,
     measure_divergence,
-    random_windows,
 )
 from weightproof.errors import InputError, RestoreError
 from weightproof.guards.corrections import Correction, corrections
@@ -45,6 +43,7 @@ from weightproof.types import (
     Verdict,
 )
 from weightproof.weights import iter_weight_matrices
+from weightproof.windows import Windows, random_windows
 
 # Guards that decide in a window of ordinary training; the others are reported there.
 JUDGED_IN_TRAINING = ("invariants", "spectral")

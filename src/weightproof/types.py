@@ -294,8 +294,8 @@ class Readings:
     matrices: Mapping[str, MatrixReading]
     bulks: Mapping[str, BulkReading]
     divergence: tuple[DivergenceReading, ...] = ()
-    second_moments: Mapping[str, float] = field(default_factory=dict)
-    unmeasured: Mapping[str, str] = field(default_factory=dict)
+    second_moments: Mapping[str, float] = field(default_factory=dict[str, float])
+    unmeasured: Mapping[str, str] = field(default_factory=dict[str, str])
     edit: EditRecord | None = None
     raw_losses: tuple[float, ...] | None = None
     loss_spike: bool | None = None
