@@ -55,6 +55,7 @@ def test_what_is_listed_as_not_admitted_is_left_out(name: str, edit_name: str) -
     assert edit_name not in {edit.name for edit in preserving_edits(name)}
 
 
+@pytest.mark.xdist_group("trained-gpt2")
 def test_a_gelu_mlp_does_not_admit_the_rescaling() -> None:
     model, heldout, _ = load("gpt2")
     edited = copy.deepcopy(model)
