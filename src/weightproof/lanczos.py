@@ -95,7 +95,10 @@ class GolubKahan:
         left.mul_(1.0 / alpha)
         right = self._backward(left)
         basis = self._basis[: taken + 1]
-        right.addmv_(basis.t(), torch.mv(basis, right), alpha=-1.0)
+        # Twice is enough (Kahan and Parlett): once leaves rounding errors of the size of what was
+        # removed, which matter when little remains (clustered singular values).
+        for _ in range(2):
+            right.addmv_(basis.t(), torch.mv(basis, right), alpha=-1.0)
         beta = float(torch.linalg.vector_norm(right))
         self._append(alpha, beta)
         if not beta > BREAKDOWN * largest or math.isinf(beta):

@@ -178,7 +178,8 @@ def _signflip_law(matrix: torch.Tensor, shape: tuple[int, int], method: str) -> 
     """The spectrum of the matrix with random signs (Hong, Sheng and Dobriban 2020).
 
     The signs are drawn for the tall orientation, so that a transposed matrix has the same edge.
-    The threshold adds the distance from the median to the 99.9 % quantile of Tracy-Widom.
+    The threshold is above the edge by what lies between the median and the 99.9 % quantile of
+    Tracy-Widom, relative to the edge.
     """
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.t()
     generator = seeded_generator("signflip", *tall.shape)
@@ -186,9 +187,10 @@ def _signflip_law(matrix: torch.Tensor, shape: tuple[int, int], method: str) -> 
     values, _ = exact_singular_values(tall * signs.mul_(2).sub_(1).to(device=tall.device))
     live = values[: min(shape)]
     sigma, high = median_scale(live, shape), float(live[0])
-    middle, far = (tracy_widom_threshold(*shape, sigma, level) for level in (0.5, SPIKE_LEVEL))
+    middle, far = (tracy_widom_threshold(*shape, level=level) for level in (0.5, SPIKE_LEVEL))
+    threshold = high * (1.0 + (far - middle) / bulk_edges(*shape)[1])
     edges = (float(live[-1]), high)
-    return _Law(shape, sigma, edges, high + far - middle, f"{method}+signflip", live.flip(0).numpy())
+    return _Law(shape, sigma, edges, threshold, f"{method}+signflip", live.flip(0).numpy())
 
 
 def _describe(matrix: torch.Tensor, values: torch.Tensor, law: _Law, *, null: str, name: str) -> BulkFit:

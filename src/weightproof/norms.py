@@ -106,8 +106,11 @@ def _screen(matrix: torch.Tensor, key: object) -> NormEstimate:
         if not process.finite or process.vanished:
             return _exact(matrix, key, process.reads)
         lower, ritz, upper = process.bounds()
-        if process.exhausted or upper - lower <= SCREEN_TOLERANCE * ritz:
+        if upper - lower <= SCREEN_TOLERANCE * ritz:
             break
+        if process.exhausted:
+            # Exactly low rank: rounding, not the steps taken, limits the certificate.
+            return _exact(matrix, key, process.reads)
     return _lanczos_estimate(process, ritz, max(upper - ritz, ritz - lower))
 
 
@@ -132,6 +135,9 @@ def _climb(matrix: torch.Tensor, key: object, limit: _Limit, bracket: tuple[floa
             break
         lower, ritz, upper = process.bounds()
         lower, upper = max(lower, bracket[0]), min(upper, bracket[1])
+        if lower > upper:
+            # Two bounds contradict each other: one of them failed. Only the exact norm can tell.
+            break
         if limit.decides(lower, upper):
             value = min(max(ritz, lower), upper)
             estimate = _lanczos_estimate(process, value, max(upper - value, value - lower))

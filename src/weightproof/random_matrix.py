@@ -51,21 +51,19 @@ def mp_density(x: np.ndarray | float, aspect_ratio: float) -> np.ndarray:
 
 
 def mp_cdf(x: np.ndarray | float, aspect_ratio: float) -> np.ndarray:
-    """Distribution function of the Marchenko-Pastur law, in closed form; x = s^2 / (N sigma^2)."""
+    """Distribution function of the Marchenko-Pastur law, in closed form; x = s^2 / (N sigma^2).
+
+    With R = sqrt((b+ - x)(x - b-)) it is 1/2 + [R + (1 + b) phi - (1 - b) psi] / (2 pi b), where
+    phi and psi are the usual arcsines, written as arctangents to keep their accuracy at the edges.
+    """
     low, high = _support(aspect_ratio)
     point = np.clip(np.atleast_1d(np.asarray(x, dtype=np.float64)), low, high)
-    return np.clip((_mp_integral(point, low, high) - _mp_integral(np.array([low]), low, high)) / aspect_ratio, 0, 1)
-
-
-def _mp_integral(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Antiderivative of sqrt((high - x)(x - low)) / (2 pi x)."""
-    mean, width, product = (high + low) / 2.0, high - low, low * high
-    total = np.sqrt(np.clip((high - x) * (x - low), 0.0, None))
-    total += mean * np.arcsin(np.clip((2.0 * x - low - high) / width, -1.0, 1.0))
-    if product > 0.0:
-        ratio = ((high + low) * x - 2.0 * product) / (x * width)
-        total -= math.sqrt(product) * np.arcsin(np.clip(ratio, -1.0, 1.0))
-    return total / (2.0 * math.pi)
+    mean, root = 1.0 + aspect_ratio, 1.0 - aspect_ratio
+    half_circle = np.sqrt(np.clip((high - point) * (point - low), 0.0, None))
+    phi = np.arctan2(point - mean, half_circle)
+    psi = np.arctan2(mean * point - root * root, root * half_circle)
+    total = half_circle + mean * phi - root * psi
+    return np.clip(0.5 + total / (2.0 * math.pi * aspect_ratio), 0.0, 1.0)
 
 
 @functools.lru_cache(maxsize=1024)

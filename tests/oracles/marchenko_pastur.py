@@ -18,7 +18,8 @@ def cdf(x: float, b: float) -> float:
     angle = math.acos(max(-1.0, min(1.0, (centre - x) / radius)))
 
     def integrand(t: float) -> float:
-        return (radius * math.sin(t)) ** 2 / (2 * math.pi * b * (centre - radius * math.cos(t)))
+        below = 2 * math.sin(t / 2) ** 2  # 1 - cos(t)
+        return radius**2 * below * (2 - below) / (2 * math.pi * b * (low + radius * below))
 
     return integrate.quad(integrand, 0.0, angle, epsabs=1e-12, epsrel=1e-12, limit=200)[0]
 
