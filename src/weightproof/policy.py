@@ -193,9 +193,7 @@ def _layer(base: Policy, file: PolicyFile) -> Policy:
 
 
 def _merge(old: LimitValue, new: LimitValue) -> LimitValue:
-    if not isinstance(new, Mapping) or old is None or isinstance(old, str):
-        return new
-    return {**(old if isinstance(old, Mapping) else {"default": old}), **new}
+    return {**old, **new} if isinstance(old, Mapping) and isinstance(new, Mapping) else new
 
 
 def decide(  # noqa: PLR0913 - keyword-only fields of the Decision it makes

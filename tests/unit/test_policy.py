@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from hand_readings import verdict
+
+from weightproof.errors import InputError, PolicyError
+from weightproof.guards.divergence import Divergence
+from weightproof.guards.invariants import Invariants
+from weightproof.guards.rmt import RMT
+from weightproof.guards.spectral import Spectral
+from weightproof.guards.variance import Variance
+from weightproof.jsonable import canonical_json, json_digest, to_jsonable
+from weightproof.policy import TIERS, Policy, decide, decision_digest, load_policy
+from weightproof.situations import SITUATIONS
+from weightproof.types import Action, Assurance, Measurement, Outcome, Verdict
+
+GUARDS = (Invariants, Spectral, RMT, Divergence, Variance)
+QUIET = {"invariants": "PASS", "spectral": "PASS", "rmt": "PASS", "divergence": "PASS", "variance": "PASS"}
+BLIND = QUIET | {"divergence": "NOT_MEASURED", "variance": "NOT_MEASURED"}
+
+
+def settle(tier: str | Policy, outcomes: dict[str, str], kind: str = "unknown"):
+    verdicts = [verdict(guard, outcome, f"reason of {guard}") for guard, outcome in outcomes.items()]
+    return decide(load_policy(tier), verdicts, kind=kind, step=7)
+
+
+def cell(tier: str | Policy, outcomes: dict[str, str], kind: str = "unknown") -> str:
+    found = settle(tier, outcomes, kind)
+    return f"{found.action}{', warned' if found.warned else ''}"
+
+
+# The table of guards.md: situation, verdicts, then conservative, balanced, aggressive.
+ROLL, KEEP, WARNED = "ROLLBACK", "KEEP", "KEEP, warned"
+TABLE = [
+    ("t0_fail", {**QUIET, "invariants": "FAIL"}, ROLL, ROLL, ROLL),
+    ("t0_fail", {**QUIET, "invariants": "FAIL", "loss": "PASS"}, ROLL, ROLL, ROLL),
+    ("required_not_measured", {**QUIET, "invariants": "NOT_MEASURED", "loss": "PASS"}, ROLL, ROLL, ROLL),
+    ("required_not_measured", {"spectral": "PASS", "divergence": "PASS", "loss": "PASS"}, ROLL, ROLL, ROLL),
+    ("loss_rejects", {**QUIET, "loss": "FAIL"}, ROLL, ROLL, ROLL),
+    ("loss_accepts", {**QUIET, "loss": "PASS"}, KEEP, KEEP, KEEP),
+    ("loss_accepts_warned", {**QUIET, "loss": "PASS", "rmt": "WARN"}, ROLL, WARNED, KEEP),
+    ("loss_accepts_warned", {**QUIET, "loss": "PASS", "spectral": "FAIL"}, ROLL, WARNED, KEEP),
+    ("loss_accepts_warned", {**QUIET, "loss": "PASS", "divergence": "FAIL"}, ROLL, WARNED, KEEP),
+    ("loss_undecided", {**QUIET, "loss": "WARN"}, ROLL, ROLL, WARNED),
+    ("outputs_reject", {**QUIET, "loss": "WARN", "divergence": "FAIL"}, ROLL, ROLL, ROLL),
+    ("gross_without_outputs", {**QUIET, "loss": "WARN", "spectral": "FAIL", "divergence": "WARN"}, ROLL, ROLL, ROLL),
+]
+# Without a loss verdict `conservative` never gets beyond the missing requirement.
+NO_LOSS = [
+    ("outputs_reject", {**QUIET, "divergence": "FAIL"}, ROLL, ROLL),
+    ("outputs_reject", {**QUIET, "divergence": "FAIL", "spectral": "FAIL"}, ROLL, ROLL),
+    ("outputs_reject", {**QUIET, "divergence": "WARN", "variance": "FAIL"}, ROLL, ROLL),
+    ("no_loss_outputs_pass_quiet", QUIET, KEEP, KEEP),
+    ("no_loss_outputs_pass_quiet", {**QUIET, "variance": "NOT_MEASURED"}, KEEP, KEEP),
+    ("no_loss_outputs_pass_warned", {**QUIET, "spectral": "WARN"}, WARNED, KEEP),
+    ("no_loss_outputs_pass_warned", {**QUIET, "spectral": "FAIL"}, WARNED, KEEP),
+    ("no_loss_outputs_pass_warned", {**QUIET, "rmt": "WARN"}, WARNED, KEEP),
+    ("no_loss_outputs_pass_warned", {**QUIET, "divergence": "WARN"}, WARNED, KEEP),
+    ("no_loss_outputs_pass_warned", {**QUIET, "variance": "FAIL"}, WARNED, KEEP),
+    ("no_loss_outputs_pass_warned", {**QUIET, "invariants": "WARN"}, WARNED, KEEP),
+    ("gross_without_outputs", {**BLIND, "spectral": "FAIL"}, ROLL, ROLL),
+    ("gross_without_outputs", {**QUIET, "spectral": "FAIL", "divergence": "WARN"}, ROLL, ROLL),
+    ("gross_without_outputs", {"invariants": "PASS", "spectral": "FAIL"}, ROLL, ROLL),
+    ("no_forward_weights_pass", BLIND, ROLL, WARNED),
+    ("no_forward_weights_warned", {**BLIND, "spectral": "WARN"}, ROLL, ROLL),
+    ("no_forward_weights_warned", {**BLIND, "invariants": "WARN"}, ROLL, ROLL),
+    ("no_forward_weights_warned", {**BLIND, "rmt": "NOT_MEASURED"}, ROLL, ROLL),
+    ("nothing_measured", {**BLIND, "spectral": "NOT_MEASURED", "rmt": "NOT_MEASURED"}, ROLL, ROLL),
+    ("nothing_measured", {"invariants": "PASS"}, ROLL, ROLL),
+]
+
+
+@pytest.mark.parametrize(("situation", "outcomes", "conservative", "balanced", "aggressive"), TABLE)
+def test_policy_table(situation, outcomes, conservative, balanced, aggressive):
+    assert settle("balanced", outcomes).situation == situation
+    assert [cell(tier, outcomes) for tier in TIERS] == [conservative, balanced, aggressive]
+
+
+@pytest.mark.parametrize(("situation", "outcomes", "balanced", "aggressive"), NO_LOSS)
+def test_policy_table_without_loss(situation, outcomes, balanced, aggressive):
+    assert settle("balanced", outcomes).situation == situation
+    assert [cell(tier, outcomes) for tier in TIERS] == [ROLL, balanced, aggressive]
+    # The rows that `conservative` has for it hold once the user no longer requires loss.
+    relaxed = load_policy("conservative").override(required=["invariants"])
+    assert settle(relaxed, outcomes).situation == situation
+    assert cell(relaxed, outcomes) == ROLL
+
+
+@pytest.mark.parametrize(
+    ("situation", "outcomes", "expected"),
+    [
+        ("train_ok", QUIET, KEEP),
+        ("train_ok", {"invariants": "PASS", "spectral": "PASS"}, KEEP),
+        ("train_ok", {"invariants": "PASS", "spectral": "NOT_MEASURED"}, KEEP),
+        ("train_warned", {**QUIET, "rmt": "WARN"}, WARNED),
+        ("train_fail", {**QUIET, "spectral": "FAIL"}, ROLL),
+        ("train_fail", {**QUIET, "divergence": "FAIL"}, ROLL),
+        ("t0_fail", {**QUIET, "invariants": "FAIL"}, ROLL),
+        ("required_not_measured", {"spectral": "PASS"}, ROLL),
+    ],
+)
+def test_windows_of_training_are_the_same_in_every_tier(situation, outcomes, expected):
+    for tier in TIERS:
+        assert settle(tier, outcomes, "train").situation == situation
+        assert cell(tier, outcomes, "train") == expected
+
+
+def test_every_situation_is_reachable_and_has_an_action_with_a_source():
+    reached = {settle("balanced", outcomes).situation for _, outcomes, *_ in TABLE + NO_LOSS}  # type: ignore[misc]
+    assert reached == {name for name in SITUATIONS if not name.startswith("train_")}
+    for tier in TIERS:
+        assert set(load_policy(tier).actions) == set(SITUATIONS)
+
+
+def test_conservative_says_that_loss_is_required_and_missing():
+    found = settle("conservative", QUIET)
+    assert found.situation == "required_not_measured"
+    assert "a loss verdict is required and missing (there is no loss data)" in found.reason
+
+
+def test_reason_names_policy_guard_and_measurement():
+    found = settle("balanced", {**QUIET, "divergence": "FAIL", "variance": "FAIL"})
+    assert found.reason == (
+        "policy 'balanced': the outputs reject the change: divergence: reason of divergence (also variance)"
+    )
+
+
+def test_what_was_not_measured_is_said_even_where_the_edit_is_kept():
+    assert (
+        "not measured: variance (reason of variance)"
+        in settle("balanced", {**QUIET, "variance": "NOT_MEASURED"}).reason
+    )
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "assurance"),
+    [
+        ({**QUIET, "loss": "WARN"}, Assurance.LOSS),
+        (QUIET, Assurance.OUTPUTS_ONLY),
+        ({**QUIET, "loss": "NOT_MEASURED"}, Assurance.OUTPUTS_ONLY),
+        (BLIND, Assurance.WEIGHTS_ONLY),
+        (dict.fromkeys(BLIND, "NOT_MEASURED"), Assurance.NONE),
+        ({}, Assurance.NONE),
+    ],
+)
+def test_assurance_is_the_highest_tier_measured(outcomes, assurance):
+    assert settle("balanced", outcomes).assurance is assurance
+
+
+def test_no_verdicts_at_all_is_never_kept():
+    assert all(settle(tier, {}).action is Action.ROLLBACK for tier in TIERS)
+
+
+def test_a_worse_verdict_never_gives_a_better_action():
+    rank = {ROLL: 0, WARNED: 1, KEEP: 2}
+    levels = ("PASS", "WARN", "FAIL")
+    guards = ("spectral", "rmt", "divergence", "variance", "loss")
+    for tier in TIERS:
+        policy = load_policy(tier).override(required=["invariants"])
+        every = list(itertools.product(levels, repeat=len(guards)))
+        actions = {
+            chosen: rank[cell(policy, {"invariants": "PASS", **dict(zip(guards, chosen, strict=True))})]
+            for chosen in every
+        }
+        for chosen, index in itertools.product(every, range(len(guards))):
+            if chosen[index] != "FAIL":
+                worse = list(chosen)
+                worse[index] = levels[levels.index(chosen[index]) + 1]
+                assert actions[tuple(worse)] <= actions[chosen], (tier, chosen, guards[index])
+
+
+def test_verdict_of_an_unregistered_guard_is_an_error():
+    with pytest.raises(InputError, match="did you mean 'spectral'"):
+        settle("balanced", {"spectrl": "PASS"})
+
+
+class TestDigests:
+    def test_decision_digest_covers_everything_else(self):
+        value = Measurement("rmt", "m", "s", math.nan, -math.inf, None)
+        verdicts = [Verdict("invariants", Outcome.PASS, (value,), "fine", 1, 1)]
+        policy = load_policy("balanced")
+        one = decide(policy, verdicts, kind="unknown", step=3, world_size=2)
+        assert one.digest == decide(policy, verdicts, kind="unknown", step=3, world_size=2).digest
+        assert one.digest == decision_digest(one)
+        for changes in ({"step": 4}, {"world_size": 1}, {"reason": "other"}, {"reported": (value,)}):
+            assert decision_digest(replace(one, **changes)) != one.digest
+
+    def test_policy_digest_covers_limits_actions_and_sources(self):
+        policy = load_policy("balanced")
+        assert policy.digest == load_policy("balanced").digest
+        assert len({load_policy(tier).digest for tier in TIERS}) == 3
+        assert policy.override(limits={"spectral": {"gross_growth": 5}}).digest != policy.digest
+        assert policy.override(actions={"loss_undecided": "KEEP"}).digest != policy.digest
+
+    def test_json_has_no_room_for_nan_so_it_is_written_out(self):
+        value = {
+            "a": math.nan,
+            "b": (math.inf, -math.inf),
+            "c": Outcome.WARN,
+            "d": 2**60,
+            "e": {3, 1},
+            "p": Path("a/b"),
+        }
+        assert to_jsonable(value) == {
+            "a": "NaN",
+            "b": ["Infinity", "-Infinity"],
+            "c": "WARN",
+            "d": str(2**60),
+            "e": [1, 3],
+            "p": "a/b",
+        }
+        assert canonical_json({"b": 1.0, "a": True}) == b'{"a":true,"b":1}'
+        assert json_digest({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+        with pytest.raises(InputError, match="no JSON form"):
+            to_jsonable({"f": len})
+
+
+class TestTiers:
+    @pytest.mark.parametrize("tier", TIERS)
+    def test_every_limit_of_every_guard_is_written_with_its_source(self, tier):
+        policy = load_policy(tier)
+        for guard in GUARDS:
+            keys = [item.name for item in fields(guard.Limits)]
+            assert sorted(policy.limits.get(guard.name, {})) == sorted(keys)
+            for key in keys:
+                assert len(policy.sources[f"limits.{guard.name}.{key}"]) > 15
+        for situation in SITUATIONS:
+            assert (
+                "guards.md" in policy.sources[f"actions.{situation}"]
+                or "design.md" in policy.sources[f"actions.{situation}"]
+            )
+
+    def test_balanced_is_what_the_dataclasses_default_to(self):
+        for guard in GUARDS:
+            assert load_policy("balanced").limits_for(guard) == guard.Limits()
+
+    def test_tiers_grow_laxer(self):
+        tiers = [load_policy(tier) for tier in TIERS]
+        for guard, key in (
+            (Divergence, "kl"),
+            (Divergence, "hidden_error"),
+            (Variance, "band"),
+            (RMT, "margin"),
+            (RMT, "deadband"),
+        ):
+            values = [getattr(policy.limits_for(guard), key) for policy in tiers]
+            assert values == sorted(values)
+        kappas = [policy.limits_for(Spectral).kappa["default"] for policy in tiers]
+        assert kappas == [0.05, 0.10, 0.25]
+        assert [policy.limits_for(Divergence).kl for policy in tiers] == [0.005, 0.02, 0.05]
+
+    def test_required_guards(self):
+        assert load_policy("conservative").required == ("invariants", "divergence", "loss")
+        assert load_policy("balanced").required == load_policy("aggressive").required == ("invariants",)
+
+
+class TestUserPolicies:
+    def write(self, folder: Path, text: str) -> Path:
+        path = folder / "mine.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def test_a_file_extends_a_tier_with_plain_numbers(self, tmp_path):
+        path = self.write(
+            tmp_path,
+            "extends: balanced\n"
+            "limits:\n  spectral: {gross_growth: 5, kappa: {ffn: 0.3}}\n"
+            "  divergence: {kl: {value: 0.01, source: our own sweep, provisional: true}}\n"
+            "actions: {loss_undecided: KEEP_WARNED}\n",
+        )
+        policy = load_policy(path)
+        assert policy.name == "mine"
+        limits = policy.limits_for(Spectral)
+        assert limits.gross_growth == 5.0
+        assert limits.kappa == {"default": 0.10, "ffn": 0.3}
+        assert policy.limits_for(Divergence).kl == 0.01
+        assert policy.sources["limits.spectral.gross_growth"] == "user"
+        assert policy.sources["limits.divergence.kl"] == "our own sweep"
+        assert "limits.divergence.kl" in policy.provisional
+        assert policy.actions["loss_undecided"] == "KEEP_WARNED"
+        assert load_policy(str(path)).digest == policy.digest
+
+    def test_override_marks_the_user_as_source(self):
+        base = load_policy("balanced")
+        mine = base.override(
+            limits={"rmt": {"epsilon": {"attn": 0.2}}}, actions={"loss_undecided": "KEEP"}, name="mine"
+        )
+        assert mine.limits_for(RMT).epsilon == {"default": 0.12, "ffn": 0.10, "expert": 0.10, "attn": 0.2}
+        assert mine.sources["limits.rmt.epsilon"] == mine.sources["actions.loss_undecided"] == "user"
+        assert "limits.rmt.epsilon" not in mine.provisional
+        assert base.limits_for(RMT).epsilon["attn"] == 0.08
+        assert load_policy(mine) is mine
+
+    def test_any_cell_can_be_overridden(self):
+        mine = load_policy("balanced").override(actions={"required_not_measured": "KEEP_WARNED"})
+        assert cell(mine, {"spectral": "PASS"}) == WARNED
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("extends: balncd\n", "did you mean 'balanced'"),
+            ("limit: {}\nextends: balanced\n", "unknown key 'limit'; did you mean 'limits'"),
+            ("extends: balanced\nlimits: {spectrl: {kappa: 1}}\n", "unknown guard 'spectrl'; did you mean 'spectral'"),
+            ("extends: balanced\nlimits: {rmt: {epsilom: 1}}\n", "no limit 'epsilom'; did you mean 'epsilon'"),
+            ("extends: balanced\nlimits: {rmt: {q: 100}}\n", "no limit 'q'"),
+            ("extends: balanced\nlimits: {rmt: {epsilon: -0.1}}\n", "'epsilon' must be a finite number at least 0"),
+            ("extends: balanced\nlimits: {rmt: {epsilon: x}}\n", "'epsilon' must be a number, not 'x'"),
+            ("extends: balanced\nlimits: {rmt: {epsilon: 1e-7}}\n", "write 1.0e-7"),
+            ("extends: balanced\nlimits: {rmt: {margin: 0.9}}\n", "'margin' must be a finite number at least 1"),
+            ("extends: balanced\nlimits: {divergence: {kl: .nan}}\n", "'kl' must be a finite number"),
+            ("extends: balanced\nlimits: {divergence: {kl: true}}\n", "'kl' must be a number"),
+            ("extends: balanced\nlimits: {divergence: {kl: [1]}}\n", "limits.divergence.kl must be a number"),
+            ("extends: balanced\nlimits: {divergence: {kl: {valu: 1}}}\n", "must be a number, not {'valu'"),
+            ("extends: balanced\nlimits: {divergence: {kl: {value: 1, sauce: x}}}\n", "did you mean 'source'"),
+            ("extends: balanced\nlimits: {spectral: {kappa: {fnn: 1}}}\n", "did you mean 'ffn'"),
+            ("extends: balanced\nlimits: {spectral: 5}\n", "limits.spectral must be a mapping"),
+            ("extends: balanced\nlimits: {invariants: {strict: 1}}\n", "no limit 'strict'"),
+            ("extends: balanced\nactions: {loss_undecidd: KEEP}\n", "did you mean 'loss_undecided'"),
+            ("extends: balanced\nactions: {loss_undecided: KEEPS}\n", "did you mean 'KEEP'"),
+            ("extends: balanced\nactions: {loss_undecided: HALT}\n", "unknown action 'HALT'"),
+            ("extends: balanced\nrequired: [divergenc]\n", "did you mean 'divergence'"),
+            ("extends: balanced\nrequired: divergence\n", "must be a list"),
+            ("name: alone\n", "gives no action for t0_fail"),
+            ("extends: balanced\nextends: aggressive\n", "written twice, the second time in line 2"),
+            ("extends: [balanced\n", "is not valid YAML in line 2"),
+            ("- balanced\n", "must be a mapping"),
+            ("", "must be a mapping"),
+            ("extends: balanced\nname: 3\n", "name must be text"),
+            ("extends: balanced\nlimits: {1: {}}\n", "each key must be text"),
+        ],
+    )
+    def test_wrong_file_is_one_clear_sentence(self, tmp_path, text, said):
+        with pytest.raises(PolicyError) as caught:
+            load_policy(self.write(tmp_path, text))
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("balancd", "did you mean 'balanced'"),
+            ("", "unknown policy ''"),
+            ("missing.yaml", "'missing.yaml' cannot be read: No such file"),
+            (Path("missing"), "cannot be read"),
+        ],
+    )
+    def test_unknown_policy(self, name, said):
+        with pytest.raises(PolicyError, match=said):
+            load_policy(name)
+
+    def test_override_is_checked_too(self):
+        base = load_policy("balanced")
+        for limits in ({"rmt": {"epsilon": -1.0}}, {"rmtt": {}}, {"rmt": 5}, {"spectral": {"correct": "magic"}}):
+            with pytest.raises(PolicyError):
+                base.override(limits=limits)  # type: ignore[arg-type]
