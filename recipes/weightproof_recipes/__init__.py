@@ -11,5 +11,7 @@ from importlib.resources.abc import Traversable
 def shipped() -> dict[str, Traversable]:
     """Shipped recipes by name: each value is a readable YAML file."""
     return {
-        item.name.removesuffix(".yaml"): item for item in files(__package__).iterdir() if item.name.endswith(".yaml")
+        item.name.removesuffix(".yaml"): item
+        for item in files("weightproof_recipes").iterdir()
+        if item.name.endswith(".yaml")
     }

@@ -23,14 +23,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from weightproof_callbacks.trainer import GuardCallback
-
     from weightproof import edits, kinds
     from weightproof.baseline import Baseline
     from weightproof.certificate import Certificate
     from weightproof.errors import (
         BaselineError,
-        EditRejected,
+        EditRejectedError,
         InputError,
         PolicyError,
         RestoreError,
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
     from weightproof.spectrum import measure_spectrum
     from weightproof.types import Action, BulkFit, Decision, Outcome, Spectrum, Verdict, WeightMatrix
     from weightproof.weights import iter_weight_matrices
+    from weightproof_callbacks.trainer import GuardCallback
 
 _HOMES = {
     "GuardCallback": "weightproof_callbacks.trainer",
@@ -62,7 +61,7 @@ _HOMES = {
             "BaselineError",
             "SnapshotError",
             "RestoreError",
-            "EditRejected",
+            "EditRejectedError",
         ),
         "weightproof.errors",
     ),
@@ -98,7 +97,7 @@ __all__ = [  # noqa: RUF022 - grouped by what a reader is looking for
     "WeightMatrix",
     # errors
     "BaselineError",
-    "EditRejected",
+    "EditRejectedError",
     "InputError",
     "PolicyError",
     "RestoreError",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
     return whole.hexdigest()
 
 
-def _differences(ours: Mapping[str, TensorReading], theirs: Mapping[str, TensorReading]):
+def _differences(ours: Mapping[str, TensorReading], theirs: Mapping[str, TensorReading]) -> Iterator[str]:
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in theirs:
             yield f"{name} is missing from the model"
@@ -161,8 +161,14 @@ def _decode(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path
         unmeasured=found["unmeasured"],
         untrained=frozenset(found["untrained"]),
     )
-    fits = {
-        name: BulkFit(**scalars, **{part: tensors.get(f"{name}|{part}") for part in _FIT_TENSORS})
-        for name, scalars in header["fits"].items()
-    }
+    fits = {name: _decode_fit(name, scalars, tensors) for name, scalars in header["fits"].items()}
     return Baseline(readings, fits, header["environment"], header["created_at"])
+
+
+def _decode_fit(name: str, scalars: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> BulkFit:
+    return BulkFit(
+        **scalars,
+        singular_values=tensors[f"{name}|singular_values"],
+        row_scale=tensors.get(f"{name}|row_scale"),
+        col_scale=tensors.get(f"{name}|col_scale"),
+    )

@@ -76,7 +76,7 @@ class Certificate:
 
     def canonical(self) -> bytes:
         """Canonical bytes (RFC 8785)."""
-        return rfc8785.dumps(cast("dict[str, Any]", dict(self.statement)))
+        return rfc8785.dumps(dict(self.statement))
 
     @property
     def digest(self) -> str:

@@ -28,5 +28,5 @@ class RestoreError(WeightproofError):
     """A restore could not be proven exact: the model must not be used (the decision is HALT)."""
 
 
-class EditRejected(WeightproofError):
+class EditRejectedError(WeightproofError):
     """Raised on request (`on_violation="raise"`) after a rejected edit was rolled back."""

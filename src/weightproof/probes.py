@@ -261,8 +261,22 @@ def _read_matrix(
 
 
 def _no_bulk(matrix: WeightMatrix, reason: str) -> BulkReading:
-    empty = (None,) * 9
-    return BulkReading(matrix.name, matrix.family, "biwhitened", *empty, "none", reason)
+    return BulkReading(
+        name=matrix.name,
+        family=matrix.family,
+        null="biwhitened",
+        sigma_mp=None,
+        edge_plus=None,
+        num_spikes=None,
+        num_spikes_low=None,
+        num_spikes_high=None,
+        spike_energy=None,
+        ks_distance=None,
+        top_over_edge=None,
+        pure_bulk=None,
+        method="none",
+        reason=reason,
+    )
 
 
 def _fit_reading(matrix: WeightMatrix) -> tuple[BulkReading, BulkFit | None]:

@@ -30,7 +30,7 @@ from weightproof import evidence, kinds
 from weightproof.assessment import Assessor, Subject
 from weightproof.baseline import Baseline
 from weightproof.certificate import Certificate
-from weightproof.errors import BaselineError, EditRejected, InputError, RestoreError
+from weightproof.errors import BaselineError, EditRejectedError, InputError, RestoreError
 from weightproof.files import write_atomically
 from weightproof.guards.corrections import Correction, apply_correction
 from weightproof.policy import Policy, load_policy
@@ -217,12 +217,12 @@ class GuardSession:
             kind: What the edit claims to be: None ("unknown"), "train", "preserving", or an object of
                 `weightproof.kinds` such as `Quantize(8)`; its contract is checked.
             targets: Glob, or list of globs, of the tensors that may change; None allows all.
-            on_violation: "rollback" restores; "raise" restores and raises `EditRejected`;
+            on_violation: "rollback" restores; "raise" restores and raises `EditRejectedError`;
                 "monitor" only reports.
             step: Number to log; counts up by default.
 
         Raises:
-            EditRejected: With `on_violation="raise"`, after the rejected change was restored.
+            EditRejectedError: With `on_violation="raise"`, after the rejected change was restored.
             RestoreError: If a restore could not be proven exact (the decision is then HALT).
             SnapshotError: If no snapshot can be taken; the block is not entered.
         """
@@ -388,7 +388,7 @@ class GuardSession:
             point.snapshot.discard()
         self._publish(handle)
         if on_violation == "raise" and not keep:
-            raise EditRejected(f"{handle.name} was rolled back: {decision.reason}")
+            raise EditRejectedError(f"{handle.name} was rolled back: {decision.reason}")
 
     def _accept(self, *, window: bool, spiked: bool) -> None:
         if not window:

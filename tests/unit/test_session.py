@@ -10,7 +10,7 @@ import torch
 from architectures import build
 from torch import nn
 
-from weightproof import BaselineError, Certificate, EditRejected, GuardSession, InputError, edits, kinds
+from weightproof import BaselineError, Certificate, EditRejectedError, GuardSession, InputError, edits, kinds
 from weightproof.types import Action, Outcome
 
 
@@ -115,7 +115,7 @@ def test_monitor_reports_and_never_restores(llama):
 def test_raise_restores_first(llama):
     before = state_of(llama)
     session = GuardSession(llama)
-    with pytest.raises(EditRejected, match="x1000"), session.edit("x1000", on_violation="raise"):
+    with pytest.raises(EditRejectedError, match="x1000"), session.edit("x1000", on_violation="raise"):
         scale(llama, DOWN, 1000.0)
     assert_same(llama, before)
     assert session.history[0].applied == "restored"
@@ -207,7 +207,10 @@ def test_retain_windows_serve_as_calibration(llama):
     assert [w.name for w in session.windows] == ["random", "calibration"]
     step = session.apply(edits.RTN(8))
     divergence = next(v for v in step.verdicts if v.guard == "divergence")
-    assert {m.target for m in divergence.measurements if m.statistic.startswith("kl")} == {"random windows", "calibration windows"}
+    assert {m.target for m in divergence.measurements if m.statistic.startswith("kl")} == {
+        "random windows",
+        "calibration windows",
+    }
 
 
 def test_module_without_a_guessable_input_is_never_accepted_by_weights_alone():
