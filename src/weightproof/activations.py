@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from weightproof.calibration import calibration_windows
 from weightproof.errors import InputError
-from weightproof.families import taps
+from weightproof.families import taps, unwrap
 from weightproof.rng import preserved_rng
 from weightproof.windows import Windows, forward_names, random_windows
 
@@ -54,7 +54,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     weights in it.
     """
     flags = [(module, module.training) for module in model.modules()]
-    mixed_precision = _swap_forward(model)
+    mixed_precision = _swap_forward(unwrap(model))
     try:
         for module, _ in flags:
             module.training = False
@@ -117,11 +117,12 @@ class ModelOutput:
 
 
 def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> ModelOutput:
-    """One forward pass on one batch; call it inside `undisturbed`.
+    """One forward pass on one batch, past DDP and `torch.compile`; call it inside `undisturbed`.
 
     Raises:
         InputError: If the model's forward fails on these inputs, or gives nothing comparable.
     """
+    model = unwrap(model)
     inputs = {key: _placed(value, model) for key, value in batch.items()}
     try:
         output = model(**inputs, **_switches(model))
@@ -132,6 +133,8 @@ def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Mode
             f"({type(error).__name__}: {first[0]}): give windows that this model accepts"
         ) from error
     kind, scores = _comparable(output, model)
+    if kind == "logits" and _is_one_per_token(scores, batch, model):
+        kind, scores = "values", scores[..., None]
     real = real_positions(batch, scores.shape[:-1], decoder="decoder_input_ids" in batch)
     pooled = output.get("pooler_output") if kind == "hidden" else None
     has_summary = isinstance(pooled, torch.Tensor) and pooled.ndim == 2 and pooled.shape[-1] > 1
@@ -174,6 +177,13 @@ def _comparable(output: Any, model: nn.Module) -> tuple[str, torch.Tensor]:
         f"{type(model).__name__} returns neither logits nor a last hidden state (but {_describe(output)}): "
         "outputs cannot be compared"
     )
+
+
+def _is_one_per_token(logits: torch.Tensor, batch: Mapping[str, torch.Tensor], model: nn.Module) -> bool:
+    """True for one independent score per input token: no distribution over the last axis."""
+    ids = batch.get("input_ids")
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    return ids is not None and logits.shape == ids.shape and logits.shape[-1] != num_labels
 
 
 def _describe(output: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from weightproof.errors import InputError
+from weightproof.families import unwrap
 from weightproof.rng import preserved_rng
 from weightproof.windows import (
     Item,
@@ -54,6 +55,7 @@ def calibration_windows(
     """
     if count < 1 or length < 1:
         raise InputError(f"count and length of {name} windows must be at least 1, not {count} and {length}")
+    model = unwrap(model)
     with preserved_rng():
         if getattr(model, "config", None) is None:
             return _as_they_are(data, model, count, name)
@@ -90,11 +92,7 @@ def _examples(data: object, model: nn.Module, name: str, num_ids: int | None) ->
     if isinstance(data, (torch.Tensor, np.ndarray)):
         yield {key: data}
         return
-    if not isinstance(data, Iterable):
-        raise InputError(
-            f"the {name} data is {type(data).__name__}: give an iterable of dicts with {key!r}, of tensors or of lists"
-        )
-    stream = iter(data)
+    stream = _stream(data, key, name)
     for example in stream:
         if isinstance(example, Mapping):
             yield cast("Mapping[str, Any]", example)
@@ -108,6 +106,17 @@ def _examples(data: object, model: nn.Module, name: str, num_ids: int | None) ->
             yield {key: example[0]}  # (inputs, targets), as TensorDataset gives them
         else:
             yield {key: example}
+
+
+def _stream(data: object, key: str, name: str) -> Iterator[Any]:
+    if isinstance(data, Iterable):
+        return iter(data)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):  # a map-style torch Dataset has no __iter__
+        indexed = cast("Any", data)
+        return (indexed[i] for i in range(len(indexed)))
+    raise InputError(
+        f"the {name} data is {type(data).__name__}: give an iterable of dicts with {key!r}, of tensors or of lists"
+    )
 
 
 def _text_error(name: str) -> InputError:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightproof.families import unwrap
 from weightproof.spectrum import seeded_generator
 
 Item = dict[str, torch.Tensor]
@@ -154,6 +155,7 @@ def random_windows(model: nn.Module, *, count: int = 8, length: int = 128, seed:
         length: Tokens per window, cut to the model's position table.
         seed: Another seed gives other windows.
     """
+    model = unwrap(model)
     if getattr(model, "config", None) is None:
         return None
     build = _BUILDERS.get(main_input(model))

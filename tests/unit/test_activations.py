@@ -218,7 +218,16 @@ def _dataset():
     return datasets.Dataset.from_dict({"input_ids": _IDS, "text": ["a", "b", "c"]})
 
 
+class _MapStyle(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return len(_IDS)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": _IDS[index % len(_IDS)]}
+
+
 _CONTAINERS = {
+    "map-style Dataset": _MapStyle,
     "list of dicts of lists": lambda: [{"input_ids": ids} for ids in _IDS],
     "list of dicts of tensors": lambda: [{"input_ids": torch.tensor(ids)} for ids in _IDS],
     "list of dicts of arrays": lambda: [{"input_ids": np.array(ids)} for ids in _IDS],

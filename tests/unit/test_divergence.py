@@ -281,6 +281,64 @@ def test_measuring_disturbs_nothing():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_wrapped_models_are_measured_like_the_model_inside():
+    model = build("llama")
+    cache = _capture(model)
+    wrapped = nn.DataParallel(model)
+    assert random_windows(wrapped).digest == cache.windows[0].digest
+    assert measure_divergence(wrapped, cache).divergence[0].kl == 0.0
+    assert capture_outputs(wrapped, cache.windows).forward_digest == cache.forward_digest
+    assert calibration_windows([[4, 5, 6]], wrapped).num_tokens == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers for it
+def test_an_adapter_counts_as_part_of_the_model():
+    peft = pytest.importorskip("peft")
+    model = build("llama")
+    before = _capture(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    assert random_windows(adapted).digest == before.windows[0].digest
+    cache = _capture(adapted)
+    assert cache.forward_digest == before.forward_digest  # lora_B begins at zero
+    for name, parameter in adapted.named_parameters():
+        if "layers.1" in name and "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    assert measure_divergence(adapted, cache).divergence[0].kl > 1e-6
+    errors = {error.block: error.relative_error for error in locate_damage(adapted, cache)}
+    assert {block for block, error in errors.items() if error > 0} == {"model.layers.1"}
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "whisper", "vit"])
+def test_a_cast_to_bfloat16_is_measured_against_float32(name):
+    model = build(name)
+    cache = _capture(model)
+    model.to(torch.bfloat16)
+    reading = measure_divergence(model, cache).divergence[0]
+    assert 0 < reading.kl < 1e-3
+    assert max(error.relative_error for error in locate_damage(model, cache)) < 0.05
+    low = _capture(model)
+    assert measure_divergence(model, low).divergence[0].kl == 0.0
+
+
+def test_one_score_per_token_is_not_a_distribution():
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(20, 1)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.table(input_ids)[..., 0]
+
+    model = Tagger()
+    cache = capture_outputs(model, (calibration_windows([{"input_ids": torch.arange(12).reshape(2, 6)}], model),))
+    with torch.no_grad():
+        model.table.weight.add_(1.0)  # a softmax over positions would not see this
+    reading = measure_divergence(model, cache).divergence[0]
+    assert reading.kl is None
+    assert reading.num_tokens == 12
+    assert reading.hidden_error > 0.1
+
+
 # -- forward digest -----------------------------------------------------------------------------
 
 
