@@ -5,8 +5,9 @@ module, parameter and buffer object sits where, and the storage behind each. Res
 objects back and writes into the same storage, so that ties, optimizer references and DDP buckets
 survive, whatever the edit did (in-place writes, `model.to(dtype)`, replaced modules, parametrizations).
 
-Not covered: anything that is not a parameter, a buffer or the module graph, such as `model.config`,
-optimizer state, or plain attributes of modules whose tensors and children stayed the same objects.
+A module's own notes (flags, numbers, small lists, such as PEFT's `merged_adapters`) go back with its
+weights. Not covered: train or eval mode, gradients' values, optimizer state, objects such as
+`model.config`, and hooks on modules whose tensors and children stayed the same objects.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ _HOOK_TABLES = (
     "_forward_pre_hooks_with_kwargs",
 )
 
+# What torch keeps in every module, and the types that a module's own notes are made of.
+_MODULE_OWN = frozenset(vars(nn.Module()))
+_SIMPLE = (bool, int, float, str, tuple, type(None), torch.dtype, torch.device)
+
 
 @dataclass(slots=True)
 class _Holder:
@@ -71,7 +76,7 @@ class _Holder:
 
 @dataclass(slots=True)
 class _ModuleState:
-    """One module object: its class, its tables, and what an edit may hang onto it.
+    """One module object: its class, its tables, its bookkeeping, and what an edit may hang onto it.
 
     `visible` are the names in the tables that no plain attribute of the instance hides.
     """
@@ -82,7 +87,7 @@ class _ModuleState:
     visible: tuple[str, ...]
     non_persistent: set[str]
     hooks: dict[str, dict[int, object]]
-    plain: dict[str, object]
+    plain: dict[str, tuple[object, object]]
     forward: object
 
     @classmethod
@@ -95,7 +100,7 @@ class _ModuleState:
             visible=tuple(name for table in _TABLES for name in own[table] if name not in own),
             non_persistent=set(own["_non_persistent_buffers_set"]),
             hooks={table: dict(own[table]) for table in _HOOK_TABLES},
-            plain={key: value for key, value in own.items() if _is_plain(key, value)},
+            plain={key: (value, _copy(value)) for key, value in own.items() if _is_bookkeeping(key, value)},
             forward=own.get("forward"),
         )
 
@@ -111,9 +116,16 @@ class _ModuleState:
         )
 
     def put_back(self) -> None:
-        """Restore a changed module: tables in place, and the hooks and attributes beside them."""
-        if not self.is_changed():
-            return
+        """Restore bookkeeping, and of a changed module the tables, in place, and the hooks beside them."""
+        if self.is_changed():
+            self._put_structure_back()
+        own = vars(self.module)
+        for key, (value, content) in self.plain.items():
+            _refill(value, content)
+            if own.get(key) is not value:
+                own[key] = value
+
+    def _put_structure_back(self) -> None:
         module, own = self.module, vars(self.module)
         module.__class__ = self.kind
         for table, kept in (*self.tables.items(), *self.hooks.items()):
@@ -124,7 +136,6 @@ class _ModuleState:
         own["_non_persistent_buffers_set"].clear()
         own["_non_persistent_buffers_set"].update(self.non_persistent)
         own.pop("forward", None)
-        own.update(self.plain)
         if self.forward is not None:
             own["forward"] = self.forward
 
@@ -425,7 +436,28 @@ def _same_objects(now: Mapping[str, object], kept: Mapping[str, object]) -> bool
     return list(now) == list(kept) and all(now[name] is kept[name] for name in kept)
 
 
-def _is_plain(key: str, value: object) -> bool:
-    return (
-        not key.startswith("_") and key != "training" and isinstance(value, (bool, int, float, str, tuple, type(None)))
-    )
+def _is_bookkeeping(key: str, value: object) -> bool:
+    """Whether an attribute is a flag, a number or a small list of such, set by the module's own code.
+
+    PEFT, for example, notes in `merged_adapters` that a delta has gone into the weights: weights
+    and notes must go back together. Train or eval mode is nobody's weight and stays as it is.
+    """
+    if key in _MODULE_OWN:
+        return False
+    if isinstance(value, (list, set, dict)):
+        members = [*value, *value.values()] if isinstance(value, dict) else list(value)
+        return len(members) <= 256 and all(isinstance(member, _SIMPLE) for member in members)
+    return isinstance(value, _SIMPLE)
+
+
+def _copy(value: object) -> object:
+    return value.copy() if isinstance(value, (list, set, dict)) else value
+
+
+def _refill(value: object, content: object) -> None:
+    """Give a container the members it had."""
+    if isinstance(value, list) and isinstance(content, list) and value != content:
+        value[:] = content
+    elif isinstance(value, (set, dict)) and isinstance(content, (set, dict)) and value != content:
+        value.clear()
+        value |= content  # pyright: ignore[reportOperatorIssue] - content is a copy of value

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -374,6 +375,32 @@ def test_gradients_survive_a_restore_and_follow_the_dtype_back():
     kept.restore()
     assert model.first.weight.grad.dtype == torch.float32
     assert torch.allclose(model.first.weight.grad, before, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_notes_of_a_merged_adapter_go_back_with_the_weights():
+    model = get_peft_model(llama_bf16(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    tokens = torch.arange(8).reshape(1, 8)
+    before, logits = portrait(model), model(tokens).logits
+    kept = Snapshot.capture(model)
+    model.merge_adapter()
+    assert len(kept.changed_names()) == 2
+    kept.restore()
+    assert portrait(model) == before
+    assert not any(getattr(module, "merged_adapters", ()) for module in model.modules())
+    assert torch.equal(model(tokens).logits, logits)
+
+
+def test_train_mode_and_hooks_of_untouched_modules_stay_as_they_are():
+    model = Mixed()
+    kept = Snapshot.capture(model)
+    model.eval()
+    handle = model.second.register_forward_hook(lambda *_: None)
+    scale_in_place(model)
+    kept.restore()
+    assert not model.first.training
+    assert len(model.second._forward_hooks) == 1
+    handle.remove()
 
 
 def test_a_snapshot_restores_more_than_once():
