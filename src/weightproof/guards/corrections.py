@@ -16,6 +16,7 @@ import torch
 from weightproof.guards.conclude import edit_kind
 from weightproof.guards.rmt import NO_GAIN, RMTLimits, growth_of
 from weightproof.guards.spectral import GROWTH, Spectral, SpectralLimits, deviations_of
+from weightproof.spectrum import measure_spectrum
 from weightproof.types import Outcome, Readings
 
 # A corrected matrix is rounded to its storage dtype: aim one bf16 ulp below the limit, not at it
@@ -25,14 +26,9 @@ ROUNDING_ROOM = 2.0**-8
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What brings one matrix back to its limit.
-
-    `factor` (below 1) is what `scale` multiplies by; `max_singular_value`, in the units of the
-    weights, is what `clip` cuts at. Both lead to the same top singular value.
-    """
+    """The top singular value, in the units of the weights, that one matrix is brought back to."""
 
     name: str
-    factor: float
     max_singular_value: float
 
 
@@ -59,15 +55,14 @@ def _to_kappa(before: Readings, after: Readings, limits: SpectralLimits) -> Iter
         if item.statistic == GROWTH and item.outcome in {Outcome.WARN, Outcome.FAIL}
     }
     for name in (name for name in after.matrices if name in flagged):
-        old, new = before.matrices[name], after.matrices[name]
-        growth = next(item for item in deviations_of(old, new, limits) if item.statistic == GROWTH)
+        old = before.matrices[name]
+        growth = next(item for item in deviations_of(old, after.matrices[name], limits) if item.statistic == GROWTH)
         if not math.isfinite(growth.high) or growth.high <= growth.kappa:
             continue
         # Judged is log((s1' + error') / (s1 - error)), so the target starts from the lower end of s1.
         proven = (old.spectral_norm or 0.0) - (old.spectral_norm_error or 0.0)
         target = proven * math.exp(growth.kappa) * (1.0 - min(ROUNDING_ROOM, growth.kappa / 2))
-        ceiling = (new.spectral_norm or 0.0) + (new.spectral_norm_error or 0.0)
-        yield Correction(name, target / ceiling, target)
+        yield Correction(name, target)
 
 
 def _to_growth_limit(before: Readings, after: Readings, limits: RMTLimits) -> Iterator[Correction]:
@@ -79,21 +74,22 @@ def _to_growth_limit(before: Readings, after: Readings, limits: RMTLimits) -> It
         if growth is None or not math.isfinite(growth) or growth <= limits.max_growth or not new.edge_plus:
             continue
         target = limits.max_growth * (old.top_over_edge or 0.0) * new.edge_plus * (1.0 - ROUNDING_ROOM)
-        top = (new.top_over_edge or 0.0) * new.edge_plus
-        yield Correction(name, target / top, target)
+        yield Correction(name, target)
 
 
 def apply_correction(matrix: torch.Tensor, correction: Correction, mode: str) -> torch.Tensor:
     """The corrected (d_out, d_in) matrix as a new tensor of at least float32; the input is not touched.
 
-    `scale` multiplies the whole matrix; `clip` cuts only the singular values above the limit and
+    `scale` multiplies the whole matrix by a factor below 1; `clip` cuts only the singular values above the limit and
     keeps their directions. A matrix with NaN or inf has no singular values: it comes back unchanged.
     """
     wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
     if not bool(torch.isfinite(wide).all()):
         return wide
     if mode == "scale":
-        return wide * min(correction.factor, 1.0)
+        spectrum = measure_spectrum(wide, name=correction.name)
+        top = spectrum.spectral_norm + spectrum.spectral_norm_error
+        return wide * (correction.max_singular_value / top) if top > correction.max_singular_value else wide
     left, values, right = torch.linalg.svd(wide.double(), full_matrices=False)
     excess = (values - correction.max_singular_value).clamp_min(0.0)
     return (wide.double() - (left * excess) @ right).to(wide.dtype)

@@ -127,7 +127,7 @@ def _judge_no_op(edit: EditRecord) -> Measurement:
         0.0,
         0.0,
         outcome=Outcome.FAIL if declared else Outcome.WARN,
-        reason="no-op edit: " + (f"kind {edit.kind!r} was declared and" if declared else "") + " no tensor changed",
+        reason=f"no-op edit: no tensor changed{' although a kind or targets were declared' if declared else ''}",
     )
 
 

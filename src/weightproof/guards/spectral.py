@@ -294,11 +294,16 @@ def deviations_of(old: MatrixReading, new: MatrixReading, limits: SpectralLimits
 
 
 def _below(reading: MatrixReading) -> float:
-    return max((reading.spectral_norm or 0.0) - (reading.spectral_norm_error or 0.0), 0.0)
+    """Lower end of s1: what its error leaves, or ||W||_F / sqrt(k), k the smaller side, if that is more."""
+    value, frobenius = reading.spectral_norm or 0.0, reading.frobenius_norm or 0.0
+    flat = frobenius / math.sqrt(max(min(reading.d_out, reading.d_in), 1))
+    return max(value - (reading.spectral_norm_error or 0.0), min(flat, value))
 
 
 def _above(reading: MatrixReading) -> float:
-    return (reading.spectral_norm or 0.0) + (reading.spectral_norm_error or 0.0)
+    """Upper end of s1: what its error leaves, or ||W||_F if that is less."""
+    value, frobenius = reading.spectral_norm or 0.0, reading.frobenius_norm or 0.0
+    return min(value + (reading.spectral_norm_error or 0.0), max(frobenius, value))
 
 
 def _log_ratio(now: float, then: float) -> float:

@@ -89,11 +89,19 @@ def test_statistic_that_is_not_finite_fails(value):
     ("error", "outcome"), [(0.1, "PASS"), (0.3, "WARN"), (1.5, "WARN"), (1.9, "FAIL"), (2.5, "FAIL")]
 )
 def test_statistic_known_as_an_interval_is_judged_at_its_worst_end(error, outcome):
-    # The stable rank would fail first at these widths: look at the top singular value alone.
-    found = judge(changed(spectral_norm_error=error), kappa_stable_rank=99.0, gross_stable_rank=0.0)
+    # Look at the top singular value alone; a Frobenius norm of 10 proves at least 10 / sqrt(1000).
+    wide = {"d_out": 1000, "d_in": 1000, "spectral_norm_error": error}
+    found = judge(changed(**wide), kappa_stable_rank=99.0, gross_stable_rank=0.0, gross_growth=6.0)
     assert found.outcome == outcome
     if outcome != "PASS":
         assert "judged at its worst end" in found.reason
+
+
+def test_interval_ends_at_what_the_frobenius_norm_proves():
+    # 32 singular values with a sum of squares of 100: s1 lies in [1.77, 10] whatever its error.
+    found = judge(changed(spectral_norm_error=1e6), kappa_stable_rank=99.0, gross_stable_rank=0.0)
+    assert found.outcome is Outcome.WARN
+    assert f"[{math.log(10 / 32**0.5 / 2):.4g}, {math.log(10 / 2):.4g}]" in found.reason
 
 
 def test_interval_that_is_proven_beyond_the_limit_needs_no_remark():
