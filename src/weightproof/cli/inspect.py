@@ -73,11 +73,20 @@ def resolve_folder(model: str) -> Path:
 
 
 def shorten(name: str, width: int) -> str:
-    """`name` in at most `width` columns, cut nearer to its front: layer number and role stand at its end."""
-    if len(name) <= width:
-        return name
-    head = (width - 1) // 4
-    return f"{name[:head]}…{name[head + 1 - width :]}"
+    """`name` in at most `width` columns: words give way to their initials, numbers and the role stay.
+
+    Example:
+        >>> shorten("model.layers.31.self_attn.q_proj", 20)
+        'm.l.31.s.q_proj'
+    """
+    parts = name.split(".")
+    for position, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= width:
+            break
+        if not part.isdigit():
+            parts[position] = part[0] if part else part
+    short = ".".join(parts)
+    return short if len(short) <= width else f"…{short[1 - width :]}"
 
 
 def display_names(names: Sequence[str]) -> list[str]:
@@ -168,7 +177,7 @@ def _cells(matrix: MatrixReport) -> dict[str, str]:
     }
 
 
-DROP_FIRST = ("KS", "edge", "‖W‖F", "zeros", "sigma")
+DROP_FIRST = ("KS", "edge", "‖W‖F", "zeros", "sigma", "excess\nkurt.", "spike\nenergy", "std")
 """Columns that a narrow terminal does without, in this order; JSON always has all."""
 
 
