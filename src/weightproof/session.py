@@ -37,7 +37,6 @@ from weightproof.policy import Policy, load_policy
 from weightproof.probes import State, digest_of, looks_untrained, read_state, read_tensors
 from weightproof.registry import load_plugin
 from weightproof.snapshot import Snapshot, tensor_digest, write_matrix
-from weightproof.spectrum import measure_spectrum
 from weightproof.spikes import MEMORY, is_loss_spike
 from weightproof.trackers import JsonlTracker, Tracker
 from weightproof.types import Action, Decision, EditRecord, TensorReading, Verdict
@@ -365,10 +364,7 @@ class GuardSession:
         done: list[str] = []
         for correction, mode in fixes:
             matrix = by_name[correction.name]
-            # The verdict needed only an upper bound on s1; a factor taken from a bound would shrink too far.
-            top = measure_spectrum(matrix.load(), name=matrix.name).spectral_norm
-            exact = replace(correction, factor=min(1.0, correction.max_singular_value / top))
-            write_matrix(matrix, apply_correction(matrix.load(), exact, mode))
+            write_matrix(matrix, apply_correction(matrix.load(), correction, mode))
             done.append(f"{mode} {correction.name}")
         return tuple(done)
 
