@@ -134,3 +134,14 @@ def test_no_fit_at_all_is_not_measured():
 def test_wrong_limit_is_an_error(wrong):
     with pytest.raises(PolicyError):
         RMTLimits(**wrong)
+
+
+def test_growth_within_the_deadband_is_quiet_up_to_its_edge():
+    for ratio, outcome in ((1.05, "PASS"), (1.08, "PASS"), (1.10, "PASS"), (1.2, "WARN")):
+        readings = with_bulk(after("quantize"), NAME, top_over_edge=2.0 * ratio)
+        assert judge(readings, deadband=0.10, margin=1.0).outcome == outcome
+
+
+def test_epsilon_on_one_family_leaves_the_others_alone():
+    readings = with_bulk(after("quantize"), "embed", num_spikes=4)
+    assert judge(readings, epsilon={"default": 0.1, "ffn": 9.0}).outcome is Outcome.WARN
