@@ -71,7 +71,9 @@ def _scaled(
     chunk: torch.Tensor, dtype: torch.dtype, rows: torch.Tensor | None, cols: torch.Tensor | None, factor: float
 ) -> torch.Tensor:
     """A contiguous copy in `dtype`: rows and columns multiplied by their scales and `factor`."""
-    scaled = chunk.to(dtype).mul(factor)
+    scaled = chunk.to(dtype, copy=True)
+    if factor != 1.0:
+        scaled.mul_(factor)
     if rows is not None:
         scaled.mul_(rows.to(scaled)[:, None])
     if cols is not None:
@@ -97,10 +99,11 @@ def exact_singular_values(
     name: str = "",
     row_scale: torch.Tensor | None = None,
     col_scale: torch.Tensor | None = None,
+    force_float64: bool = False,
 ) -> tuple[torch.Tensor, torch.dtype]:
     """All min(d_out, d_in) singular values, float64 on the CPU, descending; and the Gram's dtype.
 
-    With scales: those of diag(row_scale) matrix diag(col_scale).
+    With scales: those of diag(row_scale) matrix diag(col_scale). `force_float64` skips float32.
 
     Raises:
         InputError: the matrix holds NaN or inf.
@@ -119,7 +122,8 @@ def exact_singular_values(
         squares = torch.linalg.eigvalsh(product).flip(0).cpu().double().clamp_(min=0.0)
         return squares.sqrt_().div_(factor)
 
-    if not (matrix.dtype == torch.float64 or side <= SMALL_SIDE or side > SQUARE_ASPECT * length):
+    careful = matrix.dtype == torch.float64 or side <= SMALL_SIDE or side > SQUARE_ASPECT * length
+    if not (careful or force_float64):
         values = values_in(torch.float32)
         if values[-1] >= FLOAT32_FLOOR * values[0]:
             return values, torch.float32

@@ -119,11 +119,11 @@ def _lanczos_estimate(process: GolubKahan, value: float, error: float) -> NormEs
     return NormEstimate(value, error, method, process.reads)
 
 
-def _exact(matrix: torch.Tensor, key: object, reads: int, dtype: torch.dtype | None = None) -> NormEstimate:
-    """The norm from the Gram matrix, in float64 if asked for."""
-    values, used = exact_singular_values(matrix.to(dtype) if dtype else matrix, name=str(key))
+def _exact(matrix: torch.Tensor, key: object, reads: int, force_float64: bool = False) -> NormEstimate:
+    """The norm from the Gram matrix."""
+    values, dtype = exact_singular_values(matrix, name=str(key), force_float64=force_float64)
     value = float(values[0])
-    return NormEstimate(value, NORM_ERROR[used] * value, f"gram-eigh-{str(used).removeprefix('torch.')}", reads + 1)
+    return NormEstimate(value, NORM_ERROR[dtype] * value, f"gram-eigh-{str(dtype).removeprefix('torch.')}", reads + 1)
 
 
 def _climb(matrix: torch.Tensor, key: object, limit: _Limit, bracket: tuple[float, float], reads: int) -> NormEstimate:
@@ -144,9 +144,12 @@ def _climb(matrix: torch.Tensor, key: object, limit: _Limit, bracket: tuple[floa
             return NormEstimate(value, estimate.error, estimate.method, reads + process.reads)
         if process.exhausted:
             break
-    exact = _exact(matrix, key, reads + process.reads)
+    reads += process.reads
+    # Frees a float32 copy of half-precision weights before the Gram matrix is made.
+    del process
+    exact = _exact(matrix, key, reads)
     if not limit.decides(exact.value - exact.error, exact.value + exact.error):
-        exact = _exact(matrix, key, exact.reads, torch.float64)
+        exact = _exact(matrix, key, exact.reads, force_float64=True)
     return exact
 
 
