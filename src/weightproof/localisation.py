@@ -5,6 +5,10 @@ baseline, so an error never travels and the blocks that are off are the blocks t
 is computed outside the blocks is compared where it enters them: as "embedding" (hidden states
 before a trunk, tables shared by all blocks such as rotary ones) or "encoder_output" (what the
 decoder reads from the encoder). What follows the last block is "head".
+
+It says where, never whether: an edit that preserves the function but moves something across a
+block's border (heads permuted together with a shared position bias, a gain folded into the
+decoder's cross-attention) shows an error here and none in the outputs.
 """
 
 from __future__ import annotations
