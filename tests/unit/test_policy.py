@@ -358,3 +358,13 @@ class TestUserPolicies:
         for limits in ({"rmt": {"epsilon": -1.0}}, {"rmtt": {}}, {"rmt": 5}, {"spectral": {"correct": "magic"}}):
             with pytest.raises(PolicyError):
                 base.override(limits=limits)  # type: ignore[arg-type]
+
+
+def test_documented_table_is_the_one_that_decides():
+    page = Path(__file__).parents[2].joinpath("docs", "policy.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+    documented = {row[0].strip("`"): row[2:] for row in rows}
+    cells = {"KEEP": "KEEP", "KEEP_WARNED": "KEEP, warned", "ROLLBACK": "ROLLBACK"}
+    tiers = [load_policy(tier) for tier in TIERS]
+    assert documented == {name: [cells[tier.actions[name]] for tier in tiers] for name in SITUATIONS}
