@@ -290,6 +290,8 @@ class GuardCallback(TrainerCallback):
         except WeightproofError as error:
             self._recorder.detach()
             self._stop(control)
+            for tracker in self.session.trackers if self.session is not None else ():
+                tracker.close()
             logger.error("the guard cannot vouch for this model, training ends and saves nothing: %s", error)
             raise
 

@@ -25,7 +25,7 @@ from tests.trainer.markov import (
 from transformers import TrainerCallback
 
 from weightproof.edits import RTN
-from weightproof.types import Action
+from weightproof.types import Action, Outcome
 from weightproof_callbacks.trainer import GuardCallback
 
 
@@ -75,15 +75,19 @@ def test_guard_without_violation_disturbs_nothing(tmp_path):
     assert not guarded.model._forward_hooks
 
 
+EVERY, STEPS, FAULT = 20, 160, 116  # the loss has been level for more than 60 steps when the fault comes
+
+
 @pytest.fixture(scope="module")
 def clean_loss(tmp_path_factory):
     """Held-out loss of the run without fault, which must have no alarm."""
-    guard = GuardCallback(every=10)
-    trainer = trainer_for(tmp_path_factory.mktemp("clean"), [guard])
+    guard = GuardCallback(every=EVERY)
+    trainer = trainer_for(tmp_path_factory.mktemp("clean"), [guard], steps=STEPS)
     trainer.train()
+    assert [step.step for step in guard.history] == list(range(EVERY, STEPS + 1, EVERY))
     assert alarms(guard) == []
     loss = held_out_loss(trainer.model)
-    assert loss < 1.7, "the model has clearly learned"
+    assert loss < 1.6, "the model has clearly learned"
     return loss
 
 
@@ -93,43 +97,44 @@ def clean_loss(tmp_path_factory):
         pytest.param(fill(math.nan), id="nan"),
         pytest.param(fill(0.0), id="zero"),
         pytest.param(scale(100.0), id="scaled"),
-        pytest.param(scale(100.0, "layers.1.mlp.down_proj"), id="one-matrix-scaled"),
-        pytest.param(scale(0.0, "layers.0.self_attn.o_proj"), id="one-matrix-zero"),
+        pytest.param(scale(100.0, "lm_head"), id="one-matrix-scaled"),
         pytest.param(scale(math.nan, "model.norm"), id="nan-in-a-norm"),
     ],
 )
 def test_fault_is_rolled_back_bit_for_bit_and_training_goes_on(tmp_path, damage, clean_loss):
-    guard, recorder = GuardCallback(every=10), Recorder(40, 50)
-    trainer = trainer_for(tmp_path, [Fault(48, damage), guard, recorder], steps=100)
+    guard, recorder = GuardCallback(every=EVERY), Recorder(100, 120)
+    trainer = trainer_for(tmp_path, [Fault(FAULT, damage), guard, recorder], steps=STEPS)
     trainer.train()
     rejected = [step for step in guard.history if step.decision.action is Action.ROLLBACK]
-    assert [(step.step, step.applied) for step in rejected] == [(50, "restored")], "at the next check, and only there"
-    assert rejected[0].record.digest_before == guard.history[3].record.digest_after
-    assert same(recorder.seen[40], recorder.seen[50])
-    assert (recorder.moments[40], recorder.moments[50]) == (len(list(trainer.model.parameters())), 0)
-    assert rejected[0].record.params["optimizer_states_cleared"] == recorder.moments[40]
-    assert held_out_loss(trainer.model) < clean_loss + 0.1
-    assert list(logged_losses(trainer)) == list(range(5, 101, 5)), "no loss row is lost"
+    assert [(step.step, step.applied) for step in rejected] == [(120, "restored")], "at the next check, and only there"
+    assert rejected[0].record.digest_before == guard.history[4].record.digest_after
+    assert same(recorder.seen[100], recorder.seen[120])
+    assert (recorder.moments[100], recorder.moments[120]) == (len(list(trainer.model.parameters())), 0)
+    assert rejected[0].record.params["optimizer_states_cleared"] == recorder.moments[100]
+    assert held_out_loss(trainer.model) < clean_loss + 0.05
+    assert list(logged_losses(trainer)) == list(range(5, STEPS + 1, 5)), "no loss row is lost"
 
 
 def test_nan_loss_is_seen_though_the_log_shows_zero(tmp_path):
     guard = GuardCallback(every=10)
-    trainer = trainer_for(tmp_path, [Fault(40, fill(math.nan)), guard], steps=60)
+    trainer = trainer_for(tmp_path, [Fault(35, fill(math.nan)), guard], steps=60)
     trainer.train()
-    assert logged_losses(trainer)[45] == 0.0
-    # The window that ends with the fault is rejected at once, before the Trainer logs anything.
-    assert actions(guard)[3] == (40, "train", "ROLLBACK", "restored")
+    assert logged_losses(trainer)[40] == 0.0
+    assert [entry[2] for entry in actions(guard)] == ["KEEP"] * 3 + ["ROLLBACK"] + ["KEEP"] * 2
+    (losses,) = [m for v in guard.history[3].verdicts for m in v.measurements if m.target == "raw losses"]
+    assert (losses.value, losses.outcome) == (5, Outcome.FAIL)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_healthy_training_from_random_init_has_no_alarm(tmp_path, seed):
-    guard = GuardCallback(every=10)
+    guard = GuardCallback(every=25)
     trainer = trainer_for(tmp_path, [guard], model=tiny_llama(seed=seed), steps=300, warmup_steps=30, seed=seed)
     trainer.train()
     assert alarms(guard) == []
     assert held_out_loss(trainer.model) < 1.7
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_lora_from_zero_b_has_no_alarm(tmp_path, learned_model):
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1)
     model = get_peft_model(learned_model, lora)
