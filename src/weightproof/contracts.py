@@ -1,7 +1,7 @@
 """The numbers behind the contracts of `weightproof.kinds`: pure functions of two matrices.
 
-Both are read in chunks of rows as float64, which holds every smaller floating point value exactly;
-beside them a few MiB are needed. A ratio with nothing in it is 0; one that is undefined is inf.
+Both are read in chunks of rows, in a dtype that holds their values exactly; beside them a few MiB
+are needed. A ratio with nothing in it is 0; one that is undefined is inf.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# float64 work on 2^18 elements is 2 MiB per temporary: it stays in the second-level cache.
-_CHUNK_ELEMENTS = 1 << 18
+# 256 to 512 KiB per temporary: a handful of them stay in the second-level cache.
+_CHUNK_ELEMENTS = 1 << 16
 # w / Delta and q * Delta are computed in float32 by the quantizer: two roundings of at most 2^-23 |w|.
 _LEVEL_ROUNDING = 2.0**-22
 # A tensor with more distinct values than this is not quantized in any sense; counting stops here.
 _MAX_LEVELS = 1 << 17
+_EXPONENTS = {torch.float32: (torch.int32, 0xFF << 23), torch.float64: (torch.int64, 0x7FF << 52)}
 
 
 class Grid(NamedTuple):
@@ -33,22 +34,23 @@ def quantization_statistics(grid: Grid, before: torch.Tensor, after: torch.Tenso
     """The four statistics of `kinds.Quantize` in one pass over chunks of rows (two reads for "tensor")."""
     top = 2 ** (grid.bits - 1) - 1
     rounding, smallest = _storage_rounding(after.dtype)
+    rounding += _LEVEL_ROUNDING
     whole = _max_abs(before) if grid.granularity == "tensor" else None
     levels = np.empty(0)
-    most_levels, worst_row, flipped, beyond = 0, 0.0, 0, 0
+    most_levels, worst_row, flipped = 0, 0.0, 0
     error_square = weight_square = 0.0
-    for old, new in chunks(before, after):
-        half_step = _peaks(old, grid, whole) / (2 * top)
-        size, error = old.abs(), (new - old).abs()
-        bound = torch.minimum(size, half_step)
-        bound += (rounding + _LEVEL_ROUNDING) * (size + bound) + smallest
-        row_error, row_bound = error.square().sum(1), bound.square().sum(1)
-        worst_row = max(worst_row, math.sqrt(_max_ratio(row_error, row_bound)))
-        far = size > half_step * (1 + 1e-6)
-        flipped += int((far & (old.sign() * new.sign() < 0)).sum())
-        beyond += int(far.sum())
-        error_square += float(row_error.sum())
-        weight_square += float(size.square().sum())
+    for old, new in chunks(before, after, _working_dtype(before, after)):
+        size = old.abs()
+        half_step = _peaks(size, grid, whole) / (2 * top)
+        # min(|w|, Delta / 2), and the rounding of the stored level, which is at most |w| plus that.
+        bound = torch.minimum(size, half_step).mul_(1 + rounding).add_(size, alpha=rounding).add_(smallest)
+        row_error, row_bound = _row_norms(new - old), _row_norms(bound)
+        worst_row = max(worst_row, _max_ratio(row_error, row_bound))
+        product = old * new
+        if not bool(product.amin() >= 0):
+            flipped += int(((product < 0) & (size > half_step * (1 + 1e-6))).sum())
+        error_square += float(row_error.square().sum())
+        weight_square += float(_row_norms(old).square().sum())
         if whole is None:
             most_levels = max(most_levels, _levels_per_group(new, grid.group_size))
         elif len(levels) < _MAX_LEVELS:
@@ -58,14 +60,14 @@ def quantization_statistics(grid: Grid, before: torch.Tensor, after: torch.Tenso
         "levels_per_group": float(most_levels),
         "error_over_half_step": worst_row,
         "relative_error": math.sqrt(_ratio(error_square, weight_square)),
-        "sign_flip_fraction": flipped / max(1, beyond),
+        "sign_flip_fraction": flipped / max(1, before.numel()),
     }
 
 
 def cast_error(dtype: torch.dtype, before: torch.Tensor, after: torch.Tensor) -> float:
     """Largest |w' - w| in units of half an ulp of `dtype` at w."""
     worst = 0.0
-    for old, new in chunks(before, after):
+    for old, new in chunks(before, after, _working_dtype(before, after)):
         same = (old == new) | (old.isnan() & new.isnan())
         ratio = torch.where(same, 0.0, (new - old).abs() / _half_ulp(old.abs(), dtype))
         worst = max(worst, float(ratio.nan_to_num(nan=math.inf, posinf=math.inf).max()))
@@ -75,7 +77,7 @@ def cast_error(dtype: torch.dtype, before: torch.Tensor, after: torch.Tensor) ->
 def count_altered(before: torch.Tensor, after: torch.Tensor) -> tuple[int, int, int]:
     """How many elements differ (NaN differs); differ and are not zero; and are not zero."""
     differ = altered = nonzero = 0
-    for old, new in chunks(before, after):
+    for old, new in chunks(before, after, _working_dtype(before, after)):
         changed, kept = new != old, new != 0
         differ += int(changed.sum())
         altered += int((changed & kept).sum())
@@ -101,25 +103,37 @@ def merge_error(before: torch.Tensor, after: torch.Tensor, delta: torch.Tensor) 
     return math.sqrt(_ratio(error, size)), limit
 
 
-def chunks(before: torch.Tensor, after: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Chunks of rows of two tensors of equal shape, as float64 on the device of the first."""
+def chunks(
+    before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Chunks of rows of two tensors of equal shape, in `dtype` on the device of the first."""
     if before.numel() == 0:
         return
     rows = before.shape[0] if before.ndim > 1 else 1
     old, new = before.detach().reshape(rows, -1), after.detach().reshape(rows, -1)
     step = max(1, _CHUNK_ELEMENTS // max(1, old.shape[1]))
     for start in range(0, rows, step):
-        part = old[start : start + step].double()
-        yield part, new[start : start + step].to(part.device).double()
+        part = old[start : start + step].to(dtype)
+        yield part, new[start : start + step].to(part.device).to(dtype)
 
 
-def _peaks(old: torch.Tensor, grid: Grid, whole: float | None) -> torch.Tensor:
+def _working_dtype(before: torch.Tensor, after: torch.Tensor) -> torch.dtype:
+    """float32, which holds every smaller dtype exactly; float64 when one of the two is stored so."""
+    return torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
+
+
+def _row_norms(rows: torch.Tensor) -> torch.Tensor:
+    """||row||_2 of each row, squared and summed in float64: no overflow, no lost small rows."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+
+
+def _peaks(size: torch.Tensor, grid: Grid, whole: float | None) -> torch.Tensor:
     """Largest magnitude in the scale group of each element: (rows, 1), or (rows, d_in) for groups."""
     if whole is not None:
-        return old.new_full((old.shape[0], 1), whole)
+        return size.new_full((size.shape[0], 1), whole)
     if grid.group_size is None:
-        return old.abs().amax(1, keepdim=True)
-    return torch.cat([p.abs().amax(1, keepdim=True).expand_as(p) for p in old.split(grid.group_size, dim=1)], dim=1)
+        return size.amax(1, keepdim=True)
+    return torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in size.split(grid.group_size, dim=1)], dim=1)
 
 
 def _levels_per_group(new: torch.Tensor, group_size: int | None) -> int:
@@ -129,7 +143,7 @@ def _levels_per_group(new: torch.Tensor, group_size: int | None) -> int:
     """
     d_in = new.shape[1]
     width = d_in if group_size is None else min(group_size, d_in)
-    values = new.float().cpu().numpy() if _fits_float32(new) else new.cpu().numpy()
+    values = new.cpu().numpy()
     edge = d_in - d_in % width
     most = 0
     for part in (values[:, :edge].reshape(-1, width), values[:, edge:]):
@@ -139,17 +153,16 @@ def _levels_per_group(new: torch.Tensor, group_size: int | None) -> int:
     return most
 
 
-def _fits_float32(values: torch.Tensor) -> bool:
-    """Whether float32 holds these float64 values without merging any: half the sorting work."""
-    return bool((values.float().double() == values).all())
-
-
 def _half_ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Half the spacing of `dtype` at each |w|, never less than half its smallest subnormal; float64."""
+    """Half the spacing of `dtype` at each |w|, never less than half its smallest subnormal.
+
+    The exponent bits of a float32 or float64 number, alone, are the power of two below it (0 for a
+    subnormal, inf for inf and NaN).
+    """
     facts = torch.finfo(dtype)
-    exponent = torch.frexp(size).exponent - 1
-    smallest = facts.smallest_normal * facts.eps
-    return torch.ldexp(torch.full_like(size, facts.eps / 2), exponent).clamp(min=smallest / 2)
+    integer, exponent_bits = _EXPONENTS[size.dtype]
+    power = (size.view(integer) & exponent_bits).view(size.dtype)
+    return (power * (facts.eps / 2)).clamp_(min=facts.smallest_normal * facts.eps / 2)
 
 
 def _storage_rounding(dtype: torch.dtype) -> tuple[float, float]:

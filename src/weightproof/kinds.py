@@ -8,7 +8,7 @@ and without a forward pass. A reading is within its contract when `value <= limi
 | --- | --- | --- | --- |
 | Cast | `cast_error_half_ulp`: max |w' - w| / half an ulp of the target dtype at w | 1 | yes |
 | Quantize | `levels_per_group`: distinct values in one scale group | 2^bits | yes |
-| Quantize | `error_over_half_step`: max over rows of ||E||_2 / (sum_i min(|w_i|, Delta_g / 2)^2)^(1/2) | 1 | yes |
+| Quantize | `error_over_half_step`: max over rows of ||e||_2 / (sum_i min(|w_i|, Delta_g / 2)^2)^(1/2) | 1 | yes |
 | Quantize | `relative_error`: ||E||_F / ||W||_F | .05 (8 bits), .5 (4), .8 (3 and below) | no |
 | Quantize | `sign_flip_fraction`: weights beyond half a step that came back with the other sign | 0 | no |
 | Prune | `altered_fraction`: weights that are neither 0 nor what they were | 0 | yes |

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -141,6 +142,8 @@ class FolderStore:
         if free < self.nbytes + _SPARE_BYTES:
             raise SnapshotError(_no_room(directory, self.nbytes, f"{readable(free)} are free"))
         self.folder = self._fresh_folder(directory)
+        # Gigabytes must not stay behind when a session ends without discarding its snapshots.
+        self._remove = weakref.finalize(self, _remove_folder, self.folder, os.getpid())
         try:
             self.digests: Mapping[str, str] = tensor_digests(tensors)
             self._write(tensors)
@@ -188,8 +191,14 @@ class FolderStore:
         return tensor
 
     def discard(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder; this also happens when the store is collected or the process ends."""
+        self._remove()
+
+
+def _remove_folder(folder: Path, owner: int) -> None:
+    """Remove a snapshot's folder, unless this is a forked child of the process that wrote it."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def readable(count: int) -> str:

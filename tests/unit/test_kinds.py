@@ -236,6 +236,17 @@ def test_anything_beyond_rounding_breaks_a_cast(fault):
     assert broken(Cast("bfloat16"), gaussian(), CAST_FAULTS[fault](gaussian())) == {"cast_error_half_ulp"}
 
 
+@pytest.mark.parametrize("work", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_half_an_ulp_is_half_the_distance_to_the_next_number(work, dtype):
+    bits = torch.arange(1, 120, dtype=torch.uint8).view(dtype) if dtype.itemsize == 1 else None
+    if bits is None:
+        bits = torch.arange(1, 31000, 7, dtype=torch.int16).view(dtype)
+    codes = torch.uint8 if dtype.itemsize == 1 else torch.int16
+    above = (bits.view(codes) + 1).view(dtype)
+    assert torch.equal(contracts._half_ulp(bits.to(work), dtype), (above.to(work) - bits.to(work)) / 2)
+
+
 def test_overflow_and_saturation_break_a_cast():
     weight = gaussian()
     weight[0, 0] = 1e6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import shutil
@@ -596,6 +597,14 @@ def test_two_snapshots_share_a_folder_and_a_discarded_one_is_of_no_use(tmp_path)
         first.restore()
     shutil.rmtree(tmp_path)
     second.discard()
+
+
+def test_files_do_not_outlive_the_snapshot(tmp_path):
+    kept = Snapshot.capture(gpt2(), tmp_path)
+    assert kept.nbytes
+    del kept
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- what cannot be kept ---------------------------------------------------------------------------
