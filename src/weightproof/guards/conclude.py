@@ -75,7 +75,11 @@ def conclude(
     if worst is not None and SEVERITY[worst.outcome] > 0:
         outcome = worst.outcome
     others = sum(item.outcome is outcome for item in measurements) - 1 if outcome is not Outcome.PASS else 0
-    reason = "nothing was out of order" if worst is None or worst.outcome is Outcome.NOT_MEASURED else sentence(worst)
+    reason = (
+        "every value is finite and none is judged in this kind of change"
+        if worst is None or worst.outcome is Outcome.NOT_MEASURED
+        else sentence(worst)
+    )
     if outcome is Outcome.PASS and worst is not None:
         reason = f"worst of {measured} measured: {reason}"
     if others > 0:
