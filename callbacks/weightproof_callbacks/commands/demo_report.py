@@ -13,12 +13,13 @@ from rich.table import Table
 
 from weightproof.session import Cost, Step
 from weightproof.trackers import worst_measurements
-from weightproof.types import Measurement
+from weightproof.types import Measurement, Outcome
 
 if TYPE_CHECKING:
-    from weightproof_callbacks.commands.demo_run import Outcome
+    from weightproof_callbacks.commands.demo_run import DemoResult
 
 WIDTH = 118
+ORDER = (Outcome.FAIL, Outcome.NOT_MEASURED, Outcome.WARN, Outcome.PASS)
 STYLES = {"KEEP": "green", "ROLLBACK": "bold red", "HALT": "bold red", "PASS": "green", "FAIL": "red", "WARN": "yellow"}
 
 
@@ -45,44 +46,45 @@ def worst_matrix(step: Step | None) -> str:
     return named[0] if named else max(moved, key=lambda name: moved[name])
 
 
-def show(console: Console, outcome: Outcome, *, costs: tuple[Cost, Cost], picture: Path) -> None:
+def show(console: Console, result: DemoResult, *, costs: tuple[Cost, Cost], picture: Path) -> None:
     """Print decisions, ground truth and cost."""
-    console.print("", _decisions(outcome), "", _truth(outcome), "", sep="\n")
-    before, after = outcome.digests
+    console.print("", _decisions(result), "", _truth(result), "", sep="\n")
+    before, after = result.digests
     if before:
         same = "equal" if before == after else "NOT EQUAL"
         console.print(f"digest before the rolled back step {before[:16]}…, after the rollback {after[:16]}…: {same}")
-    _show_cost(console, outcome, *costs)
+    _show_cost(console, result, *costs)
     console.print(f"picture of the worst matrix: {_relative(picture)}", markup=False)
 
 
-def show_paths(console: Console, outcome: Outcome, *, live_dir: Path) -> None:
+def show_paths(console: Console, result: DemoResult, *, live_dir: Path) -> None:
     """Print where everything lies, relative to the working folder."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for what, path in (
-        ("certificate", outcome.output / "certificate.json"),
-        ("event log", outcome.output / "events.jsonl"),
-        ("picture", outcome.output / "spectra.png"),
+        ("certificate", result.output / "certificate.json"),
+        ("event log", result.output / "events.jsonl"),
+        ("training evidence", result.output / "training" / "weightproof"),
+        ("picture", result.output / "spectra.png"),
         ("offline W&B run", live_dir),
-        *((f"model {v.label}", v.folder) for v in outcome.versions if v.bits_per_byte is not None),
+        *((f"model {v.label}", v.folder) for v in result.versions if v.bits_per_byte is not None),
     ):
         table.add_row(what, _relative(path))
     console.print(table)
-    verdict = "everything as expected" if not outcome.failures else f"{len(outcome.failures)} not as expected"
-    console.print(f"done in {outcome.timings['all']:.0f} s: {verdict}")
+    verdict = "everything as expected" if not result.failures else f"{len(result.failures)} not as expected"
+    console.print(f"done in {result.timings['all']:.0f} s: {verdict}")
 
 
-def _decisions(outcome: Outcome) -> Table:
+def _decisions(result: DemoResult) -> Table:
     """One block a step, one line a guard with its worst number."""
     table = _table("decisions: each guard with its worst number")
     for title in ("step", "decision", "guard", "outcome", "worst matrix or windows", "statistic"):
         table.add_column(title, no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("limit", justify="right", no_wrap=True)
-    _add_training(table, outcome.windows)
-    for version in outcome.versions:
+    _add_training(table, result.windows)
+    for version in result.versions:
         if version.step is not None:
-            _add_step(table, f"{version.step.step} {version.label}", version.step)
+            _add_step(table, f"{version.step.step} {version.label.split()[0]}", version.step)
     return table
 
 
@@ -107,7 +109,8 @@ def _add_training(table: Table, windows: Sequence[Step]) -> None:
 
 
 def _add_step(table: Table, label: str, step: Step) -> None:
-    for position, verdict in enumerate(step.verdicts):
+    loudest_first = sorted(step.verdicts, key=lambda verdict: ORDER.index(verdict.outcome))
+    for position, verdict in enumerate(loudest_first):
         worst = worst_measurements([verdict], 1)
         cells = _cells(worst[0]) if worst else (_short(verdict.reason), "", "", "")
         first = position == 0
@@ -138,11 +141,11 @@ def _styled(word: str) -> str:
     return f"[{style}]{word}[/{style}]" if style else word
 
 
-def _truth(outcome: Outcome) -> Table:
+def _truth(result: DemoResult) -> Table:
     table = _table("ground truth beside the decisions")
     for title in ("version", "held-out bits/byte", "KL(base || version), nats/token", "limit", "decision"):
         table.add_column(title, justify="left" if title in ("version", "decision") else "right", no_wrap=True)
-    for version in outcome.versions:
+    for version in result.versions:
         reading = divergence_of(version.step)
         table.add_row(
             version.label,
@@ -154,8 +157,8 @@ def _truth(outcome: Outcome) -> Table:
     return table
 
 
-def _show_cost(console: Console, outcome: Outcome, training: Cost, edits: Cost) -> None:
-    seconds = outcome.timings["training"]
+def _show_cost(console: Console, result: DemoResult, training: Cost, edits: Cost) -> None:
+    seconds = result.timings["training"]
     console.print(
         f"guard in training: {training.seconds:.1f} s of {seconds:.0f} s ({100 * training.seconds / seconds:.1f} %), "
         f"{training.checks} checks, snapshot {training.snapshot_bytes / 2**20:.1f} MiB, "

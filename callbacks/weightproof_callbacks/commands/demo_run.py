@@ -43,7 +43,7 @@ class Version:
 
 
 @dataclass
-class Outcome:
+class DemoResult:
     """Everything the report is made of."""
 
     output: Path
@@ -73,7 +73,7 @@ def run(recipe: Mapping[str, Any], output: Path, *, seed: int) -> list[str]:
         seed: Seed of initialisation and data order.
     """
     console = Console(highlight=False, width=None if Console().is_terminal else demo_report.WIDTH)
-    outcome = Outcome(output)
+    result = DemoResult(output)
     started = time.perf_counter()
     live = wandb.init(
         project="weightproof-demo",
@@ -85,8 +85,8 @@ def run(recipe: Mapping[str, Any], output: Path, *, seed: int) -> list[str]:
     try:
         text = prepare_text(recipe, console)
         torch.set_num_threads(small_model.fastest_thread_count())
-        model, training_cost = train_under_guard(recipe, text, outcome, seed)
-        _check_training(recipe, outcome)
+        model, training_cost = train_under_guard(recipe, text, result, seed)
+        _check_training(recipe, result)
         session = GuardSession(
             model,
             policy=recipe["guard"]["policy"],
@@ -94,15 +94,15 @@ def run(recipe: Mapping[str, Any], output: Path, *, seed: int) -> list[str]:
             trackers=["jsonl", "wandb"],
             output_dir=output,
         )
-        apply_edits(recipe, session, text, outcome)
-        picture = draw(outcome)
-        demo_report.show(console, outcome, costs=(training_cost, session.cost), picture=picture)
+        apply_edits(recipe, session, text, result)
+        picture = draw(result)
+        demo_report.show(console, result, costs=(training_cost, session.cost), picture=picture)
         session.close()
     finally:
         live.finish()
-    outcome.timings["all"] = time.perf_counter() - started
-    demo_report.show_paths(console, outcome, live_dir=Path(live.dir).parent)
-    return outcome.failures
+    result.timings["all"] = time.perf_counter() - started
+    demo_report.show_paths(console, result, live_dir=Path(live.dir).parent)
+    return result.failures
 
 
 def prepare_text(recipe: Mapping[str, Any], console: Console) -> Text:
@@ -125,7 +125,7 @@ def prepare_text(recipe: Mapping[str, Any], console: Console) -> Text:
 
 
 def train_under_guard(
-    recipe: Mapping[str, Any], text: Text, outcome: Outcome, seed: int
+    recipe: Mapping[str, Any], text: Text, result: DemoResult, seed: int
 ) -> tuple[LlamaForCausalLM, Cost]:
     """Train from random initialisation with GuardCallback and save the base model; what guarding cost."""
     model = small_model.build_model(
@@ -137,25 +137,25 @@ def train_under_guard(
         text.train,
         recipe["training"],
         callbacks=[guard],
-        output_dir=outcome.output / "training",
+        output_dir=result.output / "training",
         seed=seed,
         report_to=["wandb"],
     )
     started = time.perf_counter()
     trainer.train()
-    outcome.timings["training"] = time.perf_counter() - started
-    outcome.windows = guard.history
-    outcome.versions.append(Version(BASE, outcome.output / BASE))
-    _keep_evidence(outcome.versions[0], model, text)
+    result.timings["training"] = time.perf_counter() - started
+    result.windows = guard.history
+    result.versions.append(Version(BASE, result.output / BASE))
+    _keep_evidence(result.versions[0], model, text)
     return model, guard.session.cost if guard.session is not None else Cost()
 
 
-def apply_edits(recipe: Mapping[str, Any], session: GuardSession, text: Text, outcome: Outcome) -> None:
+def apply_edits(recipe: Mapping[str, Any], session: GuardSession, text: Text, result: DemoResult) -> None:
     """Apply each edit of the recipe, save what it made of the model, and measure that version."""
     for number, entry in enumerate(recipe["edits"], start=1):
         before = digest_of(read_tensors(session.model, {}, ()))
         version = Version(
-            f"INT{entry['bits']} per {entry['granularity']}", outcome.output / entry["folder"], None, entry["expect"]
+            f"INT{entry['bits']} per {entry['granularity']}", result.output / entry["folder"], None, entry["expect"]
         )
         edit = RTN(entry["bits"], granularity=entry["granularity"])
         at = recipe["training"]["steps"] + number
@@ -171,17 +171,17 @@ def apply_edits(recipe: Mapping[str, Any], session: GuardSession, text: Text, ou
                         write_matrix(matrix, planned)
                 _keep_evidence(version, session.model, text)
         after = digest_of(read_tensors(session.model, {}, ()))
-        outcome.versions.append(version)
-        outcome.failures += _unexpected(version, before, after)
+        result.versions.append(version)
+        result.failures += _unexpected(version, before, after)
         if version.step.applied == "restored":
-            outcome.digests = (before, after)
+            result.digests = (before, after)
 
 
-def draw(outcome: Outcome) -> Path:
+def draw(result: DemoResult) -> Path:
     """Draw the matrix that the last edit damaged most, in every version, beside the decisions."""
-    edited = [version for version in outcome.versions if version.step is not None]
+    edited = [version for version in result.versions if version.step is not None]
     matrix = demo_report.worst_matrix(edited[-1].step)
-    readings = {version.label: demo_report.divergence_of(version.step) for version in outcome.versions}
+    readings = {version.label: demo_report.divergence_of(version.step) for version in result.versions}
     limits = [reading.limit for reading in readings.values() if reading is not None and reading.limit is not None]
     candidates = [
         Candidate(
@@ -191,20 +191,20 @@ def draw(outcome: Outcome) -> Path:
             bits_per_byte=version.bits_per_byte,
             action=demo_report.action_of(version.step),
         )
-        for version in outcome.versions
+        for version in result.versions
     ]
-    path = outcome.output / "spectra.png"
+    path = result.output / "spectra.png"
     path.write_bytes(decision_png(matrix, candidates, max(limits)))
     return path
 
 
-def _check_training(recipe: Mapping[str, Any], outcome: Outcome) -> None:
-    limit, reached = recipe["heldout"]["max_bits_per_byte"], outcome.versions[0].bits_per_byte
+def _check_training(recipe: Mapping[str, Any], result: DemoResult) -> None:
+    limit, reached = recipe["heldout"]["max_bits_per_byte"], result.versions[0].bits_per_byte
     if reached is None or not reached <= limit:
-        outcome.failures.append(f"the trained model needs {reached} bits per byte, more than {limit:g}")
-    for step in outcome.windows:
+        result.failures.append(f"the trained model needs {reached} bits per byte, more than {limit:g}")
+    for step in result.windows:
         if demo_report.action_of(step) != "KEEP":
-            outcome.failures.append(f"training step {step.step} was judged {demo_report.action_of(step)}")
+            result.failures.append(f"training step {step.step} was judged {demo_report.action_of(step)}")
 
 
 def _unexpected(version: Version, before: str, after: str) -> Sequence[str]:
