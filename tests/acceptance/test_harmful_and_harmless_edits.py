@@ -1,7 +1,7 @@
 """The edits that fooled the strongest existing system: every harmful one goes back, every harmless one stays.
 
 Truth is the model's own held-out loss: an edit is harmful when delta-NLL > 0.02 (NaN counts as harm).
-`pytest -s` prints the table: delta-NLL, decision, deciding guard.
+`pytest -s` prints the table: delta-NLL, largest KL measured (nats per token), decision, deciding guards.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from weightproof.session import Step
 HARM = 0.02
 CASES = [
     pytest.param(name, windows, id=f"{name}-{windows}", marks=pytest.mark.xdist_group(f"trained-{name}"))
-    for name in NAMES
     for windows in ("random tokens", "retain windows")
+    for name in NAMES  # the inner loop, so that two workers begin with two models
 ]
 
 
@@ -46,7 +46,8 @@ class Row:
         decision = self.step.decision
         assert decision is not None
         mark = " " if self.is_right else "!"
-        return f"{mark} {self.edit:<30}{self.delta_nll:>12.5f}  {decision.action:<9} {deciding_guards(self.step)}"
+        numbers = f"{self.delta_nll:>12.5f}{largest_kl(self.step):>12.6f}"
+        return f"{mark} {self.edit:<30}{numbers}  {decision.action:<9} {deciding_guards(self.step)}"
 
 
 def deciding_guards(step: Step) -> str:
@@ -57,6 +58,12 @@ def deciding_guards(step: Step) -> str:
             return f"{outcome}: {', '.join(guards)}"
     assert step.decision is not None
     return step.decision.assurance
+
+
+def largest_kl(step: Step) -> float:
+    """Return the largest KL divergence that the guards measured, nats per token; NaN where it is not finite."""
+    values = [m.value for verdict in step.verdicts for m in verdict.measurements if m.statistic == "kl"]
+    return max((math.nan if value is None else value for value in values), default=math.nan)
 
 
 def is_harmful(delta_nll: float) -> bool:

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from filelock import FileLock
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -209,30 +209,26 @@ def train(recipe: Recipe) -> nn.Module:
 
 
 def _train_into_cache(recipe: Recipe, folder: Path) -> None:
-    CACHE.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         model = train(recipe)
     finally:
         torch.set_num_threads(threads)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=CACHE))
     assert isinstance(model, transformers.PreTrainedModel)
-    model.save_pretrained(temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another worker finished first; its result is the same
-        shutil.rmtree(temporary)
-        if not folder.exists():
-            raise
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:  # renamed last: a killed run leaves no half model
+        model.save_pretrained(Path(temporary) / "model")
+        (Path(temporary) / "model").rename(folder)
 
 
 def load(name: str) -> Trained:
     """Return a fresh copy of one trained model, training it first where the cache has none."""
     recipe = RECIPES[name]
     folder = CACHE / f"{name}-{recipe.digest}"
-    if not folder.exists():
-        _train_into_cache(recipe, folder)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f"{folder.name}.lock"):  # one test worker trains, the others wait for it
+        if not folder.exists():
+            _train_into_cache(recipe, folder)
     model = MODEL_CLASSES[name].from_pretrained(folder).eval()
     heldout = make_windows(recipe, 8, seed=20_000)
     return Trained(model, heldout, functools.partial(_heldout_loss, name, heldout))
