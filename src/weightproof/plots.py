@@ -248,8 +248,10 @@ def _draw_family(axis: Axes, family: str, fits: Sequence[BulkFit]) -> None:
     for shade, fit in zip(shades, fits, strict=True):
         values = np.maximum(_values(fit), 0.03)  # the floor of the axis: zeros have no logarithm
         axis.plot((np.arange(len(values)) + 0.5) / len(values), values, color=shade, lw=1.1, alpha=0.85)
-    pure = _pure_bulk_curve(fits[len(fits) // 2])
-    axis.plot(pure[0], pure[1], color=INK, lw=1.3, ls="--", label="pure noise (Marchenko-Pastur)")
+    by_shape = {round(min(fit.d_out, fit.d_in) / max(fit.d_out, fit.d_in), 3): fit for fit in fits}
+    for label, fit in zip(["pure noise of the same shape", *[""] * len(fits)], by_shape.values(), strict=False):
+        ranks, values = _pure_bulk_curve(fit)
+        axis.plot(ranks, values, color=INK, lw=1.3, ls="--", label=label or None)
     axis.axhline(1.0, color=RED, lw=1.0, ls=":", label="upper edge")
     spikes = sum(fit.num_spikes for fit in fits)
     count = "1 matrix" if len(fits) == 1 else f"{len(fits)} matrices"
