@@ -23,6 +23,10 @@ FAILURE_PROBABILITY = 1e-6
 # Relative allowance for float32 products: bounds are widened by it on either side.
 ROUNDING = 1e-5
 
+# Left vectors are orthogonalised when rounding, followed through their recurrence, may have grown
+# to this many units of float32: B'B = V'A'AV holds only for orthonormal left vectors.
+DRIFT_LIMIT = 30.0
+
 # Below this fraction of the largest coefficient the Krylov space is exhausted (exact low rank).
 BREAKDOWN = 1e-5
 
@@ -30,7 +34,7 @@ BREAKDOWN = 1e-5
 TINY = 1e-15
 
 # A bound is refined to this fraction of its distance from the Ritz value.
-BOUND_RESOLUTION = 1e-3
+BOUND_RESOLUTION = 1e-2
 
 
 class GolubKahan:
@@ -43,8 +47,8 @@ class GolubKahan:
         row_scale: (d_out,) or None.
         col_scale: (d_in,) or None.
 
-    Only the right vectors, on the shorter side, are re-orthogonalised: that suffices
-    (Simon and Zha 2000) and halves the work beside the products.
+    The right vectors, on the shorter side, are re-orthogonalised at every step, the left ones only
+    when their drift calls for it: mostly the former suffices (Simon and Zha 2000).
     """
 
     def __init__(
@@ -65,9 +69,10 @@ class GolubKahan:
         )
         self.size = self._matrix.shape[1]
         start = torch.randn(self.size, generator=seeded_generator("golub-kahan", key), device="cpu")
-        self._basis = torch.empty(max_steps + 1, self.size, dtype=torch.float32, device=matrix.device)
-        self._basis[0] = start / torch.linalg.vector_norm(start)
-        self._left: torch.Tensor | None = None
+        self._right = torch.empty(max_steps + 1, self.size, dtype=torch.float32, device=matrix.device)
+        self._right[0] = start / torch.linalg.vector_norm(start)
+        self._left = torch.empty(max_steps, self._matrix.shape[0], dtype=torch.float32, device=matrix.device)
+        self._drift = 0.0
         self.alphas: list[float] = []
         self.betas: list[float] = []
         self.exhausted = False
@@ -84,28 +89,30 @@ class GolubKahan:
 
     def _step(self) -> None:
         taken = len(self.alphas)
-        left = self._forward(self._basis[taken])
-        if self._left is not None:
-            left.sub_(self._left, alpha=self.betas[-1])
+        left = self._forward(self._right[taken])
+        beta = self.betas[-1] if taken else 0.0
+        if taken:
+            left.sub_(self._left[taken - 1], alpha=beta)
         alpha = float(torch.linalg.vector_norm(left))
-        largest = max(*self.alphas, *self.betas, alpha) if taken else alpha
+        self._drift = (beta * self._drift + max(*self.alphas, *self.betas, alpha, alpha)) / max(alpha, TINY)
+        if taken and self._drift > DRIFT_LIMIT:
+            alpha = _orthogonalise(left, self._left[:taken])
+            self._drift = 1.0
+        largest = max(*self.alphas, *self.betas, alpha, alpha)
         if not alpha > BREAKDOWN * largest or math.isinf(alpha):
             self._append(alpha, 0.0)
             return
-        left.mul_(1.0 / alpha)
-        right = self._backward(left)
-        basis = self._basis[: taken + 1]
-        # Twice is enough (Kahan and Parlett): once leaves rounding errors of the size of what was
-        # removed, which matter when little remains (clustered singular values).
-        for _ in range(2):
-            right.addmv_(basis.t(), torch.mv(basis, right), alpha=-1.0)
-        beta = float(torch.linalg.vector_norm(right))
+        torch.mul(left, 1.0 / alpha, out=self._left[taken])
+        right = self._backward(self._left[taken])
+        # The known component goes first: what the basis then removes is of the size of rounding, so
+        # that a departure of the basis from orthogonality is not amplified from step to step.
+        right.sub_(self._right[taken], alpha=alpha)
+        beta = _orthogonalise(right, self._right[: taken + 1])
         self._append(alpha, beta)
         if not beta > BREAKDOWN * largest or math.isinf(beta):
             self.exhausted = True
             return
-        torch.mul(right, 1.0 / beta, out=self._basis[taken + 1])
-        self._left = left
+        torch.mul(right, 1.0 / beta, out=self._right[taken + 1])
 
     def _append(self, alpha: float, beta: float) -> None:
         self.alphas.append(alpha)
@@ -145,8 +152,20 @@ class GolubKahan:
         ritz = self.ritz_value()
         if ritz == 0.0:
             return 0.0, 0.0, 0.0
-        upper = upper_bound(self.alphas, self.betas, ritz, size=self.size, eps=eps)
-        return ritz * (1.0 - ROUNDING), ritz, upper * (1.0 + ROUNDING)
+        certificate = Certificate(self.alphas, self.betas, ritz, size=self.size, eps=eps)
+        return ritz * (1.0 - ROUNDING), ritz, certificate.upper_bound() * (1.0 + ROUNDING)
+
+    def settled(self, tolerance: float) -> bool:
+        """Whether the upper bound lies within a factor 1 + tolerance of the Ritz value."""
+        ritz = self.ritz_value()
+        certificate = Certificate(self.alphas, self.betas, ritz, size=self.size, eps=FAILURE_PROBABILITY)
+        return certificate.excludes((1.0 + tolerance) ** 2)
+
+
+def _orthogonalise(vector: torch.Tensor, basis: torch.Tensor) -> float:
+    """Remove the rows of `basis` from `vector` in place; its norm after that."""
+    vector.addmv_(basis.t(), torch.mv(basis, vector), alpha=-1.0)
+    return float(torch.linalg.vector_norm(vector))
 
 
 def _tridiagonal(alphas: list[float], betas: list[float]) -> tuple[list[float], list[float]]:
@@ -156,30 +175,35 @@ def _tridiagonal(alphas: list[float], betas: list[float]) -> tuple[list[float], 
     return diagonal, [alpha * beta for alpha, beta in zip(alphas, betas, strict=True)]
 
 
-def upper_bound(alphas: list[float], betas: list[float], ritz: float, *, size: int, eps: float) -> float:
-    """Square root of the t > ritz^2 where p_k(t) = 1 / (eps sqrt(pi / (2 size))), to `BOUND_RESOLUTION`.
+class Certificate:
+    """The upper bound that k steps certify, from their Lanczos polynomial.
 
-    Coefficients lost in rounding (breakdown) are replaced by the rounding level: that only
-    shrinks p_k, so that the bound stays valid.
+    Points t are relative to the squared Ritz value. Coefficients lost in rounding (breakdown) are
+    replaced by the rounding level: that only shrinks p_k, so that the bound stays valid.
     """
-    unit = ritz * ritz
-    diagonal, off_diagonal = _tridiagonal(alphas, betas)
-    centre = [value / unit for value in diagonal]
-    coupling = [max(value / unit, BREAKDOWN) for value in off_diagonal]
-    target = 1.0 / (eps * math.sqrt(math.pi / (2.0 * size)))
 
-    def reaches(excess: float) -> bool:
-        point, previous, current, before = 1.0 + excess, 0.0, 1.0, 0.0
-        for middle, off in zip(centre, coupling, strict=True):
+    def __init__(self, alphas: list[float], betas: list[float], ritz: float, *, size: int, eps: float) -> None:
+        unit = ritz * ritz
+        diagonal, off_diagonal = _tridiagonal(alphas, betas)
+        couplings = [max(value / unit, BREAKDOWN) for value in off_diagonal]
+        self._ritz = ritz
+        self._rows = list(zip([value / unit for value in diagonal], [0.0, *couplings], couplings, strict=False))
+        self._target = 1.0 / (eps * math.sqrt(math.pi / (2.0 * size)))
+
+    def excludes(self, point: float) -> bool:
+        """Whether p_k(point) >= 1 / (eps sqrt(pi / (2 n))): the squared norm is then below it."""
+        previous, current = 0.0, 1.0
+        for middle, before, off in self._rows:
             previous, current = current, ((point - middle) * current - before * previous) / off
-            before = off
-        return not current < target
+        return not current < self._target
 
-    high = 1e-6
-    while not reaches(high):
-        high *= 8.0
-    low = 0.0 if high <= 1e-6 else high / 8.0
-    while high - low > BOUND_RESOLUTION * high:
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if reaches(middle) else (middle, high)
-    return ritz * math.sqrt(1.0 + high)
+    def upper_bound(self) -> float:
+        """The smallest excluded norm, to `BOUND_RESOLUTION` of its distance from the Ritz value."""
+        high = 1e-6
+        while not self.excludes(1.0 + high):
+            high *= 8.0
+        low = 0.0 if high <= 1e-6 else high / 8.0
+        while high - low > BOUND_RESOLUTION * high:
+            middle = 0.5 * (low + high)
+            low, high = (low, middle) if self.excludes(1.0 + middle) else (middle, high)
+        return self._ritz * math.sqrt(1.0 + high)

@@ -25,7 +25,7 @@ from weightproof.lanczos import FAILURE_PROBABILITY, ROUNDING, GolubKahan
 from weightproof.matrices import as_matrix, check_finite, full_precision, max_abs, row_chunks, row_major
 
 DELTA_STEPS = 4
-SCREEN_STEPS = (8, 10, 12, 16, 24)
+SCREEN_STEPS = (8, 10, 12, 14, 16, 20, 24)
 LIMIT_STEPS = (4, 8, 12, 24, 40)
 
 # Float32 sums of squares below this may have lost entries to underflow.
@@ -100,17 +100,16 @@ def estimate_norm(
 
 def _screen(matrix: torch.Tensor, key: object) -> NormEstimate:
     process = GolubKahan(matrix, key=key, max_steps=SCREEN_STEPS[-1])
-    lower = ritz = upper = 0.0
     for steps in SCREEN_STEPS:
         process.extend(steps)
         if not process.finite or process.vanished:
             return _exact(matrix, key, process.reads)
-        lower, ritz, upper = process.bounds()
-        if upper - lower <= SCREEN_TOLERANCE * ritz:
+        if process.settled(SCREEN_TOLERANCE):
             break
         if process.exhausted:
             # Exactly low rank: rounding, not the steps taken, limits the certificate.
             return _exact(matrix, key, process.reads)
+    lower, ritz, upper = process.bounds()
     return _lanczos_estimate(process, ritz, max(upper - ritz, ritz - lower))
 
 
@@ -130,6 +129,9 @@ def _climb(matrix: torch.Tensor, key: object, limit: _Limit, bracket: tuple[floa
     """R3 and R4: narrow `bracket`, which already holds the norm, until `limit` is decided."""
     process = GolubKahan(matrix, key=key, max_steps=LIMIT_STEPS[-1])
     for steps in LIMIT_STEPS:
+        if 2 * steps > max(process.size, 2 * LIMIT_STEPS[0]):
+            # The Gram matrix of so small a side is cheaper than more steps.
+            break
         process.extend(steps)
         if not process.finite or process.vanished:
             break
@@ -256,12 +258,20 @@ def _delta_frobenius(after: torch.Tensor, before: torch.Tensor, name: str, scale
     return math.sqrt(total) * (1.0 + ROUNDING)
 
 
+def _delta(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """The change; half precision is converted in chunks, so that only the result is held."""
+    dtype = _delta_dtype(after, before)
+    if after.dtype == before.dtype == dtype:
+        return torch.sub(after, before)
+    delta = torch.empty(after.shape, dtype=dtype, device=after.device)
+    for part in row_chunks(*after.shape):
+        torch.sub(after[part].to(dtype), before[part].to(dtype), out=delta[part])
+    return delta
+
+
 def _delta_lanczos(after: torch.Tensor, before: torch.Tensor, key: object, scales: Scales = (None, None)) -> float:
     """Upper bound on ||diag(r) (after - before) diag(c)||_2 from 4 Lanczos steps; inf on overflow."""
-    dtype = _delta_dtype(after, before)
-    delta = (
-        torch.sub(after, before) if after.dtype == before.dtype == dtype else after.to(dtype, copy=True).sub_(before)
-    )
+    delta = _delta(after, before)
     row_scale, col_scale = scales
     process = GolubKahan(delta, key=("delta", key), max_steps=DELTA_STEPS, row_scale=row_scale, col_scale=col_scale)
     process.extend(DELTA_STEPS)

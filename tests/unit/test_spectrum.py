@@ -338,6 +338,40 @@ def test_the_upper_bound_fails_no_more_often_than_promised():
     assert failures <= 34
 
 
+def _decaying(rng, m, n, values):
+    size = min(m, n)
+    return (_orthonormal(rng, m, size) * values(np.arange(1, size + 1))) @ _orthonormal(rng, n, size).T
+
+
+@pytest.mark.parametrize("shape", [(57, 290), (280, 61), (130, 130), (180, 150)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda i: 1.0 + 0.0 * i,
+        lambda i: 1.0 + 1e-3 / i,
+        lambda i: i**-0.3,
+        lambda i: i**-1.0,
+        lambda i: i**-3.0,
+        lambda i: 0.8**i,
+        lambda i: 0.3**i,
+        lambda i: np.where(i <= 5, 1.0, 1e-4),
+        lambda i: np.where(i == 1, 100.0, 1.0 + 0.5 / i),
+    ],
+)
+def test_bounds_hold_after_any_number_of_steps(values, shape):
+    """Without care for orthogonality the Ritz value runs away by orders of magnitude after 20 steps."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        matrix = torch.from_numpy(_decaying(rng, *shape, values)).float()
+        expected = oracle.spectral_norm(matrix)
+        process = lanczos.GolubKahan(matrix, key=seed, max_steps=40)
+        for steps in range(1, 41):
+            process.extend(steps)
+            lower, ritz, upper = process.bounds()
+            assert lower <= expected <= upper
+            assert ritz <= expected * (1 + 2e-6)
+
+
 def test_an_exhausted_krylov_space_gives_the_norm_without_nan():
     for rank in (1, 2, 3):
         rng = np.random.default_rng(rank)
