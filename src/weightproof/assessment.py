@@ -6,6 +6,7 @@ windows on which outputs are compared and the baseline's outputs on them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -132,13 +133,13 @@ class Assessor:
             self.no_outputs = f"outputs cannot be compared: {_brief(error)}"
             self.cache, self._random = None, None
 
-    def refresh_outputs(self) -> None:
-        """Capture the reference outputs again if the reference moved; call before an edit."""
-        if self._stale:
-            self.capture_outputs()
+    @property
+    def is_stale(self) -> bool:
+        """Whether training moved the model since its outputs were captured."""
+        return self._stale
 
     def outputs_moved(self) -> None:
-        """The reference changed (training went on): capture outputs again before the next edit."""
+        """The reference changed (training went on): it must be captured again before the next edit."""
         self._stale = True
 
     def forward_digest(self) -> str | None:
@@ -184,7 +185,9 @@ class Assessor:
         """Read the changed model and judge it against `baseline`."""
         changed = frozenset(snapshot.changed_names()) | subject.stray
         base = State(baseline.readings, baseline.fits)
-        scope = ChangeScope(self._norm_band, self._bulk_names(current, subject), changed, subject.stray)
+        scope = ChangeScope(
+            self._norm_band, self._count_slack, self._bulk_names(current, subject), changed, subject.stray
+        )
         state = read_change(self.model, snapshot, current, base, scope)
         outputs = self._outputs()
         unmeasured = dict(state.readings.unmeasured)
@@ -199,7 +202,6 @@ class Assessor:
             raw_losses=subject.raw_losses,
             loss_spike=subject.loss_spike,
             in_warmup=subject.in_warmup,
-            untrained=baseline.readings.untrained | state.readings.untrained,
         )
         before = replace(baseline.readings, second_moments=self.cache.second_moments if self.cache else {})
         verdicts = {name: self._judge(name, before, current.readings, readings) for name in self.guards}
@@ -211,6 +213,8 @@ class Assessor:
         return Assessment(State(readings, state.fits), decision)
 
     def _judge(self, name: str, before: Readings, current: Readings, after: Readings) -> Verdict:
+        # What counts as untrained is what the baseline had not learned, not what the change left behind.
+        after = replace(after, untrained=before.untrained)
         # What an edit declared concerns the state just before it; drift counts from the baseline.
         reference = current if self.guards[name].tier == "T0" else before
         return self.guards[name].judge(reference, after, self.limits[name])
@@ -251,6 +255,14 @@ class Assessor:
     def _norm_band(self, family: str) -> float:
         limits = self.limits.get("spectral")
         return 0.1 if limits is None else for_family(limits.kappa, family)
+
+    def _count_slack(self, family: str, count: int) -> int:
+        """Half of the band within which a family's spike count is judged: the most a bound may leave open."""
+        limits = self.limits.get("rmt")
+        if limits is None:
+            return 0
+        band = max(for_family(limits.floor, family), math.ceil(for_family(limits.epsilon, family) * count))
+        return int(band) // 2
 
     def _bulk_names(self, current: State, subject: Subject) -> Sequence[str] | None:
         """All matrices after an edit; in training a rotating share, so that a check stays cheap."""

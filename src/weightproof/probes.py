@@ -36,10 +36,6 @@ from weightproof.types import (
 )
 from weightproof.weights import iter_tensors, iter_weight_matrices, read_structure
 
-# A spike count known to within this share (or one spike) is settled by Weyl's inequality; the
-# epsilon bands of the shipped tiers are at least four times wider.
-_COUNT_SLACK = 0.02
-
 
 @dataclass(frozen=True)
 class State:
@@ -56,12 +52,15 @@ class ChangeScope:
     Attributes:
         norm_band: Family -> half-width, in log units, of the band around the baseline's spectral
             norm that the ladder must decide.
+        count_slack: Family and its spike count -> how many spikes Weyl bounds may leave open in the
+            whole family before spectra are taken.
         bulk_names: Matrices whose spike count is refreshed (None: every changed one).
         changed: Names of the tensors that changed.
         stray: Those whose state in the snapshot is not the one last read: no delta to start from.
     """
 
     norm_band: Callable[[str], float]
+    count_slack: Callable[[str, int], int]
     bulk_names: Collection[str] | None
     changed: frozenset[str]
     stray: frozenset[str] = frozenset()
@@ -156,6 +155,12 @@ def read_change(
         bulks[name], fit = _read_bulk(matrix, before, current.fits.get(name))
         if fit is not None:
             fits[name] = fit
+    unsettled = _open_counts(bulks, scope)
+    for matrix in iter_weight_matrices(model):
+        if matrix.name in unsettled:
+            bulks[matrix.name], fit = _fit_reading(matrix)
+            if fit is not None:
+                fits[matrix.name] = fit
     readings = Readings(
         model_digest=digest_of(tensors),
         tensors=tensors,
@@ -166,6 +171,25 @@ def read_change(
         untrained=untrained_names(matrices, bulks),
     )
     return State(readings, fits)
+
+
+def _open_counts(bulks: Mapping[str, BulkReading], scope: ChangeScope) -> frozenset[str]:
+    """Matrices whose spectrum must be taken so that no family's spike count is left too open.
+
+    Widest intervals first: those settle most for one spectrum.
+    """
+    chosen: set[str] = set()
+    for family in {bulk.family for bulk in bulks.values()}:
+        members = [bulk for bulk in bulks.values() if bulk.family == family and bulk.num_spikes is not None]
+        widths = {bulk.name: (bulk.num_spikes_high or 0) - (bulk.num_spikes_low or 0) for bulk in members}
+        left = sum(widths.values())
+        slack = scope.count_slack(family, sum(bulk.num_spikes or 0 for bulk in members))
+        for name in sorted(widths, key=lambda key: widths[key], reverse=True):
+            if left <= slack:
+                break
+            chosen.add(name)
+            left -= widths[name]
+    return frozenset(chosen)
 
 
 def untrained_names(matrices: Mapping[str, MatrixReading], bulks: Mapping[str, BulkReading]) -> frozenset[str]:
@@ -309,7 +333,7 @@ def _fit_reading(matrix: WeightMatrix) -> tuple[BulkReading, BulkFit | None]:
 def _read_bulk(
     matrix: WeightMatrix, before: torch.Tensor | None, fit: BulkFit | None
 ) -> tuple[BulkReading, BulkFit | None]:
-    """Bound the spike count by Weyl's inequality from the last exact fit, or fit again."""
+    """Bound the spike count by Weyl's inequality from the last exact fit; fit again where there is none."""
     if matrix.refusal:
         return _no_bulk(matrix, matrix.refusal), None
     weight = matrix.load()
@@ -319,8 +343,6 @@ def _read_bulk(
         return _fit_reading(matrix)
     delta = delta_norm_bound(weight, before, key=matrix.name, row_scale=fit.row_scale, col_scale=fit.col_scale)
     low, high = bound_num_spikes(fit, delta)
-    if high - low > max(1, int(_COUNT_SLACK * fit.num_spikes)):
-        return _fit_reading(matrix)
     top = float(fit.singular_values[0])
     return (
         BulkReading(

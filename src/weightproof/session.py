@@ -229,7 +229,7 @@ class GuardSession:
         handle = self._begin(name, kind, on_violation, step)
         declared = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
         try:
-            self._assessor.refresh_outputs()
+            self._refresh_baseline()
             point = self._safe_point()
             stray = self._stray_names(point.snapshot)
             try:
@@ -328,6 +328,19 @@ class GuardSession:
         self.cost.snapshot_seconds += time.perf_counter() - started
         self.cost.snapshot_bytes = max(self.cost.snapshot_bytes, snapshot.nbytes)
         return point
+
+    def _refresh_baseline(self) -> None:
+        """Read the baseline whole again after training moved it: windows refresh only a share of the spectra.
+
+        Left alone when the weights are not those last accepted; then the edit is judged against the older one.
+        """
+        if not self._assessor.is_stale or digest_of(read_tensors(self.model, {}, ())) != self.model_digest:
+            return
+        started = time.perf_counter()
+        self._current = read_state(self.model, progress=True)
+        self.baseline = replace(self.baseline, readings=self._current.readings, fits=self._current.fits)
+        self._assessor.capture_outputs()
+        self.cost.baseline_seconds += time.perf_counter() - started
 
     def _stray_names(self, snapshot: Snapshot) -> frozenset[str]:
         """Tensors that changed since the last accepted state, outside of any guarded change."""
