@@ -35,6 +35,12 @@ from weightproof.policy import Policy, load_policy
 from weightproof.session import STATE_FILE, GuardSession, Step
 from weightproof.types import Action
 from weightproof_callbacks.raw_loss import RawLossRecorder
+from weightproof_callbacks.trainer_checks import (
+    checked_edits,
+    require_edits_that_apply,
+    require_positive,
+    require_supported,
+)
 from weightproof_callbacks.training_state import clear_optimizer_state
 from weightproof_callbacks.wandb_tracker import live_run
 
@@ -89,12 +95,12 @@ class GuardCallback(TrainerCallback):
         output_dir: str | Path | None = None,
         snapshot_dir: str | Path | None = None,
     ) -> None:
-        _require_positive("every", every)
+        require_positive("every", every)
         if on_violation not in ON_VIOLATION:
             raise InputError(f"on_violation must be one of {', '.join(ON_VIOLATION)}, not {on_violation!r}")
         self.policy = load_policy(policy)
         self.every = every
-        self.edits = _checked_edits(edits)
+        self.edits = checked_edits(edits)
         self.retain = retain
         self.on_violation = on_violation
         self.trackers = trackers
@@ -152,7 +158,8 @@ class GuardCallback(TrainerCallback):
     # -- what they do --------------------------------------------------------------------------
 
     def _begin(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
-        _require_supported(args)
+        require_supported(args)
+        require_edits_that_apply(self.edits, model)
         if self.session is not None:
             self.session.close()
         self._stopped = False
@@ -206,6 +213,7 @@ class GuardCallback(TrainerCallback):
             on_violation=self._session_mode,
         )
         self._judged_at = state.global_step
+        self._report(step, control)
         if step.applied == "restored":
             cleared = clear_optimizer_state(optimizer)
             if step.record is not None:
@@ -216,7 +224,6 @@ class GuardCallback(TrainerCallback):
                 state.global_step,
                 cleared,
             )
-        self._report(step, control)
         return step
 
     def _apply(self, edit: Any, state: TrainerState, control: TrainerControl) -> None:
@@ -309,33 +316,3 @@ class GuardCallback(TrainerCallback):
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _require_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a whole number of steps, 1 or more, not {value!r}")
-
-
-def _checked_edits(edits: Mapping[int, Any] | None) -> dict[int, Any]:
-    if edits is None:
-        return {}
-    if not isinstance(edits, Mapping):
-        raise InputError(f"edits must map a global step to an edit, such as {{500: RTN(8)}}, not {edits!r}")
-    for step, edit in edits.items():
-        _require_positive("a step in edits", step)
-        if not callable(getattr(edit, "plan", None)):
-            raise InputError(
-                f"edits[{step}] is {edit!r}, which has no plan(): use an edit such as weightproof.edits.RTN"
-            )
-    return dict(edits)
-
-
-def _require_supported(args: TrainingArguments) -> None:
-    if args.world_size > 1:
-        raise InputError(
-            f"this version guards one process, not {args.world_size}: ranks are not compared yet, so run on one"
-        )
-    if args.deepspeed is not None:
-        raise InputError(
-            "this version does not guard DeepSpeed: its fp32 master weights would undo a restore at the next step"
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from safetensors.torch import load_file
 from tests.trainer.markov import Chains, Fault, Recorder, fill, held_out_loss, logged_losses, same, scale, trainer_for
 from transformers import TrainerCallback
 
+from weightproof import GuardCallback
 from weightproof.certificate import Certificate
 from weightproof.edits import RTN
 from weightproof.errors import BaselineError, InputError, PolicyError, RestoreError
 from weightproof.session import STATE_FILE
 from weightproof.types import Action
-from weightproof_callbacks.trainer import GuardCallback
 
 SAVE = {"save_strategy": "steps", "save_steps": 10}
 
@@ -30,10 +31,13 @@ def saved_weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_certificate_and_log_are_written(tmp_path):
+def test_certificate_log_and_cost_are_written(tmp_path, caplog):
     guard = GuardCallback(every=10)
     trainer = trainer_for(tmp_path, [guard], steps=20)
-    trainer.train()
+    with caplog.at_level(logging.INFO, "weightproof"):
+        trainer.train()
+    (cost,) = [record.message for record in caplog.records if record.message.startswith("guarded")]
+    assert cost.startswith("guarded 20 steps with 2 checks in")
     certificate = Certificate.load(tmp_path / "weightproof" / "certificate.json")
     assert [step["step"] for step in certificate.predicate["steps"]] == [10, 20]
     assert certificate.model_digest == guard.session.model_digest
@@ -232,13 +236,21 @@ def test_bad_arguments_are_refused_at_construction(arguments, message):
         GuardCallback(**arguments)
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    trainer = trainer_for(tmp_path, [GuardCallback(every=10)], steps=10)
-    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
-    guard = trainer.callback_handler.callbacks[-1]
-    guard = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, GuardCallback))
-    with pytest.raises(InputError, match="one process, not 2"):
-        guard.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+@pytest.mark.parametrize(
+    ("settings", "edits", "message"),
+    [
+        ({"world_size": 2}, {}, "one process, not 2"),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, {}, "does not guard DeepSpeed"),
+        ({}, {5: RTN(8, include=("no_such_*",))}, r"edits\[5\] \(rtn-int8-channel\) selects no weight matrix"),
+    ],
+)
+def test_what_cannot_be_guarded_is_refused_when_training_begins(tmp_path, settings, edits, message):
+    trainer = trainer_for(tmp_path, [], steps=10)
+    args = SimpleNamespace(**{"world_size": 1, "deepspeed": None, **settings})
+    with pytest.raises(InputError, match=message):
+        GuardCallback(every=10, edits=edits).on_train_begin(args, trainer.state, trainer.control, model=trainer.model)
+    assert trainer.control.should_training_stop
+    assert not trainer.model._forward_hooks
 
 
 def test_broken_model_is_refused_when_training_begins(tmp_path):

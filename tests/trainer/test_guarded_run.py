@@ -25,6 +25,7 @@ from tests.trainer.markov import (
 from transformers import TrainerCallback
 
 from weightproof.edits import RTN
+from weightproof.session import GuardSession
 from weightproof.types import Action, Outcome
 from weightproof_callbacks.trainer import GuardCallback
 
@@ -104,6 +105,7 @@ def clean_loss(tmp_path_factory):
 def test_fault_is_rolled_back_bit_for_bit_and_training_goes_on(tmp_path, damage, clean_loss):
     guard, recorder = GuardCallback(every=EVERY), Recorder(100, 120)
     trainer = trainer_for(tmp_path, [Fault(FAULT, damage), guard, recorder], steps=STEPS)
+    storage = [parameter.data_ptr() for parameter in trainer.model.parameters()]
     trainer.train()
     rejected = [step for step in guard.history if step.decision.action is Action.ROLLBACK]
     assert [(step.step, step.applied) for step in rejected] == [(120, "restored")], "at the next check, and only there"
@@ -111,6 +113,9 @@ def test_fault_is_rolled_back_bit_for_bit_and_training_goes_on(tmp_path, damage,
     assert same(recorder.seen[100], recorder.seen[120])
     assert (recorder.moments[100], recorder.moments[120]) == (len(list(trainer.model.parameters())), 0)
     assert rejected[0].record.params["optimizer_states_cleared"] == recorder.moments[100]
+    assert storage == [parameter.data_ptr() for parameter in trainer.model.parameters()]
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in trainer.model.parameters()}, "the optimizer updates the live weights"
     assert held_out_loss(trainer.model) < clean_loss + 0.05
     assert list(logged_losses(trainer)) == list(range(5, STEPS + 1, 5)), "no loss row is lost"
 
@@ -125,6 +130,20 @@ def test_nan_loss_is_seen_though_the_log_shows_zero(tmp_path):
     assert (losses.value, losses.outcome) == (5, Outcome.FAIL)
 
 
+def test_windows_carry_their_raw_losses_and_the_warm_up_they_began_in(tmp_path, monkeypatch):
+    windows = []
+    check = GuardSession.check_window
+
+    def spy(self, **window):
+        windows.append((window["step"], len(window["raw_losses"]), window["in_warmup"]))
+        return check(self, **window)
+
+    monkeypatch.setattr(GuardSession, "check_window", spy)
+    settings = {"warmup_steps": 15, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 15}
+    trainer_for(tmp_path, [GuardCallback(every=10)], steps=33, **settings).train()
+    assert windows == [(10, 10, True), (15, 5, True), (20, 5, False), (30, 10, False), (33, 3, False)]
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_healthy_training_from_random_init_has_no_alarm(tmp_path, seed):
     guard = GuardCallback(every=25)
@@ -132,6 +151,13 @@ def test_healthy_training_from_random_init_has_no_alarm(tmp_path, seed):
     trainer.train()
     assert alarms(guard) == []
     assert held_out_loss(trainer.model) < 1.7
+
+
+@pytest.mark.parametrize("policy", ["conservative", "aggressive"])
+def test_healthy_windows_are_kept_by_every_tier(tmp_path, policy):
+    guard = GuardCallback(policy, every=10)
+    trainer_for(tmp_path, [guard], steps=30).train()
+    assert [entry[2:] for entry in actions(guard)] == [("KEEP", "kept")] * 3
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
