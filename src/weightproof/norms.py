@@ -25,14 +25,14 @@ from weightproof.lanczos import FAILURE_PROBABILITY, ROUNDING, GolubKahan
 from weightproof.matrices import as_matrix, check_finite, full_precision, max_abs, row_chunks, row_major
 
 DELTA_STEPS = 4
-SCREEN_STEPS = (8, 10, 12, 14, 16, 20, 24)
+SCREEN_STEPS = range(6, 25)
 LIMIT_STEPS = (4, 8, 12, 24, 40)
 
 # Float32 sums of squares below this may have lost entries to underflow.
 TINY_SQUARES = 1e-24
 
 # Without limits, the screen stops when its bracket is this narrow relative to the norm.
-SCREEN_TOLERANCE = 0.02
+SCREEN_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def estimate_norm(
         matrix: (d_out, d_in), any floating point dtype.
         key: Salt of the start vector, for example (name, step).
         limit: (low, high) in absolute units. Given, the bracket is narrowed until it lies on one
-            side of each, with the exact norm as last resort; else until it is 2 % wide or 24
+            side of each, with the exact norm as last resort; else until it is 5 % wide or 24
             steps were taken.
 
     Raises:
