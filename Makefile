@@ -18,7 +18,7 @@ demo: $(STAMP)            ## train a small model under guard, keep INT8, roll IN
 	$(BIN)/weightproof demo
 
 test: $(STAMP)            ## every test that fits in minutes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow'
 
 test-slow: $(STAMP)       ## the long ones: more seeds, longer training
 	$(BIN)/python -m pytest -m slow

@@ -36,7 +36,7 @@ from weightproof.types import ContractReading
 GRANULARITIES = ("channel", "tensor", "group")
 PLAIN_NAMES = ("unknown", "train", "preserving")
 
-# ||E||_F / ||W||_F above which a quantized matrix deserves a warning; typical of each width (guards.md).
+# ||E||_F / ||W||_F above which a quantized matrix deserves a warning; typical of each width.
 _TYPICAL_ERROR = {3: 0.8, 4: 0.5, 8: 0.05}
 
 
@@ -299,7 +299,7 @@ def check_grid(bits: int, granularity: str, group_size: int | None, *, max_bits:
 def typical_quantization_error(bits: int) -> float:
     """Relative Frobenius error that quantization to `bits` seldom exceeds.
 
-    .05 at 8 bits and above, .5 at 4, .8 at 3 and below (guards.md, contract of the declared kind),
+    .05 at 8 bits and above, .5 at 4, .8 at 3 and below (docs/guards/invariants.md),
     geometric in between. Below 3 bits nothing tighter than .8 is known to be typical: a correct
     2-bit result exceeds it, which is worth a warning.
     """

@@ -34,7 +34,7 @@ def cell(tier: str | Policy, outcomes: dict[str, str], kind: str = "unknown") ->
     return f"{found.action}{', warned' if found.warned else ''}"
 
 
-# The table of guards.md: situation, verdicts, then conservative, balanced, aggressive.
+# The table of docs/policy.md: situation, verdicts, then conservative, balanced, aggressive.
 ROLL, KEEP, WARNED = "ROLLBACK", "KEEP", "KEEP, warned"
 TABLE = [
     ("t0_fail", {**QUIET, "invariants": "FAIL"}, ROLL, ROLL, ROLL),
@@ -231,8 +231,8 @@ class TestTiers:
                 assert len(policy.sources[f"limits.{guard.name}.{key}"]) > 15
         for situation in SITUATIONS:
             assert (
-                "guards.md" in policy.sources[f"actions.{situation}"]
-                or "design.md" in policy.sources[f"actions.{situation}"]
+                "docs/policy.md" in policy.sources[f"actions.{situation}"]
+                or "docs/guards" in policy.sources[f"actions.{situation}"]
             )
 
     def test_balanced_is_what_the_dataclasses_default_to(self):

@@ -42,9 +42,9 @@ class RMTLimits:
     """Limits of the RMT guard.
 
     Attributes:
-        epsilon: Relative change of a family's outlier count; invarlock 0.2.0 balanced (invarlock.md 3.10).
-        floor: Additive floor of that band: storage in bf16 alone moves a count by 1 (spectral.md 1), and
-            a ratio rule on counts near 0 means nothing (invarlock.md D5).
+        epsilon: Relative change of a family's outlier count; invarlock 0.2.0 balanced (docs/evidence.md E7).
+        floor: Additive floor of that band: storage in bf16 alone moves a count by 1 (docs/evidence.md E3), and
+            a ratio rule on counts near 0 means nothing (docs/evidence.md E7).
         min_vanished: A matrix with at least so many spikes that keeps none is flagged.
         deadband: Growth within 1 +- deadband is noise; invarlock 0.2.0 balanced.
         margin: Growth beyond margin (1 + deadband), or below its inverse, is flagged; invarlock 0.2.0.

@@ -45,7 +45,7 @@ class SpectralLimits:
     """Limits of the spectral guard; family limits are mappings with a `default`.
 
     Attributes:
-        kappa: |log(s1'/s1)|. spectral.md section 2: every int8 edit of 48 matrices stays below 10 %,
+        kappa: |log(s1'/s1)|. docs/evidence.md E1: every int8 edit of 48 matrices stays below 10 %,
             proven without any spectral work; measured |ds1|/s1 of int8 is at most 6e-4.
         kappa_stable_rank: |log stable-rank ratio|; room for kappa on both sides of the square.
         kappa_collapse: |log norm-collapse ratio|; a factor 2 (invarlock 0.12.1 warns at 4).
@@ -56,9 +56,9 @@ class SpectralLimits:
         null_scale: Scale of |log(s1'/s1)| under benign edits: max 6e-4 of 95 matrices / ln 95.
         null_scale_stable_rank: The same for the stable rank: 2 (1.3e-4 + 6e-4) / ln 95.
         null_scale_collapse: The same for norm collapse: int8 moves a row norm by at most .016.
-        gross_growth: s1 ratio outside [1/g, g] is FAIL (guards.md).
-        gross_stable_rank: stable-rank ratio below this is FAIL (guards.md; invarlock 0.12.1 fatal).
-        gross_collapse: collapse ratio below this is FAIL (guards.md; invarlock 0.12.1 fatal).
+        gross_growth: s1 ratio outside [1/g, g] is FAIL (docs/guards/spectral.md).
+        gross_stable_rank: stable-rank ratio below this is FAIL (docs/guards/spectral.md; invarlock 0.12.1 fatal).
+        gross_collapse: collapse ratio below this is FAIL (docs/guards/spectral.md; invarlock 0.12.1 fatal).
         correct: None, `scale` or `clip`: bring s1 back to kappa through the snapshot, then judge again.
     """
 

@@ -21,7 +21,7 @@ class VarianceLimits:
     """Limits of the variance guard.
 
     Attributes:
-        band: |log(v'/v)|. Variance equalisation corrects scales down to .85 (guards.md), which is a
+        band: |log(v'/v)|. Variance equalisation corrects scales down to .85 (docs/guards/variance.md), which is a
             ratio of second moments of .85^-2, in logarithms .325; beyond it equalisation cannot repair.
         gross_band: FAIL beyond this; a factor 10, as for a single matrix's top singular value.
     """
