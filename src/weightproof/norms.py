@@ -250,7 +250,8 @@ def _delta_frobenius(after: torch.Tensor, before: torch.Tensor, name: str, scale
     other = (before.t() if turned else before).contiguous()
     scales = (scales[1], scales[0]) if turned else scales
     total = _delta_squares(stored, other, scales, _delta_dtype(after, before))
-    if not TINY_SQUARES < total < math.inf and not torch.equal(stored, other):
+    unchanged = total == 0.0 and stored.dtype == other.dtype and torch.equal(stored, other)
+    if not TINY_SQUARES < total < math.inf and not unchanged:
         # The data are not finite, or squares overflow or vanish in float32.
         check_finite(max_abs(after), name)
         check_finite(max_abs(before), name)

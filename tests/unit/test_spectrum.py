@@ -468,6 +468,18 @@ def test_an_unchanged_matrix_costs_one_comparison():
     assert found == NormEstimate(norm, 1e-3, "delta-frobenius", 2)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_a_cast_is_a_small_change(dtypes):
+    low, high = (torch.from_numpy(_case("spiked")).to(dtype) for dtype in dtypes)
+    norm = oracle.spectral_norm(high)
+    delta = np.linalg.norm(oracle.to_float64(low) - oracle.to_float64(high), 2)
+    for after, before in ((low, high), (high, low)):
+        found = track_norm(after, before, NormReference(norm, 0.01 * norm), _bounds(0.1, norm), key="w")
+        assert found.method == "delta-frobenius"
+        assert delta <= delta_norm_bound(after, before, key="w") <= 0.01 * norm
+    assert delta_norm_bound(torch.ones(3, 3).bfloat16(), torch.ones(3, 3), key="w") == 0.0
+
+
 def test_a_tiny_change_of_a_tiny_matrix_is_not_lost_to_underflow():
     before = torch.from_numpy(_case("spiked")).float() * 1e-25
     norm = oracle.spectral_norm(before)
