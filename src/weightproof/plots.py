@@ -222,7 +222,7 @@ def _draw_divergence(axis: Axes, judged: Sequence[Candidate], limit: float, colo
         xscale="log", xlim=(low, high), ylim=(-0.6, len(judged) - 0.1), xlabel="KL(base ‖ changed), nats per token"
     )
     axis.set_yticks(rows, [candidate.label for candidate in judged])
-    axis.set_title("what decides: outputs against the limit (shaded: rolled back)", loc="left", fontsize=10)
+    axis.set_title("outputs against the limit (shaded: rolled back)", loc="left", fontsize=10)
     _tidy(axis)
 
 

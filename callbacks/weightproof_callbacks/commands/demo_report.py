@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weightproof_callbacks.commands.demo_run import DemoResult
 
 WIDTH = 118
+MOST_ALARMS = 3
 ORDER = (Outcome.FAIL, Outcome.NOT_MEASURED, Outcome.WARN, Outcome.PASS)
 STYLES = {"KEEP": "green", "ROLLBACK": "bold red", "HALT": "bold red", "PASS": "green", "FAIL": "red", "WARN": "yellow"}
 
@@ -93,18 +94,18 @@ def _table(title: str) -> Table:
 
 
 def _add_training(table: Table, windows: Sequence[Step]) -> None:
+    """One line for a training without alarm, one line an alarm otherwise (the first few)."""
     if not windows:
         return
     alarms = [step for step in windows if action_of(step) != "KEEP"]
-    label = f"{windows[0].step}-{windows[-1].step} training"
-    word = f"[green]KEEP[/green] x{len(windows)}" if not alarms else f"[bold red]{len(alarms)} alarms[/bold red]"
-    shown = alarms or windows[-1:]
-    for step in shown:
+    for step in alarms[:MOST_ALARMS] or windows[-1:]:
+        label = f"{step.step} training" if alarms else f"{windows[0].step}-{step.step} training"
+        word = _styled(action_of(step)) + ("" if alarms else f" x{len(windows)}")
         worst = worst_measurements(step.verdicts, 1)
-        cells = _cells(worst[0]) if worst else ("", "", "", "")
-        table.add_row(
-            label, word, worst[0].guard if worst else "", _styled(str(worst[0].outcome)) if worst else "", *cells
-        )
+        outcome = [worst[0].guard, _styled(str(worst[0].outcome)), *_cells(worst[0])] if worst else []
+        table.add_row(label, word, *outcome)
+    if len(alarms) > MOST_ALARMS:
+        table.add_row("", f"and {len(alarms) - MOST_ALARMS} more alarms")
     table.add_section()
 
 
