@@ -5,14 +5,19 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from wandb_records import read_offline_run
 
-from weightproof import Certificate
+from weightproof import Action, Certificate, Decision, cli
 from weightproof.errors import InputError
+from weightproof.kinds import parse_kind
+from weightproof.session import Step
+from weightproof.types import Assurance
+from weightproof_callbacks.commands import demo_report
 from weightproof_callbacks.commands.corpus import (
     END,
     cut_windows,
@@ -24,6 +29,7 @@ from weightproof_callbacks.commands.corpus import (
     train_tokenizer,
 )
 from weightproof_callbacks.commands.demo import MARKER, load_recipe, prepare_folder
+from weightproof_callbacks.commands.demo_run import DemoResult
 from weightproof_callbacks.commands.small_model import bits_per_byte, build_model, fastest_thread_count
 
 TEXTS = [
@@ -140,6 +146,28 @@ def test_an_earlier_demo_is_replaced_and_foreign_files_are_not(tmp_path):
     with pytest.raises(InputError, match="is a file"):
         prepare_folder(foreign / "thesis.txt")
     assert (foreign / "thesis.txt").read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_used_is_one_sentence_and_code_2(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--output", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "no earlier demo wrote it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "alarms", "lines"), [(5, 0, 1), (5, 2, 2), (9, 6, 4)])
+def test_training_windows_are_one_line_unless_there_are_alarms(count, alarms, lines):
+    decided = [Action.ROLLBACK] * alarms + [Action.KEEP] * (count - alarms)
+    result = DemoResult(Path("out"), windows=tuple(window(i, action) for i, action in enumerate(decided)))
+    assert demo_report._decisions(result).row_count == lines
+
+
+def window(number, action):
+    """A judged training window without measurements."""
+    step = Step("train", number, parse_kind("train"))
+    step.decision = Decision(action, "s", "r", False, Assurance.NONE, (), (), number, 1, "")
+    return step
 
 
 @pytest.fixture(scope="module")

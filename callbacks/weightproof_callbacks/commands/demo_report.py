@@ -78,8 +78,10 @@ def show_paths(console: Console, result: DemoResult, *, live_dir: Path) -> None:
 def _decisions(result: DemoResult) -> Table:
     """One block a step, one line a guard with its worst number."""
     table = _table("decisions: each guard with its worst number")
-    for title in ("step", "decision", "guard", "outcome", "worst matrix or windows", "statistic"):
+    for title in ("step", "decision", "guard", "outcome"):
         table.add_column(title, no_wrap=True)
+    for title in ("worst matrix or windows", "statistic"):
+        table.add_column(title, overflow="fold")
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("limit", justify="right", no_wrap=True)
     _add_training(table, result.windows)
