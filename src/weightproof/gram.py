@@ -93,6 +93,22 @@ def _add_gram(total: torch.Tensor, chunk: torch.Tensor, long_dim: int) -> torch.
     return torch.from_numpy(summed.T)
 
 
+def _eigenvalues(product: torch.Tensor) -> torch.Tensor:
+    """Ascending eigenvalues of a symmetric matrix.
+
+    One LAPACK thread on the CPU: a second one gains little on a tridiagonal reduction, and where
+    another job holds a core the threads wait for each other (measured up to five times slower).
+    """
+    threads = torch.get_num_threads()
+    if product.device.type != "cpu" or threads == 1:
+        return torch.linalg.eigvalsh(product)
+    torch.set_num_threads(1)
+    try:
+        return torch.linalg.eigvalsh(product)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def exact_singular_values(
     matrix: torch.Tensor,
     *,
@@ -119,7 +135,7 @@ def exact_singular_values(
 
     def values_in(dtype: torch.dtype) -> torch.Tensor:
         product = gram(matrix, dtype, row_scale=row_scale, col_scale=col_scale, factor=factor)
-        squares = torch.linalg.eigvalsh(product).flip(0).cpu().double().clamp_(min=0.0)
+        squares = _eigenvalues(product).flip(0).cpu().double().clamp_(min=0.0)
         return squares.sqrt_().div_(factor)
 
     careful = matrix.dtype == torch.float64 or side <= SMALL_SIDE or side > SQUARE_ASPECT * length

@@ -31,6 +31,9 @@ LIMIT_STEPS = (4, 8, 12, 24, 40)
 # Float32 sums of squares below this may have lost entries to underflow.
 TINY_SQUARES = 1e-24
 
+# A norm beyond its limit is narrowed to this ratio of bounds: how far beyond decides what follows.
+BEYOND_TOLERANCE = 1.1
+
 # Without limits, the screen stops when its bracket is this narrow relative to the norm.
 SCREEN_TOLERANCE = 0.05
 
@@ -64,9 +67,13 @@ class _Limit:
     low: float
     high: float
 
+    def holds(self, lower: float, upper: float) -> bool:
+        """Whether all of [lower, upper] lies inside."""
+        return self.low <= lower and upper <= self.high
+
     def decides(self, lower: float, upper: float) -> bool:
         """Whether all of [lower, upper] lies inside, all above, or all below."""
-        return (self.low <= lower and upper <= self.high) or lower > self.high or upper < self.low
+        return self.holds(lower, upper) or lower > self.high or upper < self.low
 
 
 def _checked_limit(limit: tuple[float, float]) -> _Limit:
@@ -135,15 +142,15 @@ def _climb(matrix: torch.Tensor, key: object, limit: _Limit, bracket: tuple[floa
         process.extend(steps)
         if not process.finite or process.vanished:
             break
-        lower, ritz, upper = process.bounds()
+        lower, _, upper = process.bounds()
         lower, upper = max(lower, bracket[0]), min(upper, bracket[1])
         if lower > upper:
             # Two bounds contradict each other: one of them failed. Only the exact norm can tell.
             break
-        if limit.decides(lower, upper):
-            value = min(max(ritz, lower), upper)
-            estimate = _lanczos_estimate(process, value, max(upper - value, value - lower))
-            return NormEstimate(value, estimate.error, estimate.method, reads + process.reads)
+        if limit.decides(lower, upper) and (limit.holds(lower, upper) or upper <= BEYOND_TOLERANCE * lower):
+            # The bracket that decided, no wider: its middle, not the Ritz value, which is a lower bound.
+            estimate = _lanczos_estimate(process, (lower + upper) / 2, (upper - lower) / 2)
+            return NormEstimate(estimate.value, estimate.error, estimate.method, reads + process.reads)
         if process.exhausted:
             break
     reads += process.reads
