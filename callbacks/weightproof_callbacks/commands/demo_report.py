@@ -47,7 +47,7 @@ def worst_matrix(step: Step | None) -> str:
     return named[0] if named else max(moved, key=lambda name: moved[name])
 
 
-def show(console: Console, result: DemoResult, *, costs: tuple[Cost, Cost], picture: Path) -> None:
+def show(console: Console, result: DemoResult, *, costs: tuple[Cost, Cost]) -> None:
     """Print decisions, ground truth and cost."""
     console.print("", _decisions(result), "", _truth(result), "", sep="\n")
     before, after = result.digests
@@ -55,7 +55,6 @@ def show(console: Console, result: DemoResult, *, costs: tuple[Cost, Cost], pict
         same = "equal" if before == after else "NOT EQUAL"
         console.print(f"digest before the rolled back step {before[:16]}…, after the rollback {after[:16]}…: {same}")
     _show_cost(console, result, *costs)
-    console.print(f"picture of the worst matrix: {_relative(picture)}", markup=False)
 
 
 def show_paths(console: Console, result: DemoResult, *, live_dir: Path) -> None:

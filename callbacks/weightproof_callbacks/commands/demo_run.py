@@ -95,8 +95,8 @@ def run(recipe: Mapping[str, Any], output: Path, *, seed: int) -> list[str]:
             output_dir=output,
         )
         apply_edits(recipe, session, text, result)
-        picture = draw(result)
-        demo_report.show(console, result, costs=(training_cost, session.cost), picture=picture)
+        draw(result)
+        demo_report.show(console, result, costs=(training_cost, session.cost))
         session.close()
     finally:
         live.finish()
@@ -177,7 +177,7 @@ def apply_edits(recipe: Mapping[str, Any], session: GuardSession, text: Text, re
             result.digests = (before, after)
 
 
-def draw(result: DemoResult) -> Path:
+def draw(result: DemoResult) -> None:
     """Draw the matrix that the last edit damaged most, in every version, beside the decisions."""
     edited = [version for version in result.versions if version.step is not None]
     matrix = demo_report.worst_matrix(edited[-1].step)
@@ -193,9 +193,7 @@ def draw(result: DemoResult) -> Path:
         )
         for version in result.versions
     ]
-    path = result.output / "spectra.png"
-    path.write_bytes(decision_png(matrix, candidates, max(limits)))
-    return path
+    (result.output / "spectra.png").write_bytes(decision_png(matrix, candidates, max(limits)))
 
 
 def _check_training(recipe: Mapping[str, Any], result: DemoResult) -> None:
