@@ -8,6 +8,7 @@ those leave the answer open.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -260,9 +261,12 @@ def _read_matrix(
         return _refused(matrix, "profile", f"{facts.num_nonfinite} values are NaN or inf")
     if base is None or not base.spectral_norm:
         return _read_matrix_exactly(matrix)
-    band = scope.norm_band(matrix.family)
-    factor = float(torch.tensor(band, dtype=torch.float64).exp())
-    limit = (base.spectral_norm / factor, base.spectral_norm * factor)
+    factor = math.exp(scope.norm_band(matrix.family))
+    # What is not known of the baseline is taken off the band, so that the ratio's whole interval is decided.
+    doubt = base.spectral_norm_error or 0.0
+    limit = ((base.spectral_norm + doubt) / factor, (base.spectral_norm - doubt) * factor)
+    if limit[0] >= limit[1]:
+        return _read_matrix_exactly(matrix)
     trackable = before is not None and before.shape == weight.shape and known is not None and known.spectral_norm
     if trackable and before is not None and known is not None:
         reference = NormReference(known.spectral_norm or 0.0, known.spectral_norm_error or 0.0)

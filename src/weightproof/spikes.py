@@ -11,13 +11,14 @@ from statistics import fmean, median
 SPREADS = 6.0
 RATIO = 1.2
 LAST = 3
-MEMORY = 64
+# Long enough for a spread, short enough that a loss still falling does not hide a jump back up.
+MEMORY = 24
 
 
 def is_loss_spike(history: Sequence[float], window: Sequence[float]) -> bool | None:
     """Whether the end of `window` lies far above what `history` was used to.
 
-    The mean of the last three raw losses of the window is compared with the median of the last 64
+    The mean of the last three raw losses of the window is compared with the median of the last 24
     accepted ones: a spike exceeds it by six robust standard deviations (1.4826 MAD) and by 20 %.
 
     Args:

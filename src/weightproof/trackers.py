@@ -73,13 +73,14 @@ class JsonlTracker:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = self.path.open("a", encoding="utf-8")
+            self.path.touch()
         except OSError as error:
             raise InputError(f"cannot open the event log {self.path}: {error.strerror or error}") from error
 
     def _write(self, row: Mapping[str, object]) -> None:
-        self._handle.write(json.dumps(row, allow_nan=False) + "\n")
-        self._handle.flush()
+        # Opened for each line: nothing to lose when the process dies, and no handle to forget.
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row, allow_nan=False) + "\n")
 
     def log_event(self, event: GuardEvent) -> None:
         """Append the event with its rows and its worst measurements."""
@@ -96,8 +97,7 @@ class JsonlTracker:
         self._write({"type": "certificate", "path": path.name, "action": action, "step": step})
 
     def close(self) -> None:
-        """Close the file."""
-        self._handle.close()
+        """Nothing is held open."""
 
 
 def severity(measurement: Measurement) -> tuple[int, float]:
