@@ -27,7 +27,7 @@ from weightproof.divergence import (
 from weightproof.errors import InputError, RestoreError
 from weightproof.guards.corrections import Correction, corrections
 from weightproof.guards.limits import for_family
-from weightproof.policy import Policy, decide
+from weightproof.policy import Policy, decide, decision_digest
 from weightproof.probes import ChangeScope, State, read_change, relative_delta
 from weightproof.registry import load_plugin, plugins
 from weightproof.snapshot import Snapshot, tensor_digest
@@ -171,10 +171,11 @@ class Assessor:
             return None
         try:
             return measure_divergence(self.model, self.cache)
-        except FORWARD_ERRORS:
+        except FORWARD_ERRORS as error:
             # The same windows ran before the change: a forward pass that now raises is broken.
+            why = f"the model no longer runs on windows that it ran on before: {_brief(error)}"
             lost = tuple(
-                DivergenceReading(w.name, w.digest, w.num_tokens, None, None, None, None, finite=False)
+                DivergenceReading(w.name, w.digest, w.num_tokens, None, None, None, None, finite=False, reason=why)
                 for w in self.windows
             )
             return OutputPass(divergence=lost, second_moments={})
@@ -240,7 +241,8 @@ class Assessor:
 
     def halted(self, decision: Decision, reason: str) -> Decision:
         """The decision after a restore that could not be proven."""
-        return replace(decision, action=Action.HALT, situation="restore_not_proven", reason=reason)
+        halted = replace(decision, action=Action.HALT, situation="restore_not_proven", reason=reason)
+        return replace(halted, digest=decision_digest(halted))
 
     def _located(self, readings: Readings) -> Readings:
         if self.cache is None:

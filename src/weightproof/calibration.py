@@ -188,9 +188,11 @@ def _prepare(sample: Item, model: nn.Module, length: int) -> Iterator[Item]:
 
 
 def _cut_text(sample: Item, length: int) -> Iterator[Item]:
-    ids = sample["input_ids"].long()
-    if ids.numel() == 0:
+    if sample["input_ids"].numel() == 0:
         return
+    if sample["input_ids"].is_floating_point():
+        raise InputError("the calibration data holds floating point numbers where token ids belong: give integers")
+    ids = sample["input_ids"].long()
     if set(sample) == {"input_ids"} and ids.numel() > length:
         yield from ({"input_ids": piece} for piece in ids.split(length) if piece.numel() == length)
         return

@@ -60,6 +60,12 @@ class Certificate:
                 f"not a certificate this version reads: predicateType is {statement.get('predicateType')!r}, "
                 f"expected {PREDICATE_TYPE!r}"
             )
+        try:
+            whole = isinstance(statement["subject"][0]["digest"]["sha256"], str)
+        except (LookupError, TypeError):
+            whole = False
+        if not whole or not isinstance(statement.get("predicate"), dict):
+            raise InputError("not a whole certificate: its subject has no sha256, or its predicate is missing")
         return cls(statement)
 
     @classmethod

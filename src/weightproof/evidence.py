@@ -108,7 +108,7 @@ def certificate_of(session: GuardSession) -> Certificate:
     predicate would be pointless, since a verifier recomputes the digest from the weights.
     """
     steps = [*session.resumed_steps, *(step_json(step) for step in session.history)]
-    readings = session.current.readings
+    readings, known = session.current.readings, session.baseline.readings.matrices
     last = next((s.decision for s in reversed(session.history) if s.decision is not None), None)
     predicate = {
         "created_at": now(),
@@ -118,8 +118,8 @@ def certificate_of(session: GuardSession) -> Certificate:
             "model_digest": session.baseline.model_digest,
             "created_at": session.baseline.created_at,
             "environment": dict(session.baseline.environment),
-            "matrices_measured": sum(1 for m in readings.matrices.values() if m.reason is None),
-            "matrices_refused": {m.name: m.reason for m in readings.matrices.values() if m.reason is not None},
+            "matrices_measured": sum(1 for m in known.values() if m.reason is None),
+            "matrices_refused": {m.name: m.reason for m in known.values() if m.reason is not None},
         },
         "policy": {"name": session.policy.name, "digest": session.policy.digest, "resolved": policy_json(session)},
         "windows": [{"name": w.name, "digest": w.digest, "num_tokens": w.num_tokens} for w in session.windows],

@@ -134,6 +134,8 @@ def load_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
+    if not isinstance(cast("object", policy), (str, os.PathLike)):
+        raise PolicyError(f"a policy is a tier ({', '.join(TIERS)}), a path or a Policy, not {policy!r}")
     path = Path(policy)
     is_file = not isinstance(policy, str) or path.suffix in {".yaml", ".yml"} or len(path.parts) > 1
     return _resolve(read_policy_file(path)) if is_file else _tier(str(policy))

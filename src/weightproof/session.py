@@ -127,7 +127,7 @@ class GuardSession:
 
     Raises:
         BaselineError: The model already holds NaN or inf, or `baseline` is of another model.
-        InputError: `retain` is empty or unusable, or an argument is unknown.
+        InputError: `retain` is empty or unusable, or an argument is unknown or of a wrong type.
     """
 
     def __init__(  # noqa: PLR0913 - the public signature is the issue's
@@ -143,6 +143,8 @@ class GuardSession:
         baseline: Baseline | Path | str | None = None,
         snapshot_dir: Path | str | None = None,
     ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise InputError(f"GuardSession guards a torch.nn.Module, not {type(model).__name__}")
         if target is not None:
             raise InputError("target= needs the loss guard, which this version does not have; pass retain= only")
         if accelerator is not None and accelerator.num_processes > 1:
@@ -159,6 +161,7 @@ class GuardSession:
         self._open: Step | None = None
         self._last_good: SafePoint | None = None
         self._held = False
+        self._closed = False
         self._picture: bytes | None = None
         self._resumed: list[Any] = []
         started = time.perf_counter()
@@ -227,8 +230,8 @@ class GuardSession:
             SnapshotError: If no snapshot can be taken; the block is not entered.
         """
         handle = self._begin(name, kind, on_violation, step)
-        declared = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
         try:
+            declared = _parse_targets(targets)
             self._refresh_baseline()
             point = self._safe_point()
             stray = self._stray_names(point.snapshot)
@@ -237,9 +240,9 @@ class GuardSession:
                 subject = Subject(handle.name, handle.kind, declared, planned=handle.planned, stray=stray)
                 self._judge(handle, point.snapshot, subject)
             except BaseException:
-                # Whatever went wrong, in the block or in measuring: the model goes back as it was.
-                if handle.decision is None:
-                    self._restore(point)
+                # Whatever went wrong, in the block, in measuring or in drawing: the model goes back as it was.
+                self._restore(point)
+                point.snapshot.discard()
                 raise
             self._settle(handle, point, on_violation)
         finally:
@@ -312,6 +315,8 @@ class GuardSession:
     # -- the transaction -----------------------------------------------------------------------
 
     def _begin(self, name: str, kind: object, on_violation: str, step: int | None) -> Step:
+        if self._closed:
+            raise InputError(f"{name!r} begins after this session was closed: make a new GuardSession of the model")
         if self._open is not None:
             raise InputError(f"edit {name!r} begins inside edit {self._open.name!r}: edits do not nest")
         if on_violation not in ON_VIOLATION:
@@ -351,7 +356,7 @@ class GuardSession:
         if stray:
             shown = ", ".join(sorted(stray)[:3])
             logger.warning(
-                "%d tensors changed outside of any guarded edit (%s); they are judged with this one", len(stray), shown
+                "tensors changed outside of any guarded edit: %d (%s); they are judged with this one", len(stray), shown
             )
         return stray
 
@@ -522,12 +527,24 @@ class GuardSession:
             self.watch()
 
     def close(self) -> None:
-        """Free the last good snapshot and close the trackers."""
+        """Free the last good snapshot and close the trackers; nothing can be judged afterwards."""
+        self._closed = True
         if self._last_good is not None:
             self._last_good.snapshot.discard()
             self._last_good = None
         for tracker in self.trackers:
             tracker.close()
+
+
+def _parse_targets(targets: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """One glob or several as a tuple; None where nothing was declared."""
+    if targets is None or isinstance(targets, str):
+        return None if targets is None else (targets,)
+    found: tuple[object, ...] = tuple(targets) if isinstance(targets, Iterable) else (targets,)
+    names = tuple(target for target in found if isinstance(target, str))
+    if len(names) != len(found):
+        raise InputError(f"targets must be a glob or a list of globs such as 'model.layers.*', not {targets!r}")
+    return names
 
 
 def _require_finite(tensors: dict[str, TensorReading] | Any) -> None:

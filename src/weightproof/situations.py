@@ -23,7 +23,7 @@ SITUATIONS: Mapping[str, str] = {
     "outputs_reject": "the outputs reject the change",
     "gross_without_outputs": "a weight matrix changed grossly and the outputs do not overrule it",
     "loss_undecided": "the loss cannot decide",
-    "no_loss_outputs_pass_quiet": "no loss data; the outputs are unchanged and nothing warns",
+    "no_loss_outputs_pass_quiet": "no loss data; the outputs pass and nothing warns",
     "no_loss_outputs_pass_warned": "no loss data; the outputs pass though a guard warns",
     "no_forward_weights_pass": "no forward pass was possible; the weights are unsuspicious",
     "no_forward_weights_warned": "no forward pass was possible and the weights are suspicious or partly unread",

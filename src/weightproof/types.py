@@ -242,7 +242,8 @@ class DivergenceReading:
 
     `kl` is KL(base || now) in nats per token (a lower bound when the base distribution is cached
     as top-k plus one bucket); for models without logits `kl` is None and `hidden_error`, the
-    relative RMS change of the normalised last hidden state, is given instead.
+    relative RMS change of the normalised last hidden state, is given instead. `reason` says why
+    there are no outputs at all (then `finite` is False).
     """
 
     windows: str
@@ -254,6 +255,7 @@ class DivergenceReading:
     hidden_error: float | None
     finite: bool
     blocks: tuple[BlockError, ...] = ()
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,8 @@ def _judge_windows(reading: DivergenceReading, kind: str, limits: DivergenceLimi
         judged = ("hidden_error", reading.hidden_error, limits.hidden_error)
     statistic, value, limit = judged
     if not reading.finite or (value is not None and not math.isfinite(value)):
-        broken = _measure(reading, "finite_outputs", 0.0, outcome=Outcome.FAIL, reason="an output is NaN or infinite")
+        reason = reading.reason or "an output is NaN or infinite"
+        broken = _measure(reading, "finite_outputs", 0.0, outcome=Outcome.FAIL, reason=reason)
         yield replace(broken, limit=1.0)
         return
     if value is None:

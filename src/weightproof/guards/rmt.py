@@ -214,5 +214,5 @@ def _judge_family(family: str, members: Sequence[Pair], kind: str, limits: RMTLi
             value=float(value),
             limit=float(band) if is_judged else None,
             outcome=Outcome.WARN if breach else Outcome.PASS,
-            reason=note if breach else None,
+            reason=note if is_judged else None,
         )

@@ -34,6 +34,8 @@ from weightproof.types import MatrixReading, Measurement, Outcome, Readings, Ver
 GROWTH = "log_spectral_norm_ratio"
 STABLE_RANK = "log_stable_rank_ratio"
 COLLAPSE = "log_norm_collapse_ratio"
+# Width in log units from which an interval is told beside its value: what a value shows in two digits.
+COARSE = 0.01
 
 
 def _everywhere(value: float) -> FamilyLimits:
@@ -328,15 +330,19 @@ def _judge_deviations(deviations: list[Deviation], after: Readings, limits: Spec
 
 
 def _report_training(deviations: list[Deviation], after: Readings, limits: SpectralLimits) -> Iterator[Measurement]:
-    """In a window of training only gross growth counts, and only where a trained baseline exists."""
+    """In a window of training only gross growth counts, and only where a trained baseline exists.
+
+    With a loss alarm gross shrinkage counts too: weights set to zero have moved on by the next check.
+    """
     alarm = _loss_alarm(after)
     for item in deviations:
         counts = alarm or not (after.in_warmup or item.name in after.untrained)
         if item.statistic != GROWTH or not counts:
             yield _measure(item, None, Outcome.PASS)
             continue
-        outcome = Outcome.FAIL if item.high > item.gross_high else Outcome.PASS
-        yield _measure(item, item.gross_high, outcome)
+        shrunk = alarm and item.low < item.gross_low
+        outcome = Outcome.FAIL if shrunk or item.high > item.gross_high else Outcome.PASS
+        yield _measure(item, item.gross_low if shrunk else item.gross_high, outcome)
 
 
 def _measure(item: Deviation, limit: float | None, outcome: Outcome) -> Measurement:
@@ -345,6 +351,9 @@ def _measure(item: Deviation, limit: float | None, outcome: Outcome) -> Measurem
         reason = f"known only to lie in [{item.low:.4g}, {item.high:.4g}], so judged at its worst end"
     elif limit is not None and item.worst > abs(limit) and outcome is Outcome.PASS:
         reason = f"beyond the limit but not rejected at a false discovery rate over all {item.statistic} tests"
+    elif item.high - item.low > COARSE:
+        # The ladder stops as soon as the limits are decided: the value is the middle of what is known then.
+        reason = f"known to lie in [{item.low:.4g}, {item.high:.4g}]"
     return Measurement(
         "spectral", item.name, item.statistic, item.value, item.reference, limit, item.family, outcome, reason
     )

@@ -1,0 +1,163 @@
+"""What a user gets who misuses a session, or whose model or disk fails in the middle: never a model half changed."""
+
+import pytest
+import torch
+from architectures import build
+from torch import nn
+
+from weightproof import Certificate, GuardSession, InputError, PolicyError, RestoreError, edits, evidence, load_policy
+from weightproof.policy import decision_digest
+from weightproof.types import Action, Outcome
+
+HEAD = "lm_head.weight"
+
+
+@pytest.fixture
+def llama():
+    return build("llama")
+
+
+def scale(model, factor, name=HEAD):
+    with torch.no_grad():
+        model.get_parameter(name).mul_(factor)
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(model, before):
+    now = model.state_dict()
+    assert now.keys() == before.keys()
+    assert all(torch.equal(now[name], before[name]) for name in before)
+
+
+def verdict(step, guard):
+    return next(v for v in step.verdicts if v.guard == guard)
+
+
+@pytest.mark.parametrize("factor", [1.0001, 1000.0], ids=["kept", "rejected"])
+def test_a_picture_that_cannot_be_drawn_leaves_no_change_behind(llama, tmp_path, monkeypatch, factor):
+    session, before = GuardSession(llama, output_dir=tmp_path, snapshot_dir=tmp_path / "snapshots"), bits(llama)
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(evidence, "spectrum_of_worst", out_of_memory)
+    with pytest.raises(MemoryError), session.edit("x"):
+        scale(llama, factor)
+    assert_same(llama, before)
+    assert list((tmp_path / "snapshots").iterdir()) == []
+    session.close()
+
+
+@pytest.mark.parametrize("targets", [5, [5], ["lm_head", None]])
+def test_targets_that_are_no_globs_are_refused_before_anything_changes(llama, targets):
+    session = GuardSession(llama)
+    with pytest.raises(InputError, match="globs"), session.edit("x", targets=targets):
+        pytest.fail("the block was entered")
+    assert session.apply(edits.RTN(8)).applied == "kept"
+
+
+def test_nothing_can_be_judged_after_close(llama, tmp_path):
+    session = GuardSession(llama, output_dir=tmp_path)
+    session.watch()
+    session.close()
+    session.close()
+    before = bits(llama)
+    with pytest.raises(InputError, match="closed"):
+        session.apply(edits.RTN(8))
+    with pytest.raises(InputError, match="watch"):
+        session.check_window(step=1)
+    assert_same(llama, before)
+    assert session.certificate().model_digest == session.model_digest
+
+
+@pytest.mark.parametrize("model", [None, "gpt2", {}])
+def test_what_is_no_module_is_refused_by_name(model):
+    with pytest.raises(InputError, match=type(model).__name__):
+        GuardSession(model)
+
+
+@pytest.mark.parametrize("policy", [None, 5])
+def test_what_is_no_policy_is_refused(policy):
+    with pytest.raises(PolicyError, match="balanced"):
+        load_policy(policy)
+
+
+def test_floating_point_numbers_are_no_token_ids(llama):
+    with pytest.raises(InputError, match="integers"):
+        GuardSession(llama, retain=torch.rand(4, 16))
+
+
+def test_a_forward_pass_that_raises_is_named_and_not_called_nan(llama):
+    session = GuardSession(llama)
+    with session.edit("break") as step:
+        del llama.model.layers[0].mlp.up_proj
+    assert step.applied == "restored"
+    outputs = verdict(step, "divergence")
+    assert outputs.outcome is Outcome.FAIL
+    assert "no longer runs" in outputs.reason
+    assert "up_proj" in outputs.reason
+    assert "NaN" not in outputs.reason
+
+
+def test_a_halted_decision_has_the_digest_of_what_it_says(llama):
+    session = GuardSession(llama)
+    with pytest.raises(RestoreError), session.edit("hook"):
+        llama.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits * 50)
+    decision = session.history[-1].decision
+    assert decision.action is Action.HALT
+    assert decision.digest == decision_digest(decision)
+
+
+def test_kept_outputs_are_said_to_pass_not_to_be_unchanged(llama):
+    step = GuardSession(llama).apply(edits.RTN(8))
+    assert "outputs pass" in step.decision.reason
+    assert "unchanged" not in step.decision.reason
+
+
+def test_a_value_known_only_coarsely_says_so(llama):
+    step = GuardSession(llama).apply(edits.RTN(4), on_violation="monitor")
+    rows = [m for m in verdict(step, "spectral").measurements if m.statistic == "log_spectral_norm_ratio"]
+    coarse = [m for m in rows if m.reason is not None]
+    assert coarse
+    assert all("known to lie in [" in m.reason or "lie in [" in m.reason for m in coarse)
+    truth = {
+        name: torch.linalg.matrix_norm(w.double(), 2) for name, w in build("llama").state_dict().items() if w.ndim == 2
+    }
+    for row in rows:
+        now = torch.linalg.matrix_norm(llama.state_dict()[row.target].double(), 2)
+        error = abs(float((now / truth[row.target]).log()) - row.value)
+        assert error < 0.01 or row.reason is not None, row
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"predicateType":"urn:weightproof:certificate:v0"}',
+        '{"predicateType":"urn:weightproof:certificate:v0","subject":[],"predicate":{}}',
+        '{"predicateType":"urn:weightproof:certificate:v0","subject":[{"digest":{"sha256":"00"}}]}',
+    ],
+)
+def test_half_a_certificate_is_refused_when_read(text):
+    with pytest.raises(InputError, match="whole"):
+        Certificate.from_json(text)
+
+
+def test_a_model_random_in_eval_mode_is_restored_without_complaint():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.calls = iter(range(1000))
+
+        def forward(self, x):
+            return self.linear(x) + 0.001 * next(self.calls)
+
+    model = Noisy()
+    session, before = GuardSession(model, retain=[torch.randn(16, 8)]), bits(model)
+    with session.edit("x1000") as step:
+        scale(model, 1000.0, "linear.weight")
+    assert step.applied == "restored"
+    assert_same(model, before)
