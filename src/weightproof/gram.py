@@ -135,8 +135,8 @@ def exact_singular_values(
 
     def values_in(dtype: torch.dtype) -> torch.Tensor:
         product = gram(matrix, dtype, row_scale=row_scale, col_scale=col_scale, factor=factor)
-        squares = _eigenvalues(product).flip(0).cpu().double().clamp_(min=0.0)
-        return squares.sqrt_().div_(factor)
+        squares = _eigenvalues(product).flip(0).cpu().double().clamp(min=0.0)
+        return squares.sqrt() / factor
 
     careful = matrix.dtype == torch.float64 or side <= SMALL_SIDE or side > SQUARE_ASPECT * length
     if not (careful or force_float64):
