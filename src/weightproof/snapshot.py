@@ -6,8 +6,9 @@ objects back and writes into the same storage, so that ties, optimizer reference
 survive, whatever the edit did (in-place writes, `model.to(dtype)`, replaced modules, parametrizations).
 
 A module's own notes (flags, numbers, small lists, such as PEFT's `merged_adapters`) go back with its
-weights. Not covered: train or eval mode, gradients' values, optimizer state, objects such as
-`model.config`, and hooks on modules whose tensors and children stayed the same objects.
+weights, and so do those of its `config` (a number of layers, a vocabulary size). Not covered: train or
+eval mode, gradients' values, optimizer state, other objects (a generation config, for example), and
+hooks on modules whose tensors and children stayed the same objects.
 """
 
 from __future__ import annotations
@@ -75,6 +76,26 @@ class _Holder:
 
 
 @dataclass(slots=True)
+class _Notes:
+    """The flags, numbers and small containers among an object's attributes, and what was in them."""
+
+    owner: object
+    kept: dict[str, tuple[object, object]]
+
+    @classmethod
+    def of(cls, owner: object) -> _Notes:
+        own = vars(owner)
+        return cls(owner, {key: (value, _copy(value)) for key, value in own.items() if _is_bookkeeping(key, value)})
+
+    def put_back(self) -> None:
+        own = vars(self.owner)
+        for key, (value, content) in self.kept.items():
+            _refill(value, content)
+            if key not in own or own[key] is not value:
+                own[key] = value
+
+
+@dataclass(slots=True)
 class _ModuleState:
     """One module object: its class, its tables, its bookkeeping, and what an edit may hang onto it.
 
@@ -87,7 +108,7 @@ class _ModuleState:
     visible: tuple[str, ...]
     non_persistent: set[str]
     hooks: dict[str, dict[int, object]]
-    plain: dict[str, tuple[object, object]]
+    notes: _Notes
     forward: object
 
     @classmethod
@@ -100,7 +121,7 @@ class _ModuleState:
             visible=tuple(name for table in _TABLES for name in own[table] if name not in own),
             non_persistent=set(own["_non_persistent_buffers_set"]),
             hooks={table: dict(own[table]) for table in _HOOK_TABLES},
-            plain={key: (value, _copy(value)) for key, value in own.items() if _is_bookkeeping(key, value)},
+            notes=_Notes.of(module),
             forward=own.get("forward"),
         )
 
@@ -119,11 +140,7 @@ class _ModuleState:
         """Restore bookkeeping, and of a changed module the tables, in place, and the hooks beside them."""
         if self.is_changed():
             self._put_structure_back()
-        own = vars(self.module)
-        for key, (value, content) in self.plain.items():
-            _refill(value, content)
-            if own.get(key) is not value:
-                own[key] = value
+        self.notes.put_back()
 
     def _put_structure_back(self) -> None:
         module, own = self.module, vars(self.module)
@@ -163,6 +180,7 @@ class Snapshot:
         self._store: Store | None = store
         self._records = records
         self._modules = [_ModuleState.of(module) for module in model.modules()]
+        self._configs = _configs(model)
         self._paths = dict(model.named_modules(remove_duplicate=False))
         self._registered = _registered(model)
         self._selectors = _selectors(model)
@@ -278,6 +296,9 @@ class Snapshot:
             differing = self._verified_differences(digests)
             for state in self._modules:
                 state.put_back()
+            for owner, name, notes in self._configs:
+                vars(owner)[name] = notes.owner
+                notes.put_back()
             for record in self._records.values():
                 for holder in record.holders:
                     holder.put_back()
@@ -434,6 +455,23 @@ def _same_memory(tensor: torch.Tensor, alias: torch.Tensor) -> bool:
 
 def _same_objects(now: Mapping[str, object], kept: Mapping[str, object]) -> bool:
     return list(now) == list(kept) and all(now[name] is kept[name] for name in kept)
+
+
+def _configs(model: nn.Module) -> list[tuple[object, str, _Notes]]:
+    """Every `config` of a module, and every configuration within one: its owner, its name there, its notes."""
+    waiting: list[tuple[object, str]] = [(module, "config") for module in model.modules()]
+    found: list[tuple[object, str, _Notes]] = []
+    expanded: set[int] = set()
+    while waiting:
+        owner, name = waiting.pop()
+        config = vars(owner).get(name)
+        if isinstance(config, (nn.Module, type, dict)) or not hasattr(config, "__dict__"):
+            continue
+        found.append((owner, name, _Notes.of(config)))
+        if id(config) not in expanded:
+            expanded.add(id(config))
+            waiting += [(config, key) for key, value in vars(config).items() if hasattr(value, "to_dict")]
+    return found
 
 
 def _is_bookkeeping(key: str, value: object) -> bool:

@@ -7,6 +7,7 @@ from torch import nn
 
 from weightproof import Certificate, GuardSession, InputError, PolicyError, RestoreError, edits, evidence, load_policy
 from weightproof.policy import decision_digest
+from weightproof.snapshot import Snapshot
 from weightproof.types import Action, Outcome
 
 HEAD = "lm_head.weight"
@@ -161,3 +162,42 @@ def test_a_model_random_in_eval_mode_is_restored_without_complaint():
         scale(model, 1000.0, "linear.weight")
     assert step.applied == "restored"
     assert_same(model, before)
+
+
+def test_a_configuration_goes_back_with_the_weights_it_describes(llama):
+    before, config, layers = bits(llama), llama.config, llama.model.layers
+    session = GuardSession(llama)
+    with session.edit("cut") as step:
+        llama.model.layers = layers[:1]
+        llama.config.num_hidden_layers = 1
+    assert step.applied == "restored"
+    with session.edit("grow") as step:
+        llama.resize_token_embeddings(80, mean_resizing=False)
+    assert step.applied == "restored"
+    assert (llama.config.num_hidden_layers, llama.config.vocab_size) == (2, 64)
+    assert llama.config is config
+    assert llama.model.layers is layers
+    assert_same(llama, before)
+
+
+def test_a_replaced_configuration_and_one_within_it_go_back():
+    class Config:
+        def __init__(self, size):
+            self.size, self.tags = size, ["a"]
+
+        def to_dict(self):
+            return vars(self)
+
+    model = nn.Linear(8, 8)
+    model.config = Config(8)
+    model.config.text_config = Config(4)
+    outer, inner = model.config, model.config.text_config
+    snapshot = Snapshot.capture(model)
+    inner.size = 5
+    inner.tags.append("b")
+    outer.text_config = Config(7)
+    model.config = Config(9)
+    snapshot.restore()
+    assert model.config is outer
+    assert outer.text_config is inner
+    assert (inner.size, inner.tags) == (4, ["a"])
