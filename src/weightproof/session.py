@@ -295,11 +295,18 @@ class GuardSession:
             in_warmup: Whether the learning rate is still warming up.
             on_violation: As in `edit`.
             name: Shown in the log.
+
+        Raises:
+            InputError: Nobody watches, or `raw_losses` holds what is not a number.
+            RestoreError: If a restore could not be proven exact (the decision is then HALT).
         """
         if self._last_good is None:
             raise InputError("check_window needs a last good state: call session.watch() when training begins")
+        try:
+            losses = None if raw_losses is None else tuple(float(loss) for loss in raw_losses)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"raw_losses must be one number a step: {error}") from error
         handle = self._begin(name, "train", on_violation, step)
-        losses = None if raw_losses is None else tuple(float(loss) for loss in raw_losses)
         point = self._last_good
         try:
             spike = None if losses is None else is_loss_spike(self._losses, losses)

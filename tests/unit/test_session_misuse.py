@@ -201,3 +201,12 @@ def test_a_replaced_configuration_and_one_within_it_go_back():
     assert model.config is outer
     assert outer.text_config is inner
     assert (inner.size, inner.tags) == (4, ["a"])
+
+
+@pytest.mark.parametrize("losses", [["a"], [None], 1.0])
+def test_losses_that_are_no_numbers_do_not_lock_the_session(llama, losses):
+    session = GuardSession(llama)
+    session.watch()
+    with pytest.raises(InputError, match="raw_losses"):
+        session.check_window(step=1, raw_losses=losses)
+    assert session.check_window(step=2, raw_losses=torch.tensor([1.0, 2.0])).applied == "kept"
