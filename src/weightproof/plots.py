@@ -64,7 +64,7 @@ def spectrum_png(name: str, before: BulkFit, after: BulkFit | None = None) -> by
         _draw_histogram(axis, fit, bins, colour=BLUE if word == "before" else GREEN)
         axis.set_title("" if after is None else word, loc="left", fontsize=10)
         axis.set_ylabel("singular values per bin")
-        _legend(axis, is_log=is_log)
+        _legend(axis)
     _ratio_axis(axes[-1], bins, is_log, before.null)
     figure.suptitle(f"{name}  ({before.d_out} x {before.d_in})", fontsize=11, x=0.01, ha="left")
     return _png(figure)
@@ -90,7 +90,7 @@ def decision_png(matrix: str, candidates: Sequence[Candidate], limit: float) -> 
         axis.set_title(_headline(candidate), loc="left", fontsize=10)
         axis.set_ylabel("values per bin")
         axis.tick_params(labelbottom=row == len(fitted) - 1)
-        _legend(axis, is_log=is_log)
+        _legend(axis)
     if axis is not None:
         _ratio_axis(axis, bins, is_log, fitted[0][1].null)
     halves = grid[:, 1].subgridspec(2, 1, hspace=0.12)
@@ -286,9 +286,9 @@ def _ratio_axis(axis: Axes, bins: np.ndarray, is_log: bool, null: str) -> None:
     axis.set_xlabel(f"singular value / upper edge of its own fit ({NULL_WORDS.get(null, null)})")
 
 
-def _legend(axis: Axes, *, is_log: bool) -> None:
-    """Where the histogram leaves room: left of a logarithmic bulk, right of a linear one."""
-    axis.legend(fontsize=7.5, frameon=False, loc="upper left" if is_log else "upper right", handlelength=1.6)
+def _legend(axis: Axes) -> None:
+    """Above the spikes, where the histogram is lowest."""
+    axis.legend(fontsize=7.5, frameon=False, loc="upper right", handlelength=1.6)
 
 
 def _tidy(axis: Axes) -> None:
