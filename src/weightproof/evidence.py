@@ -33,6 +33,7 @@ NEVER_TESTED = (
     "the folder written to disk, the serving runtime and its kernels",
     "tokenizer, chat template and generation settings",
 )
+RESUMED = "drift of the outputs before the resume: they are compared with those of the resumed weights"
 # A certificate keeps every measurement that was not a plain PASS, and the worst of the rest.
 _KEPT_PASSES = 12
 
@@ -127,7 +128,7 @@ def certificate_of(session: GuardSession) -> Certificate:
         "steps": steps,
         "decision": None if last is None else {"action": str(last.action), "reason": last.reason},
         "assurance": str(Assurance.NONE if last is None else last.assurance),
-        "not_tested": list(NEVER_TESTED),
+        "not_tested": [*NEVER_TESTED, *([RESUMED] if session.resumed_steps else [])],
         "cost": {**to_jsonable(session.cost), "seconds": session.cost.seconds},
     }
     return Certificate.build(

@@ -45,6 +45,7 @@ from weightproof.weights import iter_weight_matrices
 logger = logging.getLogger("weightproof")
 
 STATE_FILE = "guard_state.json"
+CURRENT_FILE = "guard_current.safetensors"
 ON_VIOLATION = ("rollback", "raise", "monitor")
 
 
@@ -256,7 +257,11 @@ class GuardSession:
         """
         selected = [m for m in iter_weight_matrices(self.model) if m.refusal is None and edit.selects(m)]
         if not selected:
-            raise InputError(f"edit {edit.name!r} selects no weight matrix of this model: check include= and exclude=")
+            families = sorted({matrix.family for matrix in iter_weight_matrices(self.model) if matrix.refusal is None})
+            raise InputError(
+                f"edit {edit.name!r} selects no weight matrix of this model: check include= and exclude= (its matrices "
+                f"are of the families {', '.join(families) or '(none)'}; a family is chosen by its exact name)"
+            )
         targets = sorted({matrix.tensor_name for matrix in selected})
         with self.edit(edit.name, edit.kind, targets, on_violation, step=step) as handle:
             for matrix in selected:
@@ -497,23 +502,33 @@ class GuardSession:
     # -- resume --------------------------------------------------------------------------------
 
     def save_state(self, folder: Path | str) -> None:
-        """Write the sidecar files of a checkpoint: state, history and the present readings."""
+        """Write the sidecar files of a checkpoint: history, the baseline, and the present readings where they differ.
+
+        The baseline's outputs are not kept: after a resume outputs are compared with those of the resumed weights.
+        """
         folder = Path(folder)
         tensors = read_tensors(self.model, {}, ())
+        # A window that awaits the next one describes the present weights, though it is not accepted yet.
+        current = self._pending if self._held else self._current
+        moved = current.readings.model_digest != self.baseline.model_digest
         state = {
             "format": "weightproof-state-v1",
             "model_digest": digest_of(tensors),
             "policy_digest": self.policy.digest,
             "losses": self._losses,
+            "moved": moved,
+            "outputs_stale": self._assessor.is_stale,
             "steps": [*self._resumed, *(evidence.step_json(step) for step in self._history)],
         }
-        Baseline(self._current.readings, self._current.fits, self.baseline.environment, self.baseline.created_at).save(
-            folder
-        )
+        self.baseline.save(folder)
+        if moved:
+            replace(self.baseline, readings=current.readings, fits=current.fits).save(folder / CURRENT_FILE)
         write_atomically(folder / STATE_FILE, json.dumps(state, allow_nan=False).encode())
 
     def load_state(self, folder: Path | str) -> None:
         """Continue from sidecar files, after proving that the weights are those they describe.
+
+        Later edits are still judged against the baseline of the first session, so that many small harms add up.
 
         Raises:
             BaselineError: If the files are missing, altered, or the model's weights differ.
@@ -524,12 +539,16 @@ class GuardSession:
         except (OSError, ValueError) as error:
             raise BaselineError(f"no usable guard state at {path} ({error})") from error
         saved = Baseline.load(folder)
-        saved.require_same_model(read_tensors(self.model, {}, ()))
+        current = Baseline.load(Path(folder) / CURRENT_FILE) if state.get("moved") else saved
+        current.require_same_model(read_tensors(self.model, {}, ()))
         self.baseline = saved
-        self._current = State(saved.readings, saved.fits)
+        self._current = self._pending = State(current.readings, current.fits)
         self._losses = list(state["losses"])
         self._resumed = list(state["steps"])
-        self._assessor.outputs_moved()
+        if state.get("outputs_stale", True):
+            self._assessor.outputs_moved()
+        else:
+            self._assessor.capture_outputs()
         if self._last_good is not None:
             self.watch()
 

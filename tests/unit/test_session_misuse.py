@@ -1,5 +1,7 @@
 """What a user gets who misuses a session, or whose model or disk fails in the middle: never a model half changed."""
 
+import math
+
 import pytest
 import torch
 from architectures import build
@@ -210,3 +212,56 @@ def test_losses_that_are_no_numbers_do_not_lock_the_session(llama, losses):
     with pytest.raises(InputError, match="raw_losses"):
         session.check_window(step=1, raw_losses=losses)
     assert session.check_window(step=2, raw_losses=torch.tensor([1.0, 2.0])).applied == "kept"
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_small_harms_add_up_across_a_resume(llama, tmp_path):
+    session = first = GuardSession(llama)
+    for number in (1, 2, 3):
+        with session.edit(f"a little more, {number}") as step:
+            scale(llama, 1.06, UP)
+        rows = {(m.target, m.statistic): m for m in verdict(step, "spectral").measurements}
+        row = rows[UP, "log_spectral_norm_ratio"]
+        assert row.value == pytest.approx(number * math.log(1.06), abs=0.03)
+        session.save_state(tmp_path)
+        session = GuardSession(llama)
+        session.load_state(tmp_path)
+        assert session.baseline.model_digest == first.baseline.model_digest
+    assert verdict(step, "spectral").outcome is Outcome.WARN
+    certificate = session.certificate()
+    assert certificate.predicate["baseline"]["model_digest"] == first.baseline.model_digest
+    assert any("before the resume" in line for line in certificate.predicate["not_tested"])
+
+
+def test_a_window_that_awaits_the_next_one_can_be_saved_and_resumed(llama, tmp_path):
+    session = GuardSession(llama)
+    session.watch()
+    scale(llama, 30.0, UP)
+    assert session.check_window(step=1, raw_losses=[4.0], in_warmup=True).applied == "kept"
+    session.save_state(tmp_path)
+    resumed = GuardSession(llama)
+    resumed.load_state(tmp_path)
+    resumed.watch()
+    assert resumed.check_window(step=2, raw_losses=[4.0]).applied == "kept"
+
+
+def test_state_saved_twice_into_one_folder_is_the_last_one(llama, tmp_path):
+    session, fresh = GuardSession(llama), bits(llama)
+    session.apply(edits.RTN(8))
+    session.save_state(tmp_path)
+    llama.load_state_dict(fresh)
+    GuardSession(llama).save_state(tmp_path)
+    resumed = GuardSession(llama)
+    resumed.load_state(tmp_path)
+    assert resumed.model_digest == resumed.baseline.model_digest
+    assert resumed.apply(edits.RTN(8)).applied == "kept"
+
+
+def test_an_edit_that_selects_nothing_tells_which_matrices_there_are():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    session = GuardSession(model, retain=[torch.randn(4, 8)])
+    with pytest.raises(InputError, match="families other"):
+        session.apply(edits.RTN(8))
+    assert session.apply(edits.RTN(8, include=("other",))).applied == "kept"
