@@ -207,13 +207,14 @@ def looks_untrained(readings: Readings) -> bool:
 
 
 def relative_delta(after: torch.Tensor, before: torch.Tensor | None) -> float | None:
-    """||after - before||_F / ||before||_F, in float32; None when undefined."""
+    """||after - before||_F / ||before||_F, in float32 or wider; None when undefined."""
     if before is None or before.shape != after.shape:
         return None
-    norm = float(torch.linalg.vector_norm(before, dtype=torch.float32))
+    dtype = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+    norm = float(torch.linalg.vector_norm(before, dtype=dtype))
     if norm == 0.0:
         return None
-    return float(torch.linalg.vector_norm(after.float() - before.float())) / norm
+    return float(torch.linalg.vector_norm(after.to(dtype) - before.to(dtype))) / norm
 
 
 def _refused(matrix: WeightMatrix, method: str, reason: str) -> MatrixReading:

@@ -452,6 +452,8 @@ class GuardSession:
     # -- evidence ------------------------------------------------------------------------------
 
     def _open_trackers(self, given: Sequence[Tracker | str] | None) -> tuple[Tracker, ...]:
+        if isinstance(given, str) or not isinstance(given, (Sequence, type(None))):
+            raise InputError(f"trackers must be a list of trackers or of their names, such as ['jsonl'], not {given!r}")
         names: Sequence[Tracker | str] = given if given is not None else (("jsonl",) if self.output_dir else ())
         found: list[Tracker] = []
         for tracker in names:

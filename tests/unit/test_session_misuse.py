@@ -7,7 +7,17 @@ import torch
 from architectures import build
 from torch import nn
 
-from weightproof import Certificate, GuardSession, InputError, PolicyError, RestoreError, edits, evidence, load_policy
+from weightproof import (
+    Certificate,
+    GuardSession,
+    InputError,
+    PolicyError,
+    RestoreError,
+    edits,
+    evidence,
+    kinds,
+    load_policy,
+)
 from weightproof.policy import decision_digest
 from weightproof.snapshot import Snapshot
 from weightproof.types import Action, Outcome
@@ -265,3 +275,23 @@ def test_an_edit_that_selects_nothing_tells_which_matrices_there_are():
     with pytest.raises(InputError, match="families other"):
         session.apply(edits.RTN(8))
     assert session.apply(edits.RTN(8, include=("other",))).applied == "kept"
+
+
+@pytest.mark.parametrize("trackers", ["jsonl", 5])
+def test_trackers_that_are_no_list_are_refused(llama, trackers):
+    with pytest.raises(InputError, match="list of trackers"):
+        GuardSession(llama, trackers=trackers)
+
+
+@pytest.mark.parametrize("after", ["float32", "float64"])
+@pytest.mark.parametrize("before", ["bfloat16", "float32", "float64"])
+def test_casts_between_wide_dtypes_are_measured(llama, before, after):
+    llama.to(getattr(torch, before))
+    session = GuardSession(llama)
+    if before == after:
+        assert session.apply(edits.RTN(8)).applied == "kept"
+        return
+    with session.edit("cast", kinds.Cast(after)) as step:
+        llama.to(getattr(torch, after))
+    assert step.applied == "kept", step.decision.reason
+    assert all(delta < 1e-7 for delta in step.record.relative_delta.values())
