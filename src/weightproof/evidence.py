@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -43,13 +44,14 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def environment() -> dict[str, str]:
-    """Versions that shape the numbers."""
+def environment(model: nn.Module) -> dict[str, str]:
+    """Versions that shape the numbers, and the device that the model is on."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
     return {
         "weightproof": weightproof.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": "cpu" if first is None else first.device.type,
     }
 
 
@@ -113,7 +115,7 @@ def certificate_of(session: GuardSession) -> Certificate:
     last = next((s.decision for s in reversed(session.history) if s.decision is not None), None)
     predicate = {
         "created_at": now(),
-        "environment": environment(),
+        "environment": environment(session.model),
         "world_size": 1,
         "baseline": {
             "model_digest": session.baseline.model_digest,

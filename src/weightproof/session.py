@@ -182,7 +182,7 @@ class GuardSession:
             baseline.require_same_model(read_tensors(self.model, {}, ()))
         else:
             state = read_state(self.model, progress=True)
-            baseline = Baseline(state.readings, state.fits, evidence.environment(), evidence.now())
+            baseline = Baseline(state.readings, state.fits, evidence.environment(self.model), evidence.now())
         _require_finite(baseline.readings.tensors)
         if looks_untrained(baseline.readings):
             logger.warning(

@@ -295,3 +295,8 @@ def test_casts_between_wide_dtypes_are_measured(llama, before, after):
         llama.to(getattr(torch, after))
     assert step.applied == "kept", step.decision.reason
     assert all(delta < 1e-7 for delta in step.record.relative_delta.values())
+
+
+def test_the_certificate_names_the_device_of_the_model_not_of_the_machine(llama, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert evidence.environment(llama)["device"] == "cpu"
