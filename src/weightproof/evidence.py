@@ -128,7 +128,7 @@ def certificate_of(session: GuardSession) -> Certificate:
         "windows": [{"name": w.name, "digest": w.digest, "num_tokens": w.num_tokens} for w in session.windows],
         "tensors": {name: reading.digest for name, reading in sorted(readings.tensors.items())},
         "steps": steps,
-        "decision": None if last is None else {"action": str(last.action), "reason": last.reason},
+        "decision": _last_decision(session),
         "assurance": str(Assurance.NONE if last is None else last.assurance),
         "not_tested": [*NEVER_TESTED, *([RESUMED] if session.resumed_steps else [])],
         "cost": {**to_jsonable(session.cost), "seconds": session.cost.seconds},
@@ -136,6 +136,15 @@ def certificate_of(session: GuardSession) -> Certificate:
     return Certificate.build(
         subject_name=type(session.model).__name__, model_digest=readings.model_digest, predicate=to_jsonable(predicate)
     )
+
+
+def _last_decision(session: GuardSession) -> dict[str, Any] | None:
+    """The newest decision, with the step it was about: after a rollback the subject is the state before that step."""
+    for step in reversed(session.history):
+        if step.decision is not None:
+            found = {"step": step.name, "applied": step.applied}
+            return {**found, "action": str(step.decision.action), "reason": step.decision.reason}
+    return None
 
 
 def policy_json(session: GuardSession) -> Mapping[str, Any]:
