@@ -217,7 +217,7 @@ class Assessor:
         # What counts as untrained is what the baseline had not learned, not what the change left behind.
         after = replace(after, untrained=before.untrained)
         # What an edit declared concerns the state just before it; drift counts from the baseline.
-        reference = current if self.guards[name].tier == "T0" else before
+        reference = _finite_as(before, current) if self.guards[name].tier == "T0" else before
         return self.guards[name].judge(reference, after, self.limits[name])
 
     def _decide(self, verdicts: Mapping[str, Verdict], kind: str, step: int) -> Decision:
@@ -328,6 +328,19 @@ class Assessor:
             differs = matrix is None or tensor_digest(matrix.load()) != digest
             readings.append(ContractReading(name, "differs_from_plan", float(differs), 0.0, rigorous=True))
         return readings
+
+
+def _finite_as(baseline: Readings, current: Readings) -> Readings:
+    """`current` with the baseline's counts of NaN and inf: what monitor mode kept broken may still be repaired."""
+    if not any(reading.num_nonfinite for reading in current.tensors.values()):
+        return current
+    tensors = {
+        name: replace(reading, num_nonfinite=baseline.tensors[name].num_nonfinite)
+        if name in baseline.tensors
+        else reading
+        for name, reading in current.tensors.items()
+    }
+    return replace(current, tensors=tensors)
 
 
 def _brief(error: Exception) -> str:

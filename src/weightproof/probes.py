@@ -141,11 +141,14 @@ def read_change(
     for matrix in iter_weight_matrices(model):
         name = matrix.name
         known = current.readings.matrices.get(name)
-        if known is not None and matrix.tensor_name not in scope.changed:
-            matrices[name] = known
-            bulks[name] = current.readings.bulks[name]
-            if name in current.fits:
-                fits[name] = current.fits[name]
+        unchanged = current if known is not None and matrix.tensor_name not in scope.changed else None
+        if unchanged is None and _is_as_in(baseline.readings, matrix, tensors):
+            unchanged = baseline  # an earlier change was undone
+        if unchanged is not None:
+            matrices[name] = unchanged.readings.matrices[name]
+            bulks[name] = unchanged.readings.bulks[name]
+            if name in unchanged.fits:
+                fits[name] = unchanged.fits[name]
             continue
         tracked = known is not None and matrix.tensor_name not in scope.stray
         before = snapshot.original_matrix(matrix) if tracked else None
@@ -172,6 +175,14 @@ def read_change(
         untrained=untrained_names(matrices, bulks),
     )
     return State(readings, fits)
+
+
+def _is_as_in(readings: Readings, matrix: WeightMatrix, tensors: Mapping[str, TensorReading]) -> bool:
+    """Whether a matrix is bit for bit, and oriented, as it was when `readings` were taken."""
+    then, known = readings.tensors.get(matrix.tensor_name), readings.matrices.get(matrix.name)
+    if then is None or known is None or then.digest != tensors[matrix.tensor_name].digest:
+        return False
+    return (known.d_out, known.d_in) == (matrix.d_out, matrix.d_in)
 
 
 def _open_counts(bulks: Mapping[str, BulkReading], scope: ChangeScope) -> frozenset[str]:

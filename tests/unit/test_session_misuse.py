@@ -300,3 +300,24 @@ def test_casts_between_wide_dtypes_are_measured(llama, before, after):
 def test_the_certificate_names_the_device_of_the_model_not_of_the_machine(llama, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert evidence.environment(llama)["device"] == "cpu"
+
+
+def test_a_repair_of_what_monitor_mode_kept_broken_is_kept(llama):
+    session, sound = GuardSession(llama), bits(llama)
+    with session.edit("nan", on_violation="monitor") as step:
+        scale(llama, math.nan)
+    assert step.decision.action is Action.ROLLBACK
+    with session.edit("repair") as step:
+        llama.load_state_dict(sound)
+    assert step.applied == "kept", step.decision.reason
+    assert session.model_digest == session.baseline.model_digest
+
+
+def test_an_edit_that_is_undone_reads_exactly_as_the_baseline(llama):
+    session, before = GuardSession(llama), bits(llama)
+    session.apply(edits.RTN(8))
+    with session.edit("undo") as step:
+        llama.load_state_dict(before)
+    spectral = verdict(step, "spectral")
+    assert spectral.outcome is Outcome.PASS
+    assert all(m.value in (0.0, None) for m in spectral.measurements)
