@@ -21,12 +21,14 @@ no `ExportableState`: that would re-create the callback on resume and crash on o
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -262,16 +264,8 @@ class GuardCallback(TrainerCallback):
             for tracker in session.trackers if actions else ():
                 tracker.log_certificate(path, action=actions[-1], step=state.global_step)
         session.close()
-        cost = session.cost
-        logger.info(
-            "guarded %d steps with %d checks in %.1f s (baseline %.1f s) and %.1f MB of snapshot: %d rejected",
-            state.global_step,
-            cost.checks,
-            cost.seconds,
-            cost.baseline_seconds,
-            cost.snapshot_bytes / 1e6,
-            sum(step.decision is not None and step.decision.action is not Action.KEEP for step in session.history),
-        )
+        if state.is_world_process_zero:
+            tqdm.write(_cost_line(session, state.global_step), file=sys.stderr)
 
     # -- helpers -------------------------------------------------------------------------------
 
@@ -316,3 +310,14 @@ class GuardCallback(TrainerCallback):
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _cost_line(session: GuardSession, steps: int) -> str:
+    """What guarding cost, in one line for people."""
+    cost = session.cost
+    rejected = sum(step.decision is not None and step.decision.action is not Action.KEEP for step in session.history)
+    return (
+        f"weightproof: {cost.checks} checks over {steps} steps, {rejected} rejected; {cost.seconds:.1f} s "
+        f"(baseline {cost.baseline_seconds:.1f} s), {cost.snapshot_bytes / 2**20:.1f} MiB of snapshot, "
+        f"{cost.baseline_bytes / 2**20:.1f} MiB of baseline"
+    )

@@ -31,13 +31,12 @@ def saved_weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_certificate_log_and_cost_are_written(tmp_path, caplog):
+def test_certificate_log_and_cost_are_written(tmp_path, capsys):
     guard = GuardCallback(every=10)
     trainer = trainer_for(tmp_path, [guard], steps=20)
-    with caplog.at_level(logging.INFO, "weightproof"):
-        trainer.train()
-    (cost,) = [record.message for record in caplog.records if record.message.startswith("guarded")]
-    assert cost.startswith("guarded 20 steps with 2 checks in")
+    trainer.train()
+    (cost,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("weightproof:")]
+    assert cost.startswith("weightproof: 2 checks over 20 steps, 0 rejected; ")
     certificate = Certificate.load(tmp_path / "weightproof" / "certificate.json")
     assert [step["step"] for step in certificate.predicate["steps"]] == [10, 20]
     assert certificate.model_digest == guard.session.model_digest
