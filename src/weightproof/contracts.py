@@ -103,6 +103,15 @@ def merge_error(before: torch.Tensor, after: torch.Tensor, delta: torch.Tensor) 
     return math.sqrt(_ratio(error, size)), limit
 
 
+def relative_change(before: torch.Tensor, after: torch.Tensor) -> float | None:
+    """||after - before||_F / ||before||_F, summed in float64; None when `before` is all zero."""
+    change = size = 0.0
+    for old, new in chunks(before, after, _working_dtype(before, after)):
+        change += float(_row_norms(new - old).square().sum())
+        size += float(_row_norms(old).square().sum())
+    return math.sqrt(change / size) if size else None
+
+
 def chunks(
     before: torch.Tensor, after: torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

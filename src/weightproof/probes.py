@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from weightproof.errors import InputError
+from weightproof.contracts import relative_change
+from weightproof.errors import BaselineError, InputError
 from weightproof.marchenko_pastur import bound_num_spikes, fit_bulk, is_pure_bulk
 from weightproof.snapshot import Snapshot, model_digest, tensor_digest
 from weightproof.spectrum import (
@@ -71,6 +72,8 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     """Number of NaN and inf elements; one read when there are none."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return 0
+    if tensor.itemsize == 1:
+        tensor = tensor.to(torch.bfloat16)  # holds every 8-bit float; those have no arithmetic of their own
     low, high = torch.aminmax(tensor) if not tensor.is_complex() else torch.aminmax(torch.view_as_real(tensor))
     if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
         return 0
@@ -78,8 +81,17 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
 
 
 def read_tensor(named: NamedTensor) -> TensorReading:
-    """Exact facts about one parameter or buffer."""
+    """Exact facts about one parameter or buffer.
+
+    Raises:
+        BaselineError: If it has no values in memory (meta device) or is not dense.
+    """
     tensor = named.tensor.detach()
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise BaselineError(
+            f"{named.name} holds no dense values ({tensor.device}, {tensor.layout}): load the weights into memory, "
+            "as dense tensors, before they are guarded"
+        )
     return TensorReading(
         name=named.name,
         dtype=str(tensor.dtype).removeprefix("torch."),
@@ -118,16 +130,7 @@ def read_state(model: torch.nn.Module, *, progress: bool = False) -> State:
         bulks[matrix.name], fit = _fit_reading(matrix)
         if fit is not None:
             fits[matrix.name] = fit
-    readings = Readings(
-        model_digest=digest_of(tensors),
-        tensors=tensors,
-        structure=read_structure(model),
-        matrices=matrices,
-        bulks=bulks,
-        unmeasured={} if matrices else {"matrices": "the model has no weight matrix"},
-        untrained=untrained_names(matrices, bulks),
-    )
-    return State(readings, fits)
+    return State(_readings(model, tensors, matrices, bulks), fits)
 
 
 def read_change(
@@ -156,7 +159,10 @@ def read_change(
         if scope.bulk_names is not None and name not in scope.bulk_names and name in current.readings.bulks:
             bulks[name] = current.readings.bulks[name]
             continue
-        bulks[name], fit = _read_bulk(matrix, before, current.fits.get(name))
+        reason = matrices[name].reason
+        bulks[name], fit = (
+            (_no_bulk(matrix, reason), None) if reason else _read_bulk(matrix, before, current.fits.get(name))
+        )
         if fit is not None:
             fits[name] = fit
     unsettled = _open_counts(bulks, scope)
@@ -165,7 +171,16 @@ def read_change(
             bulks[matrix.name], fit = _fit_reading(matrix)
             if fit is not None:
                 fits[matrix.name] = fit
-    readings = Readings(
+    return State(_readings(model, tensors, matrices, bulks), fits)
+
+
+def _readings(
+    model: torch.nn.Module,
+    tensors: Mapping[str, TensorReading],
+    matrices: Mapping[str, MatrixReading],
+    bulks: Mapping[str, BulkReading],
+) -> Readings:
+    return Readings(
         model_digest=digest_of(tensors),
         tensors=tensors,
         structure=read_structure(model),
@@ -174,7 +189,6 @@ def read_change(
         unmeasured={} if matrices else {"matrices": "the model has no weight matrix"},
         untrained=untrained_names(matrices, bulks),
     )
-    return State(readings, fits)
 
 
 def _is_as_in(readings: Readings, matrix: WeightMatrix, tensors: Mapping[str, TensorReading]) -> bool:
@@ -218,14 +232,8 @@ def looks_untrained(readings: Readings) -> bool:
 
 
 def relative_delta(after: torch.Tensor, before: torch.Tensor | None) -> float | None:
-    """||after - before||_F / ||before||_F, in float32 or wider; None when undefined."""
-    if before is None or before.shape != after.shape:
-        return None
-    dtype = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
-    norm = float(torch.linalg.vector_norm(before, dtype=dtype))
-    if norm == 0.0:
-        return None
-    return float(torch.linalg.vector_norm(after.to(dtype) - before.to(dtype))) / norm
+    """||after - before||_F / ||before||_F; None when undefined (nothing to compare with, or all zeros)."""
+    return None if before is None or before.shape != after.shape else relative_change(before, after)
 
 
 def _refused(matrix: WeightMatrix, method: str, reason: str) -> MatrixReading:
@@ -350,11 +358,7 @@ def _read_bulk(
     matrix: WeightMatrix, before: torch.Tensor | None, fit: BulkFit | None
 ) -> tuple[BulkReading, BulkFit | None]:
     """Bound the spike count by Weyl's inequality from the last exact fit; fit again where there is none."""
-    if matrix.refusal:
-        return _no_bulk(matrix, matrix.refusal), None
     weight = matrix.load()
-    if count_nonfinite(weight):
-        return _no_bulk(matrix, "values are NaN or inf"), None
     if fit is None or before is None or before.shape != weight.shape or fit.row_scale is None:
         return _fit_reading(matrix)
     delta = delta_norm_bound(weight, before, key=matrix.name, row_scale=fit.row_scale, col_scale=fit.col_scale)
@@ -373,7 +377,7 @@ def _read_bulk(
             spike_energy=None,
             ks_distance=None,
             top_over_edge=top / fit.edge_plus if fit.edge_plus and delta <= 1e-3 * top else None,
-            pure_bulk=low == 0 if low == high else is_pure_bulk(fit),
+            pure_bulk=is_pure_bulk(fit),
             method=f"weyl-bound({fit.method})",
         ),
         None,
