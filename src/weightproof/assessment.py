@@ -6,7 +6,6 @@ windows on which outputs are compared and the baseline's outputs on them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -263,8 +262,7 @@ class Assessor:
         limits = self.limits.get("rmt")
         if limits is None:
             return 0
-        band = max(for_family(limits.floor, family), math.ceil(for_family(limits.epsilon, family) * count))
-        return int(band) // 2
+        return int(limits.band(family, count)) // 2
 
     def _bulk_names(self, current: State, subject: Subject) -> Sequence[str] | None:
         """All matrices after an edit; in training a rotating share, so that a check stays cheap."""
