@@ -127,7 +127,13 @@ def metric_rows(verdicts: Iterable[Verdict], reported: Iterable[Measurement] = (
         if value is None or not math.isfinite(value):
             continue
         key = f"guard/{measurement.guard}/{measurement.family}/{measurement.statistic}"
-        distance = abs(value - (measurement.reference or 0.0))
+        distance = _distance(value, measurement)
         if key not in rows or distance > far[key]:
             rows[key], far[key] = float(value), distance
     return rows
+
+
+def _distance(value: float, measurement: Measurement) -> float:
+    """How far a value lies from its reference; a log ratio is taken against it already."""
+    is_ratio = measurement.statistic.startswith("log_")
+    return abs(value) if is_ratio else abs(value - (measurement.reference or 0.0))

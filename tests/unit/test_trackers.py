@@ -66,3 +66,9 @@ def test_unwritable_log_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot open the event log"):
         JsonlTracker(tmp_path / "file" / "events.jsonl")
+
+
+def test_a_log_ratio_is_told_by_its_size_whatever_the_norm_it_refers_to():
+    quiet = Measurement("spectral", "large", "log_norm_ratio", 0.0, 30.0, 1.0, "ffn")
+    grown = Measurement("spectral", "small", "log_norm_ratio", 0.7, 1.0, 1.0, "ffn")
+    assert metric_rows([verdict(quiet, grown)]) == {"guard/spectral/ffn/log_norm_ratio": 0.7}
