@@ -125,6 +125,9 @@ def fit_bulk(matrix: torch.Tensor | np.ndarray, null: str = "biwhitened", *, nam
     if magnitude == 0.0:
         law = _Law((matrix.shape[0], matrix.shape[1]), 0.0, (0.0, 0.0), 0.0, "zero-matrix")
         return _describe(matrix, torch.zeros(min(matrix.shape), dtype=torch.float64), law, null=null, name=name)
+    if magnitude < torch.finfo(torch.float32).tiny * 2**10:
+        # So near the subnormal numbers the reciprocals that whitening needs overflow in float32.
+        matrix = matrix.double()
     if null == "biwhitened":
         whitening = biwhiten(matrix, magnitude=magnitude, name=name)
         shape, scales = whitening.live_shape, (whitening.row_scale, whitening.col_scale)

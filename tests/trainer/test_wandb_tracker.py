@@ -47,9 +47,11 @@ def wandb(monkeypatch, tmp_path):
 
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
+    wandb.teardown()  # W&B reads its environment once a process: an earlier test's folder would be used
     yield wandb
     if wandb.run is not None:
         wandb.finish()
+    wandb.teardown()
 
 
 def test_offline_run_holds_rows_axis_table_picture_alert_and_artifact(wandb, tmp_path):

@@ -396,3 +396,13 @@ def test_growth_ratio(now, base, expected):
 def test_growth_ratio_refuses_two_nulls():
     with pytest.raises(InputError, match="global"):
         growth_ratio(fit_bulk(torch.eye(3)), fit_bulk(torch.eye(3), "global"))
+
+
+@pytest.mark.parametrize("null", ["biwhitened", "global", "signflip"])
+@pytest.mark.parametrize("shape", [(16, 16), (40, 300), (300, 1)])
+def test_a_matrix_decayed_to_subnormal_numbers_is_fitted(shape, null):
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal(shape)).float()
+    for scale in (1e-37, 1e-40, 1e-44):
+        fit = fit_bulk(weight * scale, null=null)
+        assert bool(torch.isfinite(fit.singular_values).all())
+        assert math.isfinite(fit.sigma_mp)

@@ -178,6 +178,8 @@ def test_change_outside_any_edit_is_noticed(llama, caplog):
     with session.edit("innocent") as step:
         pass
     assert step.record.stray_names == (DOWN,)
+    invariants = next(v for v in step.verdicts if v.guard == "invariants")
+    assert any(m.statistic == "num_stray_tensors" and m.outcome is Outcome.WARN for m in invariants.measurements)
     assert "outside of any guarded edit" in caplog.text
     assert step.decision.action is Action.ROLLBACK
 

@@ -102,6 +102,11 @@ def _judge_edit(before: Readings, after: Readings) -> Iterator[Measurement]:
         return
     changed = changed_tensors(before, after, edit)
     yield Measurement("invariants", "model", "num_changed_tensors", float(len(changed)), None, None)
+    if edit.stray_names:
+        shown = ", ".join(edit.stray_names[:3])
+        reason = f"changed outside of any guarded edit before this one began, and judged with it: {shown}"
+        count = float(len(edit.stray_names))
+        yield Measurement("invariants", "model", "num_stray_tensors", count, 0.0, 0.0, "model", Outcome.WARN, reason)
     if not changed and not edit.replaced_modules:
         yield _judge_no_op(edit)
     if edit.targets is None:
