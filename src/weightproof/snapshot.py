@@ -224,6 +224,8 @@ class Snapshot:
             InputError: If the model had no such tensor.
             RestoreError: If the copy on disk is gone or was altered.
         """
+        if tensor_name in self._records:
+            return self._held().read(tensor_name)
         for name, record in self._records.items():
             if tensor_name in record.names:
                 return self._held().read(name)

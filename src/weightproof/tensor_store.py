@@ -144,6 +144,8 @@ class FolderStore:
         self.folder = self._fresh_folder(directory)
         # Gigabytes must not stay behind when a session ends without discarding its snapshots.
         self._remove = weakref.finalize(self, _remove_folder, self.folder, os.getpid())
+        # The experts of one stacked tensor are asked for one after the other.
+        self._last_read: tuple[str, torch.Tensor] | None = None
         try:
             self.digests: Mapping[str, str] = tensor_digests(tensors)
             self._write(tensors)
@@ -180,6 +182,8 @@ class FolderStore:
         Raises:
             RestoreError: If the file is gone, torn, or holds other values.
         """
+        if self._last_read is not None and self._last_read[0] == name:
+            return self._last_read[1]
         path = self.folder / TENSORS_FILE
         try:
             with safe_open(path, framework="pt") as handle:
@@ -188,10 +192,12 @@ class FolderStore:
             raise RestoreError(f"the snapshot file {path} cannot be read back ({name}): {error}") from error
         if tensor_digest(tensor) != self.digests[name]:
             raise RestoreError(f"the snapshot file {path} was altered after it was written: {name} has another digest")
+        self._last_read = name, tensor
         return tensor
 
     def discard(self) -> None:
         """Remove the folder; this also happens when the store is collected or the process ends."""
+        self._last_read = None
         self._remove()
 
 

@@ -662,3 +662,21 @@ def matrix_with(**changes):
 def test_a_matrix_that_cannot_be_written_is_refused(matrix, values, words):
     with pytest.raises(InputError, match=words):
         write_matrix(matrix, values)
+
+
+def test_the_experts_of_a_stack_are_read_from_disk_once(tmp_path, monkeypatch):
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.randn(6, 5, 4))
+    opened: list[object] = []
+    original = tensor_store.safe_open
+
+    def counting(path, **options):
+        opened.append(path)
+        return original(path, **options)
+
+    snapshot = Snapshot.capture(model, tmp_path)
+    monkeypatch.setattr(tensor_store, "safe_open", counting)
+    for matrix in iter_weight_matrices(model):
+        assert torch.equal(snapshot.original_matrix(matrix), matrix.load())
+    assert len(opened) == 1
+    snapshot.discard()
