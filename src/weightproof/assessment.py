@@ -39,7 +39,6 @@ from weightproof.types import (
     Measurement,
     Outcome,
     Readings,
-    TensorReading,
     Verdict,
 )
 from weightproof.weights import iter_weight_matrices
@@ -195,7 +194,7 @@ class Assessor:
             unmeasured["divergence"] = unmeasured["outputs"] = unmeasured["second_moments"] = self.no_outputs
         readings = replace(
             state.readings,
-            edit=self._record(snapshot, current.readings.tensors, state.readings, changed, subject),
+            edit=self._record(snapshot, current.readings, state.readings, changed, subject),
             divergence=outputs.divergence if outputs else (),
             second_moments=outputs.second_moments if outputs else {},
             unmeasured=unmeasured,
@@ -285,7 +284,7 @@ class Assessor:
     def _record(
         self,
         snapshot: Snapshot,
-        tensors: Mapping[str, TensorReading],
+        before: Readings,
         after: Readings,
         changed: frozenset[str],
         subject: Subject,
@@ -296,10 +295,10 @@ class Assessor:
             if matrix.tensor_name not in changed or matrix.refusal:
                 continue
             weight = matrix.load()
-            before = snapshot.original_matrix(matrix)
-            deltas[matrix.name] = relative_delta(weight, before)
-            if before is not None and before.shape == weight.shape:
-                contract += subject.kind.measure(matrix.name, before, weight)
+            original = snapshot.original_matrix(matrix)
+            deltas[matrix.name] = relative_delta(weight, original)
+            if original is not None and original.shape == weight.shape:
+                contract += subject.kind.measure(matrix.name, original, weight)
         return EditRecord(
             name=subject.name,
             kind=subject.kind.name,
@@ -307,7 +306,8 @@ class Assessor:
             targets=subject.targets,
             changed_names=tuple(sorted(changed)),
             replaced_modules=tuple(snapshot.replaced_modules()),
-            digest_before=snapshot.model_digest,
+            # Hashing the snapshot is spared where it is known to be of the state that was read before.
+            digest_before=snapshot.model_digest if subject.stray else before.model_digest,
             digest_after=after.model_digest,
             relative_delta=deltas,
             contract=(*contract, *self._plan_readings(subject)),

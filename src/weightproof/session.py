@@ -45,6 +45,7 @@ from weightproof.weights import iter_weight_matrices
 logger = logging.getLogger("weightproof")
 
 STATE_FILE = "guard_state.json"
+STATE_FORMAT = "weightproof-state-v1"
 CURRENT_FILE = "guard_current.safetensors"
 ON_VIOLATION = ("rollback", "raise", "monitor")
 
@@ -84,7 +85,7 @@ class Step:
         decision: What the policy says (`.action` KEEP, ROLLBACK or HALT); None until judged.
         applied: What was done: "kept" or "restored".
         record: What changed, by declaration and by measurement.
-        seconds: Wall time of snapshot, measurement and judgement.
+        seconds: Wall time of measurement and judgement.
     """
 
     def __init__(self, name: str, step: int, kind: kinds.Kind) -> None:
@@ -161,7 +162,7 @@ class GuardSession:
         self._losses: list[float] = []
         self._open: Step | None = None
         self._last_good: SafePoint | None = None
-        self._held = False
+        self._held: State | None = None
         self._closed = False
         self._picture: bytes | None = None
         self._resumed: list[Any] = []
@@ -169,7 +170,6 @@ class GuardSession:
         self._assessor = Assessor(model, self.policy, retain)
         self.baseline = self._capture_baseline(baseline)
         self._current = State(self.baseline.readings, self.baseline.fits)
-        self._pending = self._current
         self.cost.baseline_seconds = time.perf_counter() - started
         self.cost.baseline_bytes = evidence.baseline_bytes(self.baseline, self._assessor.cache)
         self.trackers = self._open_trackers(trackers)
@@ -239,13 +239,13 @@ class GuardSession:
             try:
                 yield handle
                 subject = Subject(handle.name, handle.kind, declared, planned=handle.planned, stray=stray)
-                self._judge(handle, point.snapshot, subject)
+                state = self._judge(handle, point.snapshot, self._present, subject)
             except BaseException:
                 # Whatever went wrong, in the block, in measuring or in drawing: the model goes back as it was.
                 self._restore(point)
                 point.snapshot.discard()
                 raise
-            self._settle(handle, point, on_violation)
+            self._settle(handle, point, state, on_violation)
         finally:
             self._open = None
 
@@ -316,8 +316,8 @@ class GuardSession:
         try:
             spike = None if losses is None else is_loss_spike(self._losses, losses)
             subject = Subject(name, handle.kind, None, raw_losses=losses, loss_spike=spike, in_warmup=in_warmup)
-            self._judge(handle, point.snapshot, subject)
-            self._settle(handle, point, on_violation, window=True)
+            state = self._judge(handle, point.snapshot, self._current, subject)
+            self._settle(handle, point, state, on_violation, window=True)
         finally:
             self._open = None
         if handle.decision is not None and handle.decision.action is Action.KEEP:
@@ -337,6 +337,11 @@ class GuardSession:
         handle.monitor = on_violation == "monitor"
         self._open = handle
         return handle
+
+    @property
+    def _present(self) -> State:
+        """Readings of the weights that the last judged change left, though they may await the next window."""
+        return self._held or self._current
 
     def _safe_point(self) -> SafePoint:
         started = time.perf_counter()
@@ -361,10 +366,11 @@ class GuardSession:
 
     def _stray_names(self, snapshot: Snapshot) -> frozenset[str]:
         """Tensors that changed since the last accepted state, outside of any guarded change."""
-        known = self._current.readings.tensors
-        stray = frozenset(
+        known = self._present.readings.tensors
+        differing = {
             name for name, digest in snapshot.digests.items() if name not in known or known[name].digest != digest
-        )
+        }
+        stray = frozenset(differing | (known.keys() - snapshot.digests.keys()))
         if stray:
             shown = ", ".join(sorted(stray)[:3])
             logger.warning(
@@ -372,21 +378,22 @@ class GuardSession:
             )
         return stray
 
-    def _judge(self, handle: Step, snapshot: Snapshot, subject: Subject) -> None:
+    def _judge(self, handle: Step, snapshot: Snapshot, current: State, subject: Subject) -> State:
+        """Read and judge the model as it is now; `current` are the readings of the state in `snapshot`."""
         started = time.perf_counter()
-        result = self._assessor.assess(snapshot, self._current, self.baseline, subject, handle.step)
+        result = self._assessor.assess(snapshot, current, self.baseline, subject, handle.step)
         fixes = self._assessor.corrections(self.baseline, result.state.readings)
         if fixes:
             corrected = self._correct(fixes)
             subject = replace(subject, planned={}, corrected=corrected)
-            result = self._assessor.assess(snapshot, self._current, self.baseline, subject, handle.step)
+            result = self._assessor.assess(snapshot, current, self.baseline, subject, handle.step)
         handle.decision, handle.record = result.decision, result.state.readings.edit
-        self._pending = result.state
         if self.trackers and subject.kind.name != "train":
             self._picture = evidence.spectrum_of_worst(handle, self.model, self.baseline)
         handle.seconds = time.perf_counter() - started
         self.cost.check_seconds += handle.seconds
         self.cost.checks += 1
+        return result.state
 
     def _correct(self, fixes: Sequence[tuple[Correction, str]]) -> tuple[str, ...]:
         """Write each correction once, tied copies with it; returns what was done, in words."""
@@ -398,17 +405,19 @@ class GuardSession:
             done.append(f"{mode} {correction.name}")
         return tuple(done)
 
-    def _settle(self, handle: Step, point: SafePoint, on_violation: str, *, window: bool = False) -> None:
+    def _settle(self, handle: Step, point: SafePoint, state: State, on_violation: str, *, window: bool = False) -> None:
         decision = handle.decision
         if decision is None:
             raise InputError(f"step {handle.name!r} was not judged")
         keep = decision.action is Action.KEEP or on_violation == "monitor"
         handle.applied = "kept" if keep else "restored"
         if keep:
-            self._accept(window=window, spiked=decision.action is not Action.KEEP)
+            self._accept(state, window=window, spiked=decision.action is not Action.KEEP)
         else:
             try:
                 self._restore(point)
+                if window:
+                    self._held = None
             except RestoreError as error:
                 handle.applied = "not restored"
                 handle.decision = self._assessor.halted(decision, str(error))
@@ -420,26 +429,23 @@ class GuardSession:
         if on_violation == "raise" and not keep:
             raise EditRejectedError(f"{handle.name} was rolled back: {decision.reason}")
 
-    def _accept(self, *, window: bool, spiked: bool) -> None:
-        if not window:
-            self._current = self._pending
-            if self._last_good is not None:
-                self.watch()
-            return
-        if self._pending.readings.untrained and self._gross_untrained() and not self._held and not spiked:
+    def _accept(self, state: State, *, window: bool, spiked: bool) -> None:
+        if window and self._held is None and not spiked and self._grew_untrained(state):
             # Growth of an unlearned matrix proves nothing until a loss has been seen with it: keep
             # the older last good state for one more window.
-            self._held = True
+            self._held = state
             return
-        self._held = False
-        self._current = self._pending
-        self.baseline = replace(self.baseline, readings=self._pending.readings, fits=self._pending.fits)
-        self._assessor.outputs_moved()
-        self.watch()
+        self._held, self._current = None, state
+        if window:
+            self.baseline = replace(self.baseline, readings=state.readings, fits=state.fits)
+            self._assessor.outputs_moved()
+        if self._last_good is not None:
+            self.watch()
 
-    def _gross_untrained(self) -> bool:
-        before, after = self.baseline.readings.matrices, self._pending.readings.matrices
-        for name in self._pending.readings.untrained & before.keys():
+    def _grew_untrained(self, state: State) -> bool:
+        """Whether a matrix without learned structure changed its norm grossly."""
+        before, after = self.baseline.readings.matrices, state.readings.matrices
+        for name in state.readings.untrained & before.keys():
             old, new = before[name].spectral_norm, after[name].spectral_norm
             if old and new is not None and not 0.1 <= new / old <= 10.0:
                 return True
@@ -509,13 +515,11 @@ class GuardSession:
         The baseline's outputs are not kept: after a resume outputs are compared with those of the resumed weights.
         """
         folder = Path(folder)
-        tensors = read_tensors(self.model, {}, ())
-        # A window that awaits the next one describes the present weights, though it is not accepted yet.
-        current = self._pending if self._held else self._current
+        current = self._present
         moved = current.readings.model_digest != self.baseline.model_digest
         state = {
-            "format": "weightproof-state-v1",
-            "model_digest": digest_of(tensors),
+            "format": STATE_FORMAT,
+            "model_digest": current.readings.model_digest,
             "policy_digest": self.policy.digest,
             "losses": self._losses,
             "moved": moved,
@@ -540,11 +544,13 @@ class GuardSession:
             state = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise BaselineError(f"no usable guard state at {path} ({error})") from error
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            raise BaselineError(f"{path} is no guard state that this version reads (format {STATE_FORMAT})")
         saved = Baseline.load(folder)
         current = Baseline.load(Path(folder) / CURRENT_FILE) if state.get("moved") else saved
         current.require_same_model(read_tensors(self.model, {}, ()))
         self.baseline = saved
-        self._current = self._pending = State(current.readings, current.fits)
+        self._held, self._current = None, State(current.readings, current.fits)
         self._losses = list(state["losses"])
         self._resumed = list(state["steps"])
         if state.get("outputs_stale", True):

@@ -303,6 +303,26 @@ class TestTrainingWindows:
         assert second.decision.action is Action.ROLLBACK, first.decision
         assert_same(llama, before)
 
+    def test_state_saved_after_a_held_window_was_rejected_describes_the_restored_weights(self, llama, tmp_path):
+        session = GuardSession(llama)
+        session.watch()
+        session._losses = [2.0, 2.01] * 10
+        scale(llama, DOWN, 100.0)
+        assert session.check_window(step=5, raw_losses=[2.0, 2.0, 2.0]).applied == "kept"
+        assert session.check_window(step=10, raw_losses=[9.0, 9.0, 9.0]).applied == "restored"
+        session.save_state(tmp_path)
+        GuardSession(copy.deepcopy(llama)).load_state(tmp_path)
+
+    def test_an_edit_after_a_held_window_is_charged_with_its_own_changes_only(self, llama):
+        session = GuardSession(llama)
+        session.watch()
+        session._losses = [2.0, 2.01] * 10
+        scale(llama, DOWN, 100.0)
+        assert session.check_window(step=5, raw_losses=[2.0, 2.0, 2.0]).applied == "kept"
+        with session.edit("small", targets="*.q_proj.weight") as step:
+            scale(llama, "model.layers.0.self_attn.q_proj.weight", 1.01)
+        assert step.record.stray_names == ()
+
     def test_window_without_a_last_good_state_is_an_error(self, llama):
         with pytest.raises(InputError, match="watch"):
             GuardSession(llama).check_window(step=1)
@@ -343,6 +363,13 @@ class TestState:
         scale(other, DOWN, 2.0)
         with pytest.raises(BaselineError, match="down_proj"):
             GuardSession(other).load_state(tmp_path)
+
+    @pytest.mark.parametrize("content", ["[]", "{}", '{"format": "weightproof-state-v9"}'])
+    def test_state_of_another_format_is_refused(self, llama, tmp_path, content):
+        GuardSession(llama).save_state(tmp_path)
+        (tmp_path / "guard_state.json").write_text(content)
+        with pytest.raises(BaselineError, match="no guard state that this version reads"):
+            GuardSession(llama).load_state(tmp_path)
 
     def test_missing_state_is_named(self, llama, tmp_path):
         with pytest.raises(BaselineError, match=r"guard_state\.json"):
