@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from weightproof.random_matrix import mp_density
 from weightproof.types import BulkFit
 
 if TYPE_CHECKING:
@@ -130,16 +131,13 @@ def bulk_density(fit: BulkFit, values: np.ndarray) -> np.ndarray:
     """Marchenko-Pastur density of singular values s for the noise scale of `fit`; integrates to 1.
 
     With N = max(shape), b = aspect ratio and x = s^2 / (N sigma^2):
-    f(s) = sqrt((b+ - x)(x - b-)) / (2 pi b x) * 2 s / (N sigma^2), b+- = (1 +- sqrt b)^2.
+    f(s) = mp_density(x, b) * 2 s / (N sigma^2).
     """
     ratio = min(fit.d_out, fit.d_in) / max(fit.d_out, fit.d_in)
     scale = max(fit.d_out, fit.d_in) * fit.sigma_mp**2
     if not np.isfinite(scale) or scale <= 0:
         return np.zeros_like(values)
-    x = np.maximum(values**2 / scale, 1e-12)
-    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
-    inside = np.sqrt(np.clip((high - x) * (x - low), 0, None))
-    return inside / (2 * np.pi * ratio * x) * 2 * values / scale
+    return mp_density(values**2 / scale, ratio) * 2 * values / scale
 
 
 def _figure(width: float, height: float) -> Figure:
