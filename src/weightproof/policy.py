@@ -11,7 +11,6 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -141,7 +140,6 @@ def load_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
     return _resolve(read_policy_file(path)) if is_file else _tier(str(policy))
 
 
-@cache
 def _tier(name: str) -> Policy:
     if name not in TIERS:
         hint = suggest(name, TIERS).replace("known:", "tiers:")

@@ -368,3 +368,8 @@ def test_documented_table_is_the_one_that_decides():
     cells = {"KEEP": "KEEP", "KEEP_WARNED": "KEEP, warned", "ROLLBACK": "ROLLBACK"}
     tiers = [load_policy(tier) for tier in TIERS]
     assert documented == {name: [cells[tier.actions[name]] for tier in tiers] for name in SITUATIONS}
+
+
+def test_what_is_done_to_one_loaded_tier_does_not_reach_the_next():
+    load_policy("balanced").limits["spectral"]["kappa"] = 9.0
+    assert load_policy("balanced").limits["spectral"]["kappa"] != 9.0
