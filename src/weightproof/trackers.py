@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from weightproof.errors import InputError
+from weightproof.files import write_atomically
 from weightproof.jsonable import to_jsonable
 from weightproof.types import Measurement, Outcome, Verdict
 
@@ -79,8 +80,11 @@ class JsonlTracker:
 
     def _write(self, row: Mapping[str, object]) -> None:
         # Opened for each line: nothing to lose when the process dies, and no handle to forget.
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row, allow_nan=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write to the event log {self.path}: {error.strerror or error}") from error
 
     def log_event(self, event: GuardEvent) -> None:
         """Append the event with its rows and its worst measurements."""
@@ -89,7 +93,7 @@ class JsonlTracker:
     def log_picture(self, key: str, png: bytes, step: int) -> None:
         """Write the picture beside the log and append its name."""
         path = self.path.with_name(f"{key.replace('/', '-')}-{step}.png")
-        path.write_bytes(png)
+        write_atomically(path, png)
         self._write({"type": "picture", "key": key, "step": step, "path": path.name})
 
     def log_certificate(self, path: Path, *, action: str, step: int) -> None:

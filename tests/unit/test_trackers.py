@@ -72,3 +72,11 @@ def test_a_log_ratio_is_told_by_its_size_whatever_the_norm_it_refers_to():
     quiet = Measurement("spectral", "large", "log_norm_ratio", 0.0, 30.0, 1.0, "ffn")
     grown = Measurement("spectral", "small", "log_norm_ratio", 0.7, 1.0, 1.0, "ffn")
     assert metric_rows([verdict(quiet, grown)]) == {"guard/spectral/ffn/log_norm_ratio": 0.7}
+
+
+def test_a_log_that_can_no_longer_be_written_is_named(tmp_path):
+    tracker = JsonlTracker(tmp_path / "events.jsonl")
+    (tmp_path / "events.jsonl").unlink()
+    (tmp_path / "events.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"cannot write to the event log .*events\.jsonl"):
+        tracker.log_certificate(tmp_path / "certificate.json", action="KEEP", step=1)
