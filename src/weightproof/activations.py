@@ -36,7 +36,8 @@ __all__ = [
     "undisturbed",
 ]
 
-# What a broken or ill-fed model raises in forward; anything else is a defect of ours and propagates.
+# What a broken or ill-fed model raises in forward. Anything else propagates, and so does a want of memory (a
+# RuntimeError): it says nothing about the model.
 _FORWARD_ERRORS = (
     RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError,
 )  # fmt: skip
@@ -121,11 +122,14 @@ def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Mode
 
     Raises:
         InputError: If the model's forward fails on these inputs, or gives nothing comparable.
+        torch.OutOfMemoryError: If the device has no memory for the pass.
     """
     model = unwrap(model)
     inputs = {key: _placed(value, model) for key, value in batch.items()}
     try:
         output = model(**inputs, **_switches(model))
+    except torch.OutOfMemoryError:
+        raise
     except _FORWARD_ERRORS as error:
         first = str(error).strip().splitlines() or [""]
         raise InputError(

@@ -46,9 +46,6 @@ from weightproof.windows import Windows, random_windows
 
 # Guards that decide in a window of ordinary training; the others are reported there.
 JUDGED_IN_TRAINING = ("invariants", "spectral")
-# What a forward pass of somebody else's model may raise when it cannot digest an input, or when an
-# edit broke it. Anything else (out of memory, interrupt) is not an answer about the model.
-FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, AssertionError)
 # Exact spectra refreshed in one training window: about half a second of one core.
 _WINDOW_FLOPS = 2e10
 
@@ -117,7 +114,7 @@ class Assessor:
         if self._random is not None:
             try:
                 forward_digest(self.model, (self._random,))
-            except FORWARD_ERRORS as error:
+            except InputError as error:
                 self.no_outputs = f"the model does not run on random inputs ({_brief(error)})"
                 self._random = None
         if not self.windows:
@@ -125,7 +122,7 @@ class Assessor:
             return
         try:
             self.cache = capture_outputs(self.model, self.windows)
-        except FORWARD_ERRORS as error:
+        except InputError as error:
             if self._calibration is not None:
                 raise InputError(f"the model does not run on the retain= data: {_brief(error)}") from error
             self.no_outputs = f"outputs cannot be compared: {_brief(error)}"
@@ -146,7 +143,7 @@ class Assessor:
             return None
         try:
             return forward_digest(self.model, self.windows)
-        except FORWARD_ERRORS as error:
+        except InputError as error:
             return f"raises {_brief(error)}"
 
     def prove_forward(self, expected: str | None) -> None:
@@ -169,7 +166,7 @@ class Assessor:
             return None
         try:
             return measure_divergence(self.model, self.cache)
-        except FORWARD_ERRORS as error:
+        except InputError as error:
             # The same windows ran before the change: a forward pass that now raises is broken.
             why = f"the model no longer runs on windows that it ran on before: {_brief(error)}"
             lost = tuple(
@@ -247,7 +244,7 @@ class Assessor:
             return readings
         try:
             blocks = locate_damage(self.model, self.cache)
-        except FORWARD_ERRORS:
+        except InputError:
             return readings
         first = replace(readings.divergence[0], blocks=blocks)
         return replace(readings, divergence=(first, *readings.divergence[1:]))
@@ -341,15 +338,6 @@ def _finite_as(baseline: Readings, current: Readings) -> Readings:
     return replace(current, tensors=tensors)
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: InputError) -> str:
     """First line of an error, short enough for a reason."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
-
-
-def tokens_compared(readings: Readings) -> int:
-    """Number of tokens on which outputs were compared."""
-    return sum(reading.num_tokens for reading in readings.divergence)
-
-
-__all__ = ["Assessment", "Assessor", "Subject", "tokens_compared"]
+    return str(error).splitlines()[0][:200]

@@ -103,6 +103,19 @@ def test_floating_point_numbers_are_no_token_ids(llama):
         GuardSession(llama, retain=torch.rand(4, 16))
 
 
+def test_a_want_of_memory_is_no_verdict_about_the_model(llama):
+    def starve(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    session, before = GuardSession(llama), {name: p.clone() for name, p in llama.named_parameters()}
+    with pytest.raises(torch.OutOfMemoryError), session.edit("int8"):
+        llama.model.layers[0].mlp.down_proj.weight.data.mul_(1.001)
+        handle = llama.model.register_forward_pre_hook(starve)
+    handle.remove()
+    assert session.history == ()
+    assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+
+
 def test_a_forward_pass_that_raises_is_named_and_not_called_nan(llama):
     session = GuardSession(llama)
     with session.edit("break") as step:
