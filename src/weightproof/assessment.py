@@ -41,7 +41,7 @@ from weightproof.types import (
     Readings,
     Verdict,
 )
-from weightproof.weights import iter_weight_matrices
+from weightproof.weights import iter_tensors, iter_weight_matrices
 from weightproof.windows import Windows, random_windows
 
 # Guards that decide in a window of ordinary training; the others are reported there.
@@ -179,7 +179,8 @@ class Assessor:
 
     def assess(self, snapshot: Snapshot, current: State, baseline: Baseline, subject: Subject, step: int) -> Assessment:
         """Read the changed model and judge it against `baseline`."""
-        changed = frozenset(snapshot.changed_names()) | subject.stray
+        here = frozenset(snapshot.changed_names())
+        changed = here | subject.stray
         base = State(baseline.readings, baseline.fits)
         scope = ChangeScope(
             self._norm_band, self._count_slack, self._bulk_names(current, subject), changed, subject.stray
@@ -191,7 +192,7 @@ class Assessor:
             unmeasured["divergence"] = unmeasured["outputs"] = unmeasured["second_moments"] = self.no_outputs
         readings = replace(
             state.readings,
-            edit=self._record(snapshot, current.readings, state.readings, changed, subject),
+            edit=self._record(snapshot, current.readings, state.readings, here, subject),
             divergence=outputs.divergence if outputs else (),
             second_moments=outputs.second_moments if outputs else {},
             unmeasured=unmeasured,
@@ -283,13 +284,17 @@ class Assessor:
         snapshot: Snapshot,
         before: Readings,
         after: Readings,
-        changed: frozenset[str],
+        here: frozenset[str],
         subject: Subject,
     ) -> EditRecord:
         deltas: dict[str, float | None] = {}
         contract: list[ContractReading] = []
+        outside = set(here)
         for matrix in iter_weight_matrices(self.model):
-            if matrix.tensor_name not in changed or matrix.refusal:
+            if matrix.tensor_name not in here:
+                continue
+            outside -= {matrix.tensor_name}
+            if matrix.refusal:
                 continue
             weight = matrix.load()
             original = snapshot.original_matrix(matrix)
@@ -301,16 +306,26 @@ class Assessor:
             kind=subject.kind.name,
             params=subject.kind.params(),
             targets=subject.targets,
-            changed_names=tuple(sorted(changed)),
+            changed_names=tuple(sorted(here | subject.stray)),
             replaced_modules=tuple(snapshot.replaced_modules()),
             # Hashing the snapshot is spared where it is known to be of the state that was read before.
             digest_before=snapshot.model_digest if subject.stray else before.model_digest,
             digest_after=after.model_digest,
             relative_delta=deltas,
-            contract=(*contract, *self._plan_readings(subject)),
+            contract=(*contract, *self._outside_readings(snapshot, outside, subject), *self._plan_readings(subject)),
             stray_names=tuple(sorted(subject.stray)),
             corrections=subject.corrected,
         )
+
+    def _outside_readings(self, snapshot: Snapshot, names: set[str], subject: Subject) -> list[ContractReading]:
+        """The contract on changed biases, norms and buffers; those added or reshaped break the structure anyway."""
+        readings: list[ContractReading] = []
+        for named in iter_tensors(self.model):
+            if named.name in names and named.name in snapshot.digests:
+                original = snapshot.original(named.name)
+                if original.shape == named.tensor.shape:
+                    readings += kinds.measure_outside(subject.kind, named.name, original, named.tensor.detach())
+        return readings
 
     def _plan_readings(self, subject: Subject) -> list[ContractReading]:
         """Whether our own edit wrote exactly what it planned (1 where it did not)."""

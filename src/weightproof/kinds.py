@@ -15,6 +15,7 @@ and without a forward pass. A reading is within its contract when `value <= limi
 | Prune | `nonzero_fraction` | 1 - sparsity + 1 / d_in | yes |
 | LoraMerge | `merge_error`: ||(W' - W) - delta||_F / ||delta||_F | rounding of the dtype | yes |
 | LoraMerge | `altered_fraction`: changed weights of a matrix that has no delta | 0 | yes |
+| all but Cast | `altered_outside_matrices`: a bias, norm or buffer changed | 0 | yes |
 
 `merge_error` is 1 for a delta merged zero times or twice, and 2 for the wrong sign. A value that is
 undefined (NaN in the weights) is given as inf, because NaN compares with no limit.
@@ -333,3 +334,21 @@ def _unknown_name(name: str) -> str:
         return f"kind {name!r} needs parameters: give an object, weightproof.kinds.{classes[near[0]]}"
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown kind {name!r}{hint} (known: {', '.join(PLAIN_NAMES)}, or an object of weightproof.kinds)"
+
+
+def measure_outside(kind: Kind, name: str, before: torch.Tensor, after: torch.Tensor) -> tuple[ContractReading, ...]:
+    """The contract of a changed tensor that is no measured weight matrix (a bias, a norm, a buffer).
+
+    A cast rounds it like any other; quantizing, pruning and merging may not touch it at all.
+
+    Args:
+        kind: The declared kind.
+        name: Public name of the tensor.
+        before: Its values before, any shape.
+        after: Its values now, of the same shape.
+    """
+    if isinstance(kind, Cast):
+        return kind.measure(name, before.reshape(1, -1), after.reshape(1, -1))
+    if isinstance(kind, Quantize | Prune | LoraMerge):
+        return (ContractReading(name, "altered_outside_matrices", 1.0, 0.0, rigorous=True),)
+    return ()

@@ -3,8 +3,8 @@
 begin (snapshot) -> change (any code) -> measure -> judge -> keep, or restore and prove it.
 
 Edits are judged against the baseline, so that many small harms add up; what an edit declared is
-judged against the state just before it. A window of ordinary training (`check_window`) is judged
-against the last good state and, when kept, becomes the new baseline.
+judged against the state just before it. A window of ordinary training (`check_window`, or an edit of
+kind "train") is judged against the last good state and, when kept, becomes the new baseline.
 
     >>> session = GuardSession(model, policy="balanced")           # doctest: +SKIP
     >>> with session.edit("int8") as step:                          # doctest: +SKIP
@@ -30,7 +30,7 @@ from weightproof import evidence, kinds
 from weightproof.assessment import Assessor, Subject
 from weightproof.baseline import Baseline
 from weightproof.certificate import Certificate
-from weightproof.errors import BaselineError, EditRejectedError, InputError, RestoreError
+from weightproof.errors import BaselineError, EditRejectedError, InputError, RestoreError, WeightproofError
 from weightproof.files import write_atomically
 from weightproof.guards.corrections import Correction, apply_correction
 from weightproof.policy import Policy, load_policy
@@ -412,7 +412,8 @@ class GuardSession:
         keep = decision.action is Action.KEEP or on_violation == "monitor"
         handle.applied = "kept" if keep else "restored"
         if keep:
-            self._accept(state, window=window, spiked=decision.action is not Action.KEEP)
+            kept = decision.action is Action.KEEP
+            self._accept(state, window=window, trained=kept and handle.kind.name == "train", spiked=not kept)
         else:
             try:
                 self._restore(point)
@@ -429,14 +430,14 @@ class GuardSession:
         if on_violation == "raise" and not keep:
             raise EditRejectedError(f"{handle.name} was rolled back: {decision.reason}")
 
-    def _accept(self, state: State, *, window: bool, spiked: bool) -> None:
+    def _accept(self, state: State, *, window: bool, trained: bool, spiked: bool) -> None:
         if window and self._held is None and not spiked and self._grew_untrained(state):
             # Growth of an unlearned matrix proves nothing until a loss has been seen with it: keep
             # the older last good state for one more window.
             self._held = state
             return
         self._held, self._current = None, state
-        if window:
+        if window or trained:
             self.baseline = replace(self.baseline, readings=state.readings, fits=state.fits)
             self._assessor.outputs_moved()
         if self._last_good is not None:
@@ -476,11 +477,18 @@ class GuardSession:
     def _publish(self, handle: Step) -> None:
         """Record a judged step: history, then the certificate file, then the trackers."""
         self._history.append(handle)
+        try:
+            self._write_evidence(handle)
+        except (OSError, WeightproofError) as error:
+            # The verdict stands and was carried out: a full disk may not undo it, nor hide it behind another error.
+            logger.error("the evidence of step %d, %s, could not be written: %s", handle.step, handle.name, error)
+
+    def _write_evidence(self, handle: Step) -> None:
         path = None
+        picture, self._picture = self._picture, None
         if self.output_dir is not None:
             path = self.certificate().save(self.output_dir / "certificate.json")
         event = evidence.event_of(handle)
-        picture, self._picture = self._picture, None
         for tracker in self.trackers:
             tracker.log_event(event)
             if picture is not None:

@@ -146,6 +146,31 @@ def test_declared_quantize_that_is_not_one_breaks_its_contract(llama):
     assert step.decision.action is Action.ROLLBACK
 
 
+@pytest.mark.parametrize(
+    "kind", [kinds.Quantize(8), kinds.Prune(0.0, scope="model"), kinds.LoraMerge({DOWN: torch.ones(32, 48)})]
+)
+def test_norm_changed_by_an_edit_of_weights_breaks_its_contract(llama, kind):
+    session = GuardSession(llama)
+    with session.edit("and a norm", kind=kind) as step:
+        scale(llama, "model.norm.weight", 1.03)
+    assert step.decision.action is Action.ROLLBACK
+    assert "model.norm.weight" in step.decision.reason
+    assert "altered_outside_matrices" in step.decision.reason
+
+
+def test_cast_of_a_norm_is_held_to_its_rounding(llama):
+    norm = llama.model.norm.weight
+    scale(llama, "model.norm.weight", 1.003)
+    session = GuardSession(llama)
+    with session.edit("cast", kind=kinds.Cast("bfloat16")) as rounded, torch.no_grad():
+        norm.copy_(norm.bfloat16().float())
+        llama.lm_head.weight.copy_(llama.lm_head.weight.bfloat16().float())
+    assert rounded.decision.action is Action.KEEP, rounded.decision.reason
+    with session.edit("not a cast", kind=kinds.Cast("bfloat16")) as scaled:
+        scale(llama, "model.norm.weight", 1.03)
+    assert scaled.decision.action is Action.ROLLBACK
+
+
 def test_change_outside_the_declared_targets_is_rolled_back(llama):
     session = GuardSession(llama)
     with session.edit("too much", targets="*.mlp.*") as step:
@@ -336,8 +361,31 @@ class TestTrainingWindows:
         assert session.check_window(step=5, raw_losses=[2.0]).applied == "kept"
         assert session.apply(edits.RTN(8), step=5).decision.action is Action.KEEP
 
+    def test_kept_training_inside_an_edit_moves_the_baseline_too(self, llama):
+        session = GuardSession(llama)
+        with session.edit("fine-tune", kind="train") as step, torch.no_grad():
+            for parameter in llama.parameters():
+                parameter.mul_(1.5)
+        assert step.decision.action is Action.KEEP
+        after = session.apply(edits.RTN(8))
+        assert (after.decision.action, after.applied) == (Action.KEEP, "kept"), after.decision.reason
+
 
 class TestState:
+    def test_full_disk_for_the_evidence_changes_no_verdict(self, llama, tmp_path, monkeypatch, caplog):
+        before = state_of(llama)
+        session = GuardSession(llama, output_dir=tmp_path)
+
+        def full(*_args, **_options):
+            raise InputError("cannot write certificate.json: No space left on device")
+
+        monkeypatch.setattr(Certificate, "save", full)
+        with pytest.raises(EditRejectedError), session.edit("x1000", on_violation="raise"):
+            scale(llama, DOWN, 1000.0)
+        assert_same(llama, before)
+        assert "No space left" in caplog.text
+        assert session.history[0].decision.action is Action.ROLLBACK
+
     def test_files_are_written_and_read_back(self, llama, tmp_path):
         session = GuardSession(llama, output_dir=tmp_path)
         session.apply(edits.RTN(8))
