@@ -65,8 +65,10 @@ TRIM_ROUNDS = 50
 # Standard deviations of the estimated noise scale by which the threshold is raised.
 SCALE_MARGIN = 2.0
 
-# A spectrum without spikes is pure bulk within this Kolmogorov-Smirnov distance (or 4 / k).
+# A spectrum without spikes is pure bulk within this Kolmogorov-Smirnov distance, or within 6 / k: over 2500 Gaussian
+# matrices of ten shapes from 32 x 32 to 512 x 512 the distance times k never passed 5.2, under either null.
 PURE_BULK_DISTANCE = 0.02
+PURE_BULK_DISTANCE_TIMES_K = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,5 +273,5 @@ def is_pure_bulk(fit: BulkFit) -> bool:
 
     True for a zero matrix. A model whose matrices are all pure bulk looks untrained.
     """
-    distance = max(PURE_BULK_DISTANCE, 4.0 / len(fit.singular_values))
+    distance = max(PURE_BULK_DISTANCE, PURE_BULK_DISTANCE_TIMES_K / len(fit.singular_values))
     return fit.num_spikes == 0 and fit.ks_distance <= distance

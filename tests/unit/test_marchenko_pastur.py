@@ -268,6 +268,14 @@ def test_noise_is_pure_bulk_and_orthogonal_matrices_are_not(null):
     assert not is_pure_bulk(fit_bulk(np.linalg.qr(np.random.default_rng(0).standard_normal((200, 200)))[0], null))
 
 
+@pytest.mark.parametrize("null", ["biwhitened", "global"])
+def test_small_noise_is_pure_bulk_in_every_draw(null):
+    """One exception among its matrices, and a fresh model would no longer look untrained."""
+    for seed in range(60):
+        assert is_pure_bulk(fit_bulk(_noise(128, 128, f"draw {seed}"), null)), seed
+        assert is_pure_bulk(fit_bulk(_noise(64, 64, f"draw {seed}"), null)), seed
+
+
 @pytest.mark.parametrize("null", NULLS)
 def test_false_alarms_are_as_rare_as_promised(null):
     assert sum(fit_bulk(_noise(48, 96, f"alarm {seed}"), null).num_spikes for seed in range(100)) <= 2
