@@ -214,6 +214,15 @@ def test_a_plot_that_is_no_png_is_refused_before_measuring(llama, capsys):
     assert "picture.pdf" in err
 
 
+@pytest.mark.parametrize("place", ["a_file/spectra.png", "a_folder.png"])
+def test_a_plot_that_cannot_be_written_is_refused_before_measuring(llama, capsys, tmp_path, place):
+    (tmp_path / "a_file").write_text("in the way")
+    (tmp_path / "a_folder.png").mkdir()
+    code, out, err = run(capsys, llama[0], "--plot", tmp_path / place)
+    assert (code, out) == (2, "")
+    assert "--plot cannot write" in err
+
+
 def test_a_hub_id_is_fetched_without_code_and_an_absent_one_is_a_sentence(llama, capsys, monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError

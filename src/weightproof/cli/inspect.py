@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -44,8 +45,8 @@ def inspect(
     limit: Annotated[int | None, typer.Option(min=1, help="Measure only the first N matrices.")] = None,
 ) -> None:
     """Report spectra, noise fit and weight distribution of a model, matrix by matrix."""
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise InputError(f"--plot writes PNG: give a file name that ends in .png, not {plot.name}")
+    if plot is not None:
+        _check_plot(plot)
     folder = resolve_folder(model)
     report = _measure(folder, model, null.value, limit)
     if as_json:
@@ -105,7 +106,8 @@ def print_report(report: SpectralReport) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
     if report.measured:
-        console.print(_matrix_table(report, console.width), "")
+        console.print(_matrix_table(report, console.width))
+        console.print(_legend(report.null), "", style="dim")
         console.print(_family_table(report), "")
     _print_refused(console, report)
     console.print(f"measured {len(report.measured)} of {len(report.matrices)} weight matrices of {report.model}")
@@ -127,11 +129,23 @@ def _measure(folder: Path, title: str, null: str, limit: int | None) -> Spectral
         return build_report(title, bar, null=null, limit=limit)
 
 
+def _check_plot(path: Path) -> None:
+    """Refuse a picture that could not be written, before hours of measuring rather than after."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--plot writes PNG: give a file name that ends in .png, not {path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--plot cannot write to {path.parent}: {error.strerror}; choose another folder") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"--plot cannot write {path}: choose a file in a folder that you may write to")
+
+
 def _write_plot(path: Path, report: SpectralReport) -> None:
+    from weightproof.files import write_atomically
     from weightproof.plots import inspect_png
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(inspect_png(report.model, report.fits))
+    write_atomically(path, inspect_png(report.model, report.fits))
     sys.stderr.write(f"wrote {path}\n")
 
 
@@ -213,7 +227,7 @@ def _room(rows: Iterable[tuple[MatrixReport, dict[str, str]]], columns: list[str
 
 
 def _family_table(report: SpectralReport) -> Table:
-    table = _table("by family (medians)")
+    table = _table("by family (counts, then medians)")
     titles = "family", "measured", "pure bulk", "spikes", "s1", "‖W‖F", "stable rank", "alpha", "std", "zeros", "kurt."
     for title in titles:
         table.add_column(title, justify="left" if title == "family" else "right", no_wrap=True)
@@ -232,6 +246,14 @@ def _family_table(report: SpectralReport) -> Table:
             _number(family.kurtosis, ".2f"),
         )
     return table
+
+
+def _legend(null: str) -> str:
+    spectrum = "" if null == "global" else f" of the {null} matrix, not in the units of s1"
+    return (
+        f"sigma: noise scale, edge: upper end of the noise{spectrum}; spikes: singular values beyond edge and "
+        "allowance; bulk: none, pure noise; k: eigenvalues in the power-law tail"
+    )
 
 
 def _table(title: str) -> Table:
