@@ -32,7 +32,7 @@ def resolve_model_folder(model_id: str) -> Path:
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise InputError(
-            f"the Hub model {model_id} offers no safetensors; pickle checkpoints are refused: convert it with "
-            "save_pretrained(..., safe_serialization=True) first"
+            f"the Hub model {model_id} offers no safetensors; pickle checkpoints are refused: load it where you "
+            "trust it and save it with save_pretrained, which writes safetensors"
         )
     return folder

@@ -134,7 +134,7 @@ def _explain_missing_weights(folder: Path) -> InputError:
     if pickled:
         return InputError(
             f"{folder} holds its weights as a pickle ({pickled[0]}), which can run code when loaded and is refused; "
-            "load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
+            "load it where you trust it and save it again with save_pretrained, which writes safetensors"
         )
     if (folder / "adapter_config.json").exists():
         return InputError(
