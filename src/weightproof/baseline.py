@@ -119,12 +119,11 @@ def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _differences(ours: Mapping[str, TensorReading], theirs: Mapping[str, TensorReading]) -> Iterator[str]:
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in theirs:
-            yield f"{name} is missing from the model"
-        elif name not in ours:
-            yield f"{name} is not in the baseline"
-        elif ours[name].shape != theirs[name].shape:
+    """What differs in words: tensors on one side only first, for they say most about which model it is."""
+    yield from (f"{name} is missing from the model" for name in sorted(ours.keys() - theirs.keys()))
+    yield from (f"{name} is not in the baseline" for name in sorted(theirs.keys() - ours.keys()))
+    for name in sorted(ours.keys() & theirs.keys()):
+        if ours[name].shape != theirs[name].shape:
             yield f"{name} has shape {list(theirs[name].shape)}, the baseline {list(ours[name].shape)}"
         elif ours[name].dtype != theirs[name].dtype:
             yield f"{name} is {theirs[name].dtype}, the baseline {ours[name].dtype}"

@@ -39,7 +39,7 @@ def as_matrix(matrix: torch.Tensor | np.ndarray, name: str = "") -> torch.Tensor
     """The matrix as a detached 2-D floating point tensor (a view wherever possible).
 
     Raises:
-        InputError: not 2-D, empty, not of a floating point dtype, or without data (meta, sparse).
+        InputError: no tensor or array, not 2-D, empty, not of a floating point dtype, or without data (meta, sparse).
     """
     label = repr(name) if name else "the matrix"
     if isinstance(matrix, np.ndarray):
@@ -48,6 +48,8 @@ def as_matrix(matrix: torch.Tensor | np.ndarray, name: str = "") -> torch.Tensor
         # from_numpy takes neither read-only memory (it warns) nor negative strides (it raises).
         shareable = matrix.flags.writeable and all(stride >= 0 for stride in matrix.strides)
         matrix = torch.from_numpy(matrix if shareable else matrix.copy())
+    if not isinstance(matrix, torch.Tensor):
+        raise InputError(f"{label} is of type {type(matrix).__name__}; give a torch tensor or a numpy array.")
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise InputError(f"{label} has shape {tuple(matrix.shape)}; give a 2-D matrix that is not empty.")
     if not matrix.is_floating_point():

@@ -140,7 +140,7 @@ class FolderStore:
         except OSError as error:
             raise SnapshotError(f"cannot use {directory} for snapshots: {error.strerror or error}") from error
         if free < self.nbytes + _SPARE_BYTES:
-            raise SnapshotError(_no_room(directory, self.nbytes, f"{readable(free)} are free"))
+            raise SnapshotError(_no_room(directory, self.nbytes + _SPARE_BYTES, f"{readable(free)} are free"))
         self.folder = self._fresh_folder(directory)
         # Gigabytes must not stay behind when a session ends without discarding its snapshots.
         self._remove = weakref.finalize(self, _remove_folder, self.folder, os.getpid())

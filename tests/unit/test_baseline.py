@@ -39,7 +39,7 @@ def test_loaded_baseline_serves_its_own_model_only(session, tmp_path):
 
 def test_differences_are_named(session):
     other = build("llama")
-    with pytest.raises(BaselineError, match=r"is not in the baseline.*and \d+ more"):
+    with pytest.raises(BaselineError, match=r"is missing from the model.*and \d+ more"):
         session.baseline.require_same_model(read_tensors(other, {}, ()))
 
 
