@@ -321,7 +321,7 @@ class Assessor:
         """The contract on changed biases, norms and buffers; those added or reshaped break the structure anyway."""
         readings: list[ContractReading] = []
         for named in iter_tensors(self.model):
-            if named.name in names and named.name in snapshot.digests:
+            if named.name in names & snapshot.names:
                 original = snapshot.original(named.name)
                 if original.shape == named.tensor.shape:
                     readings += kinds.measure_outside(subject.kind, named.name, original, named.tensor.detach())

@@ -118,9 +118,11 @@ def digest_of(tensors: Mapping[str, TensorReading]) -> str:
     return model_digest({name: reading.digest for name, reading in tensors.items()})
 
 
-def read_state(model: torch.nn.Module, *, progress: bool = False) -> State:
-    """Read every tensor, matrix and spectrum of a model exactly."""
-    tensors = read_tensors(model, {}, ())
+def read_state(
+    model: torch.nn.Module, tensors: Mapping[str, TensorReading] | None = None, *, progress: bool = False
+) -> State:
+    """Read every tensor (unless given as `tensors`, just read), matrix and spectrum of a model exactly."""
+    tensors = read_tensors(model, {}, ()) if tensors is None else tensors
     matrices: dict[str, MatrixReading] = {}
     bulks: dict[str, BulkReading] = {}
     fits: dict[str, BulkFit] = {}

@@ -356,10 +356,13 @@ class GuardSession:
 
         Left alone when the weights are not those last accepted; then the edit is judged against the older one.
         """
-        if not self._assessor.is_stale or digest_of(read_tensors(self.model, {}, ())) != self.model_digest:
+        if not self._assessor.is_stale:
+            return
+        tensors = read_tensors(self.model, {}, ())
+        if digest_of(tensors) != self.model_digest:
             return
         started = time.perf_counter()
-        self._current = read_state(self.model, progress=True)
+        self._current = read_state(self.model, tensors, progress=True)
         self.baseline = replace(self.baseline, readings=self._current.readings, fits=self._current.fits)
         self._assessor.capture_outputs()
         self.cost.baseline_seconds += time.perf_counter() - started

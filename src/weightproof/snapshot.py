@@ -208,6 +208,11 @@ class Snapshot:
         return cls(model, store, records)
 
     @property
+    def names(self) -> frozenset[str]:
+        """Public names of the tensors at capture, one of each."""
+        return frozenset(self._records)
+
+    @property
     def digests(self) -> Mapping[str, str]:
         """SHA-256 of every tensor at capture, by public name."""
         return self._held().digests

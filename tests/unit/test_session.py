@@ -10,7 +10,18 @@ import torch
 from architectures import build
 from torch import nn
 
-from weightproof import BaselineError, Certificate, EditRejectedError, GuardSession, InputError, edits, kinds
+from weightproof import (
+    BaselineError,
+    Certificate,
+    EditRejectedError,
+    GuardSession,
+    InputError,
+    edits,
+    kinds,
+    probes,
+    tensor_store,
+)
+from weightproof.snapshot import tensor_digest
 from weightproof.types import Action, Outcome
 
 
@@ -347,6 +358,23 @@ class TestTrainingWindows:
         with session.edit("small", targets="*.q_proj.weight") as step:
             scale(llama, "model.layers.0.self_attn.q_proj.weight", 1.01)
         assert step.record.stray_names == ()
+
+    def test_a_kept_window_hashes_each_tensor_once(self, llama, monkeypatch):
+        session = GuardSession(llama)
+        session.watch()
+        hashed: list[int] = []
+
+        def counting(tensor):
+            hashed.append(tensor.numel())
+            return tensor_digest(tensor)
+
+        monkeypatch.setattr(probes, "tensor_digest", counting)
+        monkeypatch.setattr(tensor_store, "tensor_digest", counting)
+        with torch.no_grad():
+            for parameter in llama.parameters():
+                parameter.mul_(1.001)
+        assert session.check_window(step=5, raw_losses=[2.0]).applied == "kept"
+        assert sum(hashed) == sum(parameter.numel() for parameter in llama.parameters()), "buffers did not change"
 
     def test_window_without_a_last_good_state_is_an_error(self, llama):
         with pytest.raises(InputError, match="watch"):
