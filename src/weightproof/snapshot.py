@@ -33,7 +33,7 @@ from weightproof.tensor_store import (
     tensor_digests,
 )
 from weightproof.types import WeightMatrix
-from weightproof.weights import clean_name, iter_tensors, iter_weight_matrices, unwrap
+from weightproof.weights import clean_name, iter_tensors, iter_weight_matrices, storage_identity, unwrap
 
 __all__ = ["Snapshot", "model_digest", "tensor_digest", "write_matrix"]
 
@@ -416,12 +416,12 @@ def _records(model: nn.Module) -> dict[str, _Record]:
     by_memory: dict[object, _Record] = {}
     for named in iter_tensors(model):
         record = _Record(named.name, (named.name, *named.tied_names))
-        records[named.name] = by_memory[_memory(named.tensor)] = record
+        records[named.name] = by_memory[storage_identity(named.tensor)] = record
     seen: set[int] = set()
     for tensor in _registered(model).values():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            by_memory[_memory(tensor)].holders.append(_Holder.of(tensor))
+            by_memory[storage_identity(tensor)].holders.append(_Holder.of(tensor))
     return records
 
 
@@ -447,17 +447,10 @@ def _require_plain(name: str, tensor: torch.Tensor) -> None:
         raise SnapshotError(f"no snapshot can be taken of {name}: {reason}. The model is untouched")
 
 
-def _memory(tensor: torch.Tensor) -> object:
-    """Equal for tensors that see the same memory in the same way; an empty tensor equals itself only."""
-    if tensor.numel() == 0:
-        return id(tensor)
-    return tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
-
-
 def _same_memory(tensor: torch.Tensor, alias: torch.Tensor) -> bool:
     if tensor.numel() == 0:
         return tensor.shape == alias.shape and tensor.dtype == alias.dtype and tensor.device == alias.device
-    return _memory(tensor) == _memory(alias)
+    return storage_identity(tensor) == storage_identity(alias)
 
 
 def _same_objects(now: Mapping[str, object], kept: Mapping[str, object]) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "iter_tensors",
     "iter_weight_matrices",
     "read_structure",
+    "storage_identity",
     "unwrap",
 ]
 
@@ -46,7 +47,7 @@ class _Entry:
     raw_names: list[str] = field(default_factory=list)
 
 
-def _identity(tensor: Tensor) -> Hashable:
+def storage_identity(tensor: Tensor) -> Hashable:
     """Equal for two tensors that are the same storage seen the same way.
 
     Tensors without memory of their own (meta, empty, subclasses such as DTensor) are compared as
@@ -72,7 +73,7 @@ def _entries(model: nn.Module) -> list[_Entry]:
     found: dict[Hashable, _Entry] = {}
     for raw, module, name, tensor, is_buffer in _registered(unwrap(model)):
         persistent = not is_buffer or name not in module._non_persistent_buffers_set
-        entry = found.setdefault(_identity(tensor), _Entry(tensor, module, is_buffer, persistent))
+        entry = found.setdefault(storage_identity(tensor), _Entry(tensor, module, is_buffer, persistent))
         entry.raw_names.append(raw)
     return list(found.values())
 
