@@ -14,14 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from weightproof.activations import (
-    TapMoments,
-    calibration_windows,
-    forward_outputs,
-    random_windows,
-    tap_moments,
-    undisturbed,
-)
+from weightproof.activations import TapMoments, forward_outputs, tap_moments, undisturbed
 from weightproof.distributions import BaseScores, Tally, compare, is_finite, keep
 from weightproof.errors import BaselineError, InputError
 from weightproof.localisation import BlockTrace, locate_errors, trace_blocks
@@ -32,13 +25,10 @@ __all__ = [
     "MEMORY_CAP_BYTES",
     "OutputCache",
     "OutputPass",
-    "Windows",
-    "calibration_windows",
     "capture_outputs",
     "forward_digest",
     "locate_damage",
     "measure_divergence",
-    "random_windows",
 ]
 
 MEMORY_CAP_BYTES = 256 * 2**20
