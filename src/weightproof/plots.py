@@ -28,6 +28,8 @@ INK, BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#222222", "#0072B2", "#56B4E9", "#
 NULL_WORDS = {"global": "raw", "biwhitened": "biwhitened", "signflip": "raw, sign-flip null"}
 LOG_FROM = 4.0
 """From this ratio of top singular value to edge on, the axis is logarithmic."""
+FLOOR = 0.03
+"""Lower end of a logarithmic axis of singular values in units of the edge: zeros have no logarithm."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +124,7 @@ def inspect_png(title: str, fits: Sequence[tuple[str, BulkFit]]) -> bytes:
     for axis in axes[: len(families) : columns]:
         axis.set_ylabel("singular value / upper edge")
     if families:
-        axes[0].legend(fontsize=8, frameon=False, loc="upper right", title="dark to light: depth", title_fontsize=8)
+        axes[0].legend(fontsize=8, frameon=False, loc="lower left", title="dark to light: depth", title_fontsize=8)
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     return _png(figure)
 
@@ -244,16 +246,16 @@ def _draw_family(axis: Axes, family: str, fits: Sequence[BulkFit]) -> None:
 
     shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(fits)))
     for shade, fit in zip(shades, fits, strict=True):
-        values = np.maximum(_values(fit), 0.03)  # the floor of the axis: zeros have no logarithm
+        values = np.maximum(_values(fit), FLOOR)
         axis.plot((np.arange(len(values)) + 0.5) / len(values), values, color=shade, lw=1.1, alpha=0.85)
     by_shape = {round(min(fit.d_out, fit.d_in) / max(fit.d_out, fit.d_in), 3): fit for fit in fits}
     for label, fit in zip(["pure noise of the same shape", *[""] * len(fits)], by_shape.values(), strict=False):
-        ranks, values = _pure_bulk_curve(fit)
+        ranks, values = pure_bulk_curve(fit)
         axis.plot(ranks, values, color=INK, lw=1.3, ls="--", label=label or None)
     axis.axhline(1.0, color=RED, lw=1.0, ls=":", label="upper edge")
     spikes = sum(fit.num_spikes for fit in fits)
     count = "1 matrix" if len(fits) == 1 else f"{len(fits)} matrices"
-    axis.set_title(f"{family}: {count}, {spikes} spikes", loc="left", fontsize=10)
+    axis.set_title(f"{family}: {count}, {spikes} {'spike' if spikes == 1 else 'spikes'}", loc="left", fontsize=10)
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_minor_locator(NullLocator())
@@ -262,12 +264,13 @@ def _draw_family(axis: Axes, family: str, fits: Sequence[BulkFit]) -> None:
     _tidy(axis)
 
 
-def _pure_bulk_curve(fit: BulkFit) -> tuple[np.ndarray, np.ndarray]:
-    """Rank against singular value / edge of pure noise with the shape of `fit`."""
-    grid = np.linspace(fit.edge_plus, max(fit.edge_minus, 0.03 * fit.edge_plus), 400)
+def pure_bulk_curve(fit: BulkFit) -> tuple[np.ndarray, np.ndarray]:
+    """Rank in 0..1 against singular value / edge of pure noise with the shape of `fit`, not below `FLOOR`."""
+    # Over the whole bulk: a square matrix has mass below the floor of the axis, which counts for the ranks above it.
+    grid = np.linspace(fit.edge_plus, fit.edge_minus, 2000)
     density = bulk_density(fit, grid)
     mass = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]) * -np.diff(grid))])
-    return mass / max(mass[-1], 1e-12), grid / fit.edge_plus
+    return mass / max(mass[-1], 1e-12), np.maximum(grid / fit.edge_plus, FLOOR)
 
 
 def _headline(candidate: Candidate) -> str:

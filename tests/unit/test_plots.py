@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from weightproof.plots import Candidate, bulk_density, decision_png, inspect_png, spectrum_png
+from weightproof.marchenko_pastur import fit_bulk
+from weightproof.plots import FLOOR, Candidate, bulk_density, decision_png, inspect_png, pure_bulk_curve, spectrum_png
 from weightproof.types import BulkFit
 
 
@@ -93,3 +94,12 @@ def test_bulk_density_integrates_to_one(d_out, d_in):
     fit = make_fit(d_out, d_in)
     grid = np.linspace(0.0, fit.edge_plus, 20_001)
     assert np.trapezoid(bulk_density(fit, grid), grid) == pytest.approx(1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (300, 500), (80, 800)])
+def test_noise_lies_on_the_curve_of_pure_noise(shape):
+    fit = fit_bulk(torch.randn(shape, generator=torch.Generator().manual_seed(0)), "global")
+    ranks, values = pure_bulk_curve(fit)
+    measured = np.maximum(fit.singular_values.numpy() / fit.edge_plus, FLOOR)
+    expected = np.interp((np.arange(len(measured)) + 0.5) / len(measured), ranks, values)
+    assert np.abs(measured - expected).max() < 0.02
