@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -106,8 +106,9 @@ def print_report(report: SpectralReport) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
     if report.measured:
-        console.print(_matrix_table(report, console.width))
-        console.print(_legend(report.null), "", style="dim")
+        table = _matrix_table(report, console.width)
+        console.print(table)
+        console.print(_legend(report.null, {str(column.header) for column in table.columns}), style="dim", end="\n\n")
         console.print(_family_table(report), "")
     _print_refused(console, report)
     console.print(f"measured {len(report.measured)} of {len(report.matrices)} weight matrices of {report.model}")
@@ -248,12 +249,14 @@ def _family_table(report: SpectralReport) -> Table:
     return table
 
 
-def _legend(null: str) -> str:
-    spectrum = "" if null == "global" else f" of the {null} matrix, not in the units of s1"
-    return (
-        f"sigma: noise scale, edge: upper end of the noise{spectrum}; spikes: singular values beyond edge and "
-        "allowance; bulk: none, pure noise; k: eigenvalues in the power-law tail"
-    )
+def _legend(null: str, shown: Collection[str]) -> str:
+    """What the columns that are shown mean, in one sentence."""
+    noise = {"sigma": "noise scale", "edge": "upper end of the noise"}
+    parts = [f"{column}: {meaning}" for column, meaning in noise.items() if column in shown]
+    if parts and null == "biwhitened":
+        parts[-1] += " (both of the whitened matrix, not in the units of s1)" if len(parts) == 2 else " after whitening"
+    parts += ["spikes: singular values above the noise (bulk: none)", "k: eigenvalues in the tail of alpha"]
+    return "; ".join(parts)
 
 
 def _table(title: str) -> Table:
