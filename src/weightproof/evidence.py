@@ -148,9 +148,14 @@ def _last_decision(session: GuardSession) -> dict[str, Any] | None:
 
 
 def policy_json(session: GuardSession) -> Mapping[str, Any]:
-    """The resolved policy: every limit and every action."""
+    """The resolved policy: required guards, every limit and every action."""
     policy = session.policy
-    return {"required": policy.required, "limits": policy.limits, "actions": policy.actions}
+    return {
+        "required": policy.required,
+        "required_training": policy.required_training,
+        "limits": policy.limits,
+        "actions": policy.actions,
+    }
 
 
 def event_of(step: Step) -> GuardEvent:

@@ -25,6 +25,7 @@ from weightproof.types import Action, Assurance, Decision, Measurement, Verdict
 TIERS = ("conservative", "balanced", "aggressive")
 CELLS = ("KEEP", "KEEP_WARNED", "ROLLBACK")
 GUARDS = "weightproof.guards"
+OVERRIDDEN = ", overridden"
 # Verdicts that the table knows by role though no guard of that name is registered yet.
 ROLES = ("loss",)
 
@@ -111,13 +112,14 @@ class Policy:
     ) -> Policy:
         """A new policy with some limits, actions or required guards replaced; their source is `user`.
 
-        A mapping by family changes the families that it names and keeps the others.
+        A mapping by family changes the families that it names and keeps the others. Without a `name` it is called
+        "balanced, overridden" (or whatever it came from), so that no certificate takes it for the tier itself.
         """
         for guard, keys in (limits or {}).items():
             if not isinstance(cast("object", keys), Mapping):
                 raise PolicyError(f"limits of guard {guard!r} must be a mapping of names to values, not {keys!r}")
         changes = PolicyFile(
-            name or self.name,
+            name or f"{self.name.removesuffix(OVERRIDDEN)}{OVERRIDDEN}",
             required=None if required is None else tuple(required),
             limits={guard: {key: Entry(item) for key, item in keys.items()} for guard, keys in (limits or {}).items()},
             actions={situation: Entry(action) for situation, action in (actions or {}).items()},

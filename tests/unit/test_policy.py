@@ -197,6 +197,11 @@ class TestDigests:
         assert policy.override(limits={"spectral": {"gross_growth": 5}}).digest != policy.digest
         assert policy.override(actions={"loss_undecided": "KEEP"}).digest != policy.digest
 
+    def test_an_overridden_tier_does_not_pass_for_the_tier(self):
+        once = load_policy("balanced").override(actions={"loss_undecided": "KEEP"})
+        assert once.name == once.override(limits={"divergence": {"kl": 0.01}}).name == "balanced, overridden"
+        assert once.override(name="mine").name == "mine"
+
     def test_json_has_no_room_for_nan_so_it_is_written_out(self):
         value = {
             "a": math.nan,
