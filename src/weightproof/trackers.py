@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,10 +81,15 @@ class JsonlTracker:
 
     def _write(self, row: Mapping[str, object]) -> None:
         # Opened for each line: nothing to lose when the process dies, and no handle to forget.
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        whole: int | None = None
         try:
-            with self.path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(row, allow_nan=False) + "\n")
+            with self.path.open("ab") as handle:
+                whole = handle.tell()
+                handle.write(line)
         except OSError as error:
+            if whole is not None and self.path.is_file() and self.path.stat().st_size > whole:
+                os.truncate(self.path, whole)  # half a line would spoil the next one, too
             raise InputError(f"cannot write to the event log {self.path}: {error.strerror or error}") from error
 
     def log_event(self, event: GuardEvent) -> None:

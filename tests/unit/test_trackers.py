@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import pytest
 
@@ -80,3 +81,19 @@ def test_a_log_that_can_no_longer_be_written_is_named(tmp_path):
     (tmp_path / "events.jsonl").mkdir()
     with pytest.raises(InputError, match=r"cannot write to the event log .*events\.jsonl"):
         tracker.log_certificate(tmp_path / "certificate.json", action="KEEP", step=1)
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines(tmp_path):
+    tracker = JsonlTracker(tmp_path / "events.jsonl")
+    tracker.log_certificate(tmp_path / "certificate.json", action="KEEP", step=1)
+    before = (tmp_path / "events.jsonl").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))  # the next line fits in part
+    try:
+        with pytest.raises(InputError, match="cannot write to the event log"):
+            tracker.log_certificate(tmp_path / "certificate.json", action="KEEP", step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "events.jsonl").read_bytes() == before
+    tracker.log_certificate(tmp_path / "certificate.json", action="KEEP", step=3)
+    assert [json.loads(line)["step"] for line in (tmp_path / "events.jsonl").read_text().splitlines()] == [1, 3]
