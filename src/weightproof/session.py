@@ -487,10 +487,9 @@ class GuardSession:
             logger.error("the evidence of step %d, %s, could not be written: %s", handle.step, handle.name, error)
 
     def _write_evidence(self, handle: Step) -> None:
-        path = None
         picture, self._picture = self._picture, None
-        if self.output_dir is not None:
-            path = self.certificate().save(self.output_dir / "certificate.json")
+        # The certificate carries every step: written after each quiet window, a run would take quadratic time.
+        path = None if _is_quiet(handle) else self._save_certificate()
         event = evidence.event_of(handle)
         for tracker in self.trackers:
             tracker.log_event(event)
@@ -498,6 +497,9 @@ class GuardSession:
                 tracker.log_picture("guard/spectrum", picture, handle.step)
             if path is not None and handle.kind.name != "train":
                 tracker.log_certificate(path, action=event.action, step=handle.step)
+
+    def _save_certificate(self) -> Path | None:
+        return None if self.output_dir is None else self.certificate().save(self.output_dir / "certificate.json")
 
     def certificate(self) -> Certificate:
         """The statement over the model as it is now, with every step judged so far."""
@@ -572,13 +574,32 @@ class GuardSession:
             self.watch()
 
     def close(self) -> None:
-        """Free the last good snapshot and close the trackers; nothing can be judged afterwards."""
+        """Write what the certificate still lacks, free the last good snapshot, close the trackers.
+
+        Nothing can be judged afterwards.
+
+        Raises:
+            InputError: If the certificate cannot be written; everything is freed and closed all the same.
+        """
+        try:
+            if not self._closed and self._history and _is_quiet(self._history[-1]):
+                self._save_certificate()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         self._closed = True
         if self._last_good is not None:
             self._last_good.snapshot.discard()
             self._last_good = None
         for tracker in self.trackers:
             tracker.close()
+
+
+def _is_quiet(step: Step) -> bool:
+    """Whether a step is a window of training that was kept without a warning: the event log suffices for it."""
+    decision = step.decision
+    return step.kind.name == "train" and decision is not None and decision.action is Action.KEEP and not decision.warned
 
 
 def _parse_targets(targets: str | Iterable[str] | None) -> tuple[str, ...] | None:

@@ -458,3 +458,16 @@ class TestState:
             scale(llama, DOWN, 1000.0)
         assert_same(llama, before)
         assert not [path for path in (tmp_path / "snapshots").rglob("*") if path.is_file()]
+
+    def test_a_quiet_window_is_in_the_log_at_once_and_in_the_certificate_at_the_end(self, llama, tmp_path):
+        session = GuardSession(llama, output_dir=tmp_path)
+        session.watch()
+        with torch.no_grad():
+            for parameter in llama.parameters():
+                parameter.mul_(1.001)
+        step = session.check_window(step=5, raw_losses=[2.0])
+        assert not step.decision.warned
+        assert '"step": 5' in (tmp_path / "events.jsonl").read_text()
+        assert not (tmp_path / "certificate.json").exists()
+        session.close()
+        assert [step["step"] for step in Certificate.load(tmp_path / "certificate.json").predicate["steps"]] == [5]
