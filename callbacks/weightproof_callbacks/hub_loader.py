@@ -25,7 +25,7 @@ def resolve_model_folder(model_id: str) -> Path:
     try:
         folder = Path(snapshot_download(model_id, allow_patterns=list(PATTERNS)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        cause = " ".join(str(error).split()).split(" An error happened")[0][:160] or type(error).__name__
+        cause = " ".join(str(error).split()).split(". ")[0].split(" An error happened")[0][:160] or type(error).__name__
         raise InputError(
             f"{model_id} is no local folder and could not be fetched from the Hub: check the name and the network "
             f"({cause})"
