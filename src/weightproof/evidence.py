@@ -107,8 +107,8 @@ def _kept(measurements: tuple[Measurement, ...]) -> list[Measurement]:
 def certificate_of(session: GuardSession) -> Certificate:
     """The statement over the session's model as it is now.
 
-    The subject is the digest of the last state that the session knows; `model_matches` in the
-    predicate would be pointless, since a verifier recomputes the digest from the weights.
+    The subject is the digest of the last state that the session knows. Whether the model still has it
+    is not in the predicate: a verifier recomputes the digest from the weights.
     """
     steps = [*session.resumed_steps, *(step_json(step) for step in session.history)]
     readings, known = session.current.readings, session.baseline.readings.matrices

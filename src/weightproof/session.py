@@ -186,8 +186,8 @@ class GuardSession:
         _require_finite(baseline.readings.tensors)
         if looks_untrained(baseline.readings):
             logger.warning(
-                "the model looks untrained: every spectrum is a pure Marchenko-Pastur bulk. If it should be "
-                "trained, check that its weights were really loaded"
+                "the model looks untrained, as it should before training from scratch: every spectrum is a pure "
+                "Marchenko-Pastur bulk. If it was trained before, check that its weights were really loaded"
             )
         self._assessor.capture_outputs()
         return baseline
@@ -362,9 +362,14 @@ class GuardSession:
         if digest_of(tensors) != self.model_digest:
             return
         started = time.perf_counter()
+        try:
+            self._assessor.capture_outputs()
+        except BaselineError as error:
+            # Only a run that is monitored keeps broken weights: it is told, and judged by the last sound baseline.
+            logger.warning("the baseline stays as it was before training moved the model: %s", error)
+            return
         self._current = read_state(self.model, tensors, progress=True)
         self.baseline = replace(self.baseline, readings=self._current.readings, fits=self._current.fits)
-        self._assessor.capture_outputs()
         self.cost.baseline_seconds += time.perf_counter() - started
 
     def _stray_names(self, snapshot: Snapshot) -> frozenset[str]:
@@ -559,6 +564,8 @@ class GuardSession:
             raise BaselineError(f"no usable guard state at {path} ({error})") from error
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise BaselineError(f"{path} is no guard state that this version reads (format {STATE_FORMAT})")
+        if state.get("policy_digest") != self.policy.digest:
+            logger.warning("the run resumes under another policy (%s) than it was begun with", self.policy.name)
         saved = Baseline.load(folder)
         current = Baseline.load(Path(folder) / CURRENT_FILE) if state.get("moved") else saved
         current.require_same_model(read_tensors(self.model, {}, ()))
