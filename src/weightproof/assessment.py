@@ -320,6 +320,8 @@ class Assessor:
     def _outside_readings(self, snapshot: Snapshot, names: set[str], subject: Subject) -> list[ContractReading]:
         """The contract on changed biases, norms and buffers; those added or reshaped break the structure anyway."""
         readings: list[ContractReading] = []
+        if isinstance(subject.kind, kinds.Plain):
+            return readings
         for named in iter_tensors(self.model):
             if named.name in names & snapshot.names:
                 original = snapshot.original(named.name)

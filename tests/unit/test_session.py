@@ -376,6 +376,17 @@ class TestTrainingWindows:
         assert session.check_window(step=5, raw_losses=[2.0]).applied == "kept"
         assert sum(hashed) == sum(parameter.numel() for parameter in llama.parameters()), "buffers did not change"
 
+    def test_monitored_run_goes_on_after_weights_broke(self, llama):
+        session = GuardSession(llama)
+        session.watch()
+        scale(llama, DOWN, 1.01)
+        session.check_window(step=1, raw_losses=[2.0], on_violation="monitor")
+        scale(llama, DOWN, float("nan"))
+        broken = session.check_window(step=2, raw_losses=[2.0], on_violation="monitor")
+        assert (broken.decision.action, broken.applied) == (Action.ROLLBACK, "kept")
+        edit = session.apply(edits.RTN(8, exclude=(DOWN,)), on_violation="monitor")
+        assert edit.decision.action is Action.ROLLBACK
+
     def test_window_without_a_last_good_state_is_an_error(self, llama):
         with pytest.raises(InputError, match="watch"):
             GuardSession(llama).check_window(step=1)
@@ -446,6 +457,13 @@ class TestState:
         (tmp_path / "guard_state.json").write_text(content)
         with pytest.raises(BaselineError, match="no guard state that this version reads"):
             GuardSession(llama).load_state(tmp_path)
+
+    def test_resume_under_another_policy_is_remarked(self, llama, tmp_path, caplog):
+        GuardSession(llama).save_state(tmp_path)
+        GuardSession(llama).load_state(tmp_path)
+        assert "another policy" not in caplog.text
+        GuardSession(llama, policy="aggressive").load_state(tmp_path)
+        assert "another policy (aggressive)" in caplog.text
 
     def test_missing_state_is_named(self, llama, tmp_path):
         with pytest.raises(BaselineError, match=r"guard_state\.json"):
