@@ -65,7 +65,7 @@ TRIM_ROUNDS = 50
 # Standard deviations of the estimated noise scale by which the threshold is raised.
 SCALE_MARGIN = 2.0
 
-# A spectrum without spikes is pure bulk within this Kolmogorov-Smirnov distance, or within 6 / k: over 2500 Gaussian
+# A spectrum without spikes is pure bulk within this Kolmogorov-Smirnov distance, or within 6 / k: over 1000 Gaussian
 # matrices of ten shapes from 32 x 32 to 512 x 512 the distance times k never passed 5.2, under either null.
 PURE_BULK_DISTANCE = 0.02
 PURE_BULK_DISTANCE_TIMES_K = 6.0

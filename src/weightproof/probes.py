@@ -92,14 +92,16 @@ def read_tensor(named: NamedTensor) -> TensorReading:
             f"{named.name} holds no dense values ({tensor.device}, {tensor.layout}): load the weights into memory, "
             "as dense tensors, before they are guarded"
         )
+    num_nonfinite = count_nonfinite(tensor)
     return TensorReading(
         name=named.name,
         dtype=str(tensor.dtype).removeprefix("torch."),
         shape=tuple(tensor.shape),
         storage=type(tensor).__name__,
         is_buffer=named.is_buffer,
-        num_nonfinite=count_nonfinite(tensor),
+        num_nonfinite=num_nonfinite,
         digest=tensor_digest(tensor),
+        num_nan=int(torch.isnan(tensor).sum()) if num_nonfinite else 0,
     )
 
 

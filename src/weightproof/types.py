@@ -139,7 +139,7 @@ class BulkFit:
 
 @dataclass(frozen=True, slots=True)
 class TensorReading:
-    """Exact facts about one parameter or buffer. `num_nonfinite` counts NaN and inf."""
+    """Exact facts about one parameter or buffer. `num_nonfinite` counts NaN and inf, `num_nan` NaN alone."""
 
     name: str
     dtype: str
@@ -148,6 +148,12 @@ class TensorReading:
     is_buffer: bool
     num_nonfinite: int
     digest: str
+    num_nan: int | None = None
+
+    @property
+    def is_infinite_by_design(self) -> bool:
+        """A buffer with inf but no NaN, such as an additive attention mask."""
+        return self.is_buffer and self.num_nonfinite > 0 and self.num_nan == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,6 +262,33 @@ def test_module_without_a_guessable_input_is_never_accepted_by_weights_alone():
     assert step.decision.action is Action.ROLLBACK
 
 
+class Masked(nn.Module):
+    """A module with an additive causal mask, as many hand-written models keep it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.register_buffer("mask", torch.full((8, 8), float("-inf")).triu(1))
+
+    def forward(self, x):
+        return torch.softmax(self.mask, -1) @ self.linear(x)
+
+
+def test_mask_of_infinities_in_a_buffer_is_no_damage_until_it_changes():
+    torch.manual_seed(0)
+    model = Masked()
+    session = GuardSession(model, retain=[{"x": torch.randn(1, 8, 16)} for _ in range(4)])
+    with session.edit("noise") as step, torch.no_grad():
+        model.linear.weight.add_(torch.randn(16, 16) * 1e-7)
+    assert step.decision.action is Action.KEEP, step.decision.reason
+    with session.edit("mask") as step:
+        model.mask[0, 0] = float("-inf")
+    assert step.decision.action is Action.ROLLBACK
+    model.mask[0, 0] = float("nan")
+    with pytest.raises(BaselineError, match="mask"):
+        GuardSession(model)
+
+
 class TestBadInput:
     def test_broken_baseline_is_refused(self, llama):
         scale(llama, DOWN, float("nan"))

@@ -54,9 +54,14 @@ class Invariants:
 
 
 def _judge_finite(before: Readings, after: Readings) -> Iterator[Measurement]:
-    """Every parameter and buffer is finite, the baseline's too."""
+    """Every parameter and buffer is finite, the baseline's too; unchanged masks of -inf in a buffer are let be."""
+    masks = {
+        name
+        for name, tensor in before.tensors.items()
+        if tensor.is_infinite_by_design and name in after.tensors and after.tensors[name].digest == tensor.digest
+    }
     for name, tensor in after.tensors.items():
-        if tensor.num_nonfinite:
+        if tensor.num_nonfinite and name not in masks:
             then = before.tensors.get(name)
             reference = None if then is None else float(then.num_nonfinite)
             reason = f"NaN or infinite elements in a {'buffer' if tensor.is_buffer else 'parameter'}"
@@ -64,10 +69,10 @@ def _judge_finite(before: Readings, after: Readings) -> Iterator[Measurement]:
             yield _broken(name, "num_nonfinite", float(tensor.num_nonfinite), reference, reason)
     for name, tensor in before.tensors.items():
         now = after.tensors.get(name)
-        if tensor.num_nonfinite and not (now is not None and now.num_nonfinite):
+        if tensor.num_nonfinite and not tensor.is_infinite_by_design and not (now is not None and now.num_nonfinite):
             count = float(tensor.num_nonfinite)
             yield _broken(name, "baseline_num_nonfinite", count, count, "the baseline itself is broken")
-    total = sum(tensor.num_nonfinite for tensor in after.tensors.values())
+    total = sum(tensor.num_nonfinite for name, tensor in after.tensors.items() if name not in masks)
     yield Measurement("invariants", "model", "num_nonfinite", float(total), 0.0, None if total else 0.0)
 
 
