@@ -34,7 +34,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weightproof.errors import InputError, WeightproofError
 from weightproof.policy import Policy, load_policy
-from weightproof.session import STATE_FILE, GuardSession, Step
+from weightproof.session import STATE_FILE, GuardSession
+from weightproof.steps import Step
 from weightproof.types import Action
 from weightproof_callbacks.raw_loss import RawLossRecorder
 from weightproof_callbacks.trainer_checks import (

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from weightproof.divergence import OutputCache
-    from weightproof.session import GuardSession, Step
+    from weightproof.session import GuardSession
+    from weightproof.steps import Step
 
 NEVER_TESTED = (
     "loss and task metrics (this version has no loss guard)",

@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,11 @@ from weightproof.files import write_atomically
 from weightproof.guards.corrections import Correction, apply_correction
 from weightproof.policy import Policy, load_policy
 from weightproof.probes import State, digest_of, looks_untrained, read_state, read_tensors
-from weightproof.registry import load_plugin
 from weightproof.snapshot import Snapshot, tensor_digest, write_matrix
 from weightproof.spikes import MEMORY, is_loss_spike
-from weightproof.trackers import JsonlTracker, Tracker
-from weightproof.types import Action, Decision, EditRecord, TensorReading, Verdict
+from weightproof.steps import Cost, SafePoint, Step
+from weightproof.trackers import Tracker, open_trackers
+from weightproof.types import Action, TensorReading
 from weightproof.weights import iter_weight_matrices
 
 logger = logging.getLogger("weightproof")
@@ -48,66 +48,6 @@ STATE_FILE = "guard_state.json"
 STATE_FORMAT = "weightproof-state-v1"
 CURRENT_FILE = "guard_current.safetensors"
 ON_VIOLATION = ("rollback", "raise", "monitor")
-
-
-@dataclass
-class Cost:
-    """What guarding cost so far: seconds of wall time, bytes held beside the model."""
-
-    baseline_seconds: float = 0.0
-    check_seconds: float = 0.0
-    snapshot_seconds: float = 0.0
-    checks: int = 0
-    snapshot_bytes: int = 0
-    baseline_bytes: int = 0
-
-    @property
-    def seconds(self) -> float:
-        """Total wall time spent guarding."""
-        return self.baseline_seconds + self.check_seconds + self.snapshot_seconds
-
-
-@dataclass(frozen=True)
-class SafePoint:
-    """A state to which the model can be taken back, and the digest of what it computed there."""
-
-    snapshot: Snapshot
-    forward: str | None
-
-
-class Step:
-    """One guarded change: filled in when its block ends.
-
-    Attributes:
-        name: The edit's name.
-        step: Its number: the global step in training, else a count of edits.
-        kind: What the edit declared itself to be.
-        decision: What the policy says (`.action` KEEP, ROLLBACK or HALT); None until judged.
-        applied: What was done: "kept" or "restored".
-        record: What changed, by declaration and by measurement.
-        seconds: Wall time of measurement and judgement.
-    """
-
-    def __init__(self, name: str, step: int, kind: kinds.Kind) -> None:
-        self.name = name
-        self.step = step
-        self.kind = kind
-        self.decision: Decision | None = None
-        self.applied: str | None = None
-        self.record: EditRecord | None = None
-        self.seconds = 0.0
-        self.monitor = False
-        self.planned: dict[str, str] = {}
-
-    @property
-    def verdicts(self) -> tuple[Verdict, ...]:
-        """The verdict of each guard; empty until judged."""
-        return self.decision.verdicts if self.decision else ()
-
-    def __repr__(self) -> str:
-        """Name, number, action and what was done."""
-        action = self.decision.action if self.decision else "not judged"
-        return f"Step({self.name!r}, step={self.step}, {action}, {self.applied})"
 
 
 class GuardSession:
@@ -172,7 +112,7 @@ class GuardSession:
         self._current = State(self.baseline.readings, self.baseline.fits)
         self.cost.baseline_seconds = time.perf_counter() - started
         self.cost.baseline_bytes = evidence.baseline_bytes(self.baseline, self._assessor.cache)
-        self.trackers = self._open_trackers(trackers)
+        self.trackers = open_trackers(trackers, self.output_dir)
 
     # -- baseline ------------------------------------------------------------------------------
 
@@ -465,22 +405,6 @@ class GuardSession:
         self._assessor.prove_forward(point.forward)
 
     # -- evidence ------------------------------------------------------------------------------
-
-    def _open_trackers(self, given: Sequence[Tracker | str] | None) -> tuple[Tracker, ...]:
-        if isinstance(given, str) or not isinstance(given, (Sequence, type(None))):
-            raise InputError(f"trackers must be a list of trackers or of their names, such as ['jsonl'], not {given!r}")
-        names: Sequence[Tracker | str] = given if given is not None else (("jsonl",) if self.output_dir else ())
-        found: list[Tracker] = []
-        for tracker in names:
-            if not isinstance(tracker, str):
-                found.append(tracker)
-            elif tracker == "jsonl":
-                if self.output_dir is None:
-                    raise InputError('the "jsonl" tracker needs output_dir=')
-                found.append(JsonlTracker(self.output_dir / "events.jsonl"))
-            else:
-                found.append(load_plugin("weightproof.trackers", tracker)())
-        return tuple(found)
 
     def _publish(self, handle: Step) -> None:
         """Record a judged step: history, then the certificate file, then the trackers."""

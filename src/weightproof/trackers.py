@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from typing import Protocol
 from weightproof.errors import InputError
 from weightproof.files import write_atomically
 from weightproof.jsonable import to_jsonable
+from weightproof.registry import load_plugin
 from weightproof.types import Measurement, Outcome, Verdict
 
 _SEVERITY = {Outcome.FAIL: 3, Outcome.NOT_MEASURED: 2, Outcome.WARN: 1, Outcome.PASS: 0}
@@ -108,6 +109,28 @@ class JsonlTracker:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def open_trackers(given: Sequence[Tracker | str] | None, output_dir: Path | None) -> tuple[Tracker, ...]:
+    """Trackers as given, those named being made; None means the JSONL log where there is a folder for it.
+
+    Raises:
+        InputError: If `given` is no list, a name is unknown, or "jsonl" has no folder.
+    """
+    if isinstance(given, str) or not isinstance(given, (Sequence, type(None))):
+        raise InputError(f"trackers must be a list of trackers or of their names, such as ['jsonl'], not {given!r}")
+    names: Sequence[Tracker | str] = given if given is not None else (("jsonl",) if output_dir else ())
+    found: list[Tracker] = []
+    for tracker in names:
+        if not isinstance(tracker, str):
+            found.append(tracker)
+        elif tracker == "jsonl":
+            if output_dir is None:
+                raise InputError('the "jsonl" tracker needs output_dir=')
+            found.append(JsonlTracker(output_dir / "events.jsonl"))
+        else:
+            found.append(load_plugin("weightproof.trackers", tracker)())
+    return tuple(found)
 
 
 def severity(measurement: Measurement) -> tuple[int, float]:

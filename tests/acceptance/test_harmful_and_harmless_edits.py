@@ -19,7 +19,7 @@ from weight_edits import HARMFUL, NOT_ADMITTED, Edit, apply_edit, harmless_edits
 
 from weightproof import Action, GuardSession, Outcome
 from weightproof.edits.rtn import RTN
-from weightproof.session import Step
+from weightproof.steps import Step
 
 HARM = 0.02
 CASES = [

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from weightproof.session import Cost, Step
+from weightproof.steps import Cost, Step
 from weightproof.trackers import worst_measurements
 from weightproof.types import Measurement, Outcome
 

@@ -19,8 +19,8 @@ from weightproof.edits import RTN
 from weightproof.marchenko_pastur import fit_bulk
 from weightproof.plots import Candidate, decision_png
 from weightproof.probes import digest_of, read_tensors
-from weightproof.session import Cost, Step
 from weightproof.snapshot import write_matrix
+from weightproof.steps import Cost, Step
 from weightproof.types import BulkFit
 from weightproof.weights import iter_checkpoint_matrices, iter_weight_matrices
 from weightproof_callbacks.commands import corpus, demo_report, small_model

@@ -1,0 +1,69 @@
+"""The nouns of a guarded change: the step, the state it can be taken back to, and what guarding cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weightproof.kinds import Kind
+from weightproof.snapshot import Snapshot
+from weightproof.types import Decision, EditRecord, Verdict
+
+
+@dataclass
+class Cost:
+    """What guarding cost so far: seconds of wall time, bytes held beside the model."""
+
+    baseline_seconds: float = 0.0
+    check_seconds: float = 0.0
+    snapshot_seconds: float = 0.0
+    checks: int = 0
+    snapshot_bytes: int = 0
+    baseline_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Total wall time spent guarding."""
+        return self.baseline_seconds + self.check_seconds + self.snapshot_seconds
+
+
+@dataclass(frozen=True)
+class SafePoint:
+    """A state to which the model can be taken back, and the digest of what it computed there."""
+
+    snapshot: Snapshot
+    forward: str | None
+
+
+class Step:
+    """One guarded change: filled in when its block ends.
+
+    Attributes:
+        name: The edit's name.
+        step: Its number: the global step in training, else a count of edits.
+        kind: What the edit declared itself to be.
+        decision: What the policy says (`.action` KEEP, ROLLBACK or HALT); None until judged.
+        applied: What was done: "kept" or "restored".
+        record: What changed, by declaration and by measurement.
+        seconds: Wall time of measurement and judgement.
+    """
+
+    def __init__(self, name: str, step: int, kind: Kind) -> None:
+        self.name = name
+        self.step = step
+        self.kind = kind
+        self.decision: Decision | None = None
+        self.applied: str | None = None
+        self.record: EditRecord | None = None
+        self.seconds = 0.0
+        self.monitor = False
+        self.planned: dict[str, str] = {}
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """The verdict of each guard; empty until judged."""
+        return self.decision.verdicts if self.decision else ()
+
+    def __repr__(self) -> str:
+        """Name, number, action and what was done."""
+        action = self.decision.action if self.decision else "not judged"
+        return f"Step({self.name!r}, step={self.step}, {action}, {self.applied})"
