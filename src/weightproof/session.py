@@ -117,6 +117,7 @@ class GuardSession:
     # -- baseline ------------------------------------------------------------------------------
 
     def _capture_baseline(self, given: Baseline | Path | str | None) -> Baseline:
+        self._assessor.forward_digest()  # settles buffers that a forward pass rewrites, before they are read
         if given is not None:
             baseline = given if isinstance(given, Baseline) else Baseline.load(given)
             baseline.require_same_model(read_tensors(self.model, {}, ()))
@@ -285,8 +286,10 @@ class GuardSession:
 
     def _safe_point(self) -> SafePoint:
         started = time.perf_counter()
+        # The forward pass comes first: some models rewrite a buffer in it (rotary tables that follow the length).
+        forward = self._assessor.forward_digest()
         snapshot = Snapshot.capture(self.model, self.snapshot_dir)
-        point = SafePoint(snapshot, self._assessor.forward_digest())
+        point = SafePoint(snapshot, forward)
         self.cost.snapshot_seconds += time.perf_counter() - started
         self.cost.snapshot_bytes = max(self.cost.snapshot_bytes, snapshot.nbytes)
         return point

@@ -289,6 +289,31 @@ def test_mask_of_infinities_in_a_buffer_is_no_damage_until_it_changes():
         GuardSession(model)
 
 
+LONG_FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic"}, {"rope_type": "longrope", **LONG_FACTORS}], ids=str)
+def test_forward_pass_that_rewrites_a_rotary_table_does_not_spoil_a_restore(rope):
+    torch.manual_seed(0)
+    model = build("llama", rope_parameters={"rope_theta": 1e4, "factor": 2.0, **rope})
+    session = GuardSession(model)
+    model(input_ids=torch.randint(3, 60, (1, 100)))  # longer than the table: rewrites its buffer
+    with session.edit("x1000") as step:
+        scale(model, "lm_head.weight", 1000.0)
+        model(input_ids=torch.randint(3, 60, (1, 100)))
+    assert (step.decision.action, step.applied) == (Action.ROLLBACK, "restored")
+
+
+def test_rotary_table_that_follows_the_length_is_no_change_of_weights():
+    torch.manual_seed(0)
+    model = build("llama", rope_parameters={"rope_theta": 1e4, "factor": 2.0, "rope_type": "longrope", **LONG_FACTORS})
+    session = GuardSession(model)
+    model(input_ids=torch.randint(3, 60, (1, 100)))
+    step = session.apply(edits.RTN(8))
+    assert step.decision.action is Action.KEEP, step.decision.reason
+    assert step.record.stray_names == ()
+
+
 class TestBadInput:
     def test_broken_baseline_is_refused(self, llama):
         scale(llama, DOWN, float("nan"))
