@@ -89,10 +89,8 @@ class GuardSession:
             raise InputError(f"GuardSession guards a torch.nn.Module, not {type(model).__name__}")
         if target is not None:
             raise InputError("target= needs the loss guard, which this version does not have; pass retain= only")
-        if accelerator is not None and accelerator.num_processes > 1:
-            raise InputError(
-                f"this version guards one process, not {accelerator.num_processes}: ranks are not compared yet"
-            )
+        if (world_size := _world_size(accelerator)) > 1:
+            raise InputError(f"this version guards one process, not {world_size}: ranks are not compared yet")
         self.model = model
         self.policy = load_policy(policy)
         self.output_dir = Path(output_dir) if output_dir is not None else None
@@ -528,6 +526,13 @@ class GuardSession:
             self._last_good = None
         for tracker in self.trackers:
             tracker.close()
+
+
+def _world_size(accelerator: Any) -> int:
+    """Processes of this run, whoever launched them."""
+    distributed = torch.distributed
+    launched = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return max(launched, 1 if accelerator is None else accelerator.num_processes)
 
 
 def _is_quiet(step: Step) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -327,6 +328,14 @@ class TestBadInput:
     def test_target_needs_the_loss_guard(self, llama):
         with pytest.raises(InputError, match="target"):
             GuardSession(llama, target=[{"input_ids": [1, 2, 3]}])
+
+    def test_several_processes_are_refused_with_and_without_an_accelerator(self, llama, monkeypatch):
+        with pytest.raises(InputError, match="one process, not 4"):
+            GuardSession(llama, accelerator=SimpleNamespace(num_processes=4))
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(InputError, match="one process, not 2"):
+            GuardSession(llama)
 
     def test_unknown_tier(self, llama):
         with pytest.raises(InputError, match="balanced"):
