@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import math
 
-import pytest
 from tests.support.wandb_records import read_offline_run
 from tests.trainer.markov import Fault, fill, trainer_for
 
 from weightproof.edits import RTN
 from weightproof_callbacks.trainer import GuardCallback
 from weightproof_callbacks.wandb_tracker import STEP_METRIC, TABLE_COLUMNS
-
-
-@pytest.fixture
-def wandb(monkeypatch, tmp_path):
-    import wandb
-
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
-        monkeypatch.setenv(name, value)
-    wandb.teardown()  # W&B reads its environment once a process: an earlier test's folder would be used
-    yield wandb
-    if wandb.run is not None:
-        wandb.finish()
-    wandb.teardown()
 
 
 def decisions(guard):

@@ -41,19 +41,6 @@ def png() -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture
-def wandb(monkeypatch, tmp_path):
-    import wandb
-
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
-        monkeypatch.setenv(name, value)
-    wandb.teardown()  # W&B reads its environment once a process: an earlier test's folder would be used
-    yield wandb
-    if wandb.run is not None:
-        wandb.finish()
-    wandb.teardown()
-
-
 def test_offline_run_holds_rows_axis_table_picture_alert_and_artifact(wandb, tmp_path):
     certificate = tmp_path / "certificate.json"
     certificate.write_text("{}")
