@@ -26,7 +26,7 @@ from weightproof.divergence import (
 from weightproof.errors import InputError, RestoreError
 from weightproof.guards.corrections import Correction, corrections
 from weightproof.guards.limits import for_family
-from weightproof.policy import Policy, decide, decision_digest
+from weightproof.policy import Policy, decide, with_digests
 from weightproof.probes import ChangeScope, State, read_change, relative_delta
 from weightproof.registry import load_plugin, plugins
 from weightproof.snapshot import Snapshot, tensor_digest
@@ -238,7 +238,7 @@ class Assessor:
     def halted(self, decision: Decision, reason: str) -> Decision:
         """The decision after a restore that could not be proven."""
         halted = replace(decision, action=Action.HALT, situation="restore_not_proven", reason=reason)
-        return replace(halted, digest=decision_digest(halted))
+        return with_digests(halted)
 
     def _located(self, readings: Readings) -> Readings:
         if self.cache is None:

@@ -81,6 +81,8 @@ def step_json(step: Step) -> dict[str, Any]:
         "monitor": step.monitor,
         "assurance": str(decision.assurance),
         "decision_digest": decision.digest,
+        "evidence_digest": decision.evidence_digest,
+        "world_size": decision.world_size,
         "seconds": round(step.seconds, 4),
         "record": to_jsonable(step.record),
         "verdicts": [

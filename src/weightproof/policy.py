@@ -236,16 +236,50 @@ def decide(  # noqa: PLR0913 - keyword-only fields of the Decision it makes
         world_size=world_size,
         policy_digest=policy.digest,
     )
-    return dataclasses.replace(decision, digest=decision_digest(decision))
+    return with_digests(decision)
+
+
+def with_digests(decision: Decision) -> Decision:
+    """The decision with both of its digests filled in."""
+    return dataclasses.replace(decision, digest=decision_digest(decision), evidence_digest=evidence_digest(decision))
 
 
 def decision_digest(decision: Decision) -> str:
-    """Lower-case hex sha256 of the RFC 8785 JSON of all fields but the digest itself."""
-    return json_digest({**_fields(decision), "digest": ""})
+    """SHA-256 (hex) of the RFC 8785 JSON of what was decided.
+
+    Covered: action, situation, warning, assurance, step, policy, and of every verdict and measurement the target,
+    the statistic and the outcome. Not covered: numbers, which differ in their last bits with the number of
+    processes that summed them, the sentences that quote them, and that number itself.
+    """
+    decided = ("action", "situation", "warned", "assurance", "step", "policy_digest")
+    verdicts = [
+        {
+            "guard": verdict.guard,
+            "outcome": verdict.outcome,
+            "measured": [verdict.num_measured, verdict.num_eligible],
+            "measurements": [_without_numbers(item) for item in verdict.measurements],
+        }
+        for verdict in decision.verdicts
+    ]
+    reported = [_without_numbers(item) for item in decision.reported]
+    return json_digest({**{k: getattr(decision, k) for k in decided}, "verdicts": verdicts, "reported": reported})
 
 
-def _fields(decision: Decision) -> dict[str, object]:
-    return {item.name: cast("object", getattr(decision, item.name)) for item in dataclasses.fields(decision)}
+def evidence_digest(decision: Decision) -> str:
+    """SHA-256 (hex) of the RFC 8785 JSON of every field of a decision but its two digests."""
+    fields = {item.name: cast("object", getattr(decision, item.name)) for item in dataclasses.fields(decision)}
+    return json_digest({name: value for name, value in fields.items() if name not in ("digest", "evidence_digest")})
+
+
+def _without_numbers(item: Measurement) -> list[str]:
+    return [
+        item.guard,
+        item.target,
+        item.statistic,
+        item.family,
+        item.outcome,
+        "" if item.value is None else "measured",
+    ]
 
 
 def _tier_of(guard: str) -> str:
@@ -260,4 +294,13 @@ def _assurance(evidence: Evidence) -> Assurance:
     return Assurance.WEIGHTS_ONLY if evidence.has_weights else Assurance.NONE
 
 
-__all__ = ["TIERS", "USER", "Policy", "decide", "decision_digest", "load_policy"]
+__all__ = [
+    "TIERS",
+    "USER",
+    "Policy",
+    "decide",
+    "decision_digest",
+    "evidence_digest",
+    "load_policy",
+    "with_digests",
+]

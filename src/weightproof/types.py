@@ -139,7 +139,11 @@ class BulkFit:
 
 @dataclass(frozen=True, slots=True)
 class TensorReading:
-    """Exact facts about one parameter or buffer. `num_nonfinite` counts NaN and inf, `num_nan` NaN alone."""
+    """Exact facts about one parameter or buffer. `num_nonfinite` counts NaN and inf, `num_nan` NaN alone.
+
+    Of a tensor that every process holds whole, the facts are those of the lowest rank where it is not finite,
+    else of rank 0; `differing_ranks` are the ranks whose copy is not that of rank 0 bit for bit.
+    """
 
     name: str
     dtype: str
@@ -149,6 +153,7 @@ class TensorReading:
     num_nonfinite: int
     digest: str
     num_nan: int | None = None
+    differing_ranks: tuple[int, ...] = ()
 
     @property
     def is_infinite_by_design(self) -> bool:
@@ -340,7 +345,11 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One action for one change, with everything it rests on. `digest` covers all other fields."""
+    """One action for one change, with everything it rests on.
+
+    `digest` covers what was decided: action, situation, assurance, step, policy, and the outcome of every
+    measurement; one process and many give the same. `evidence_digest` covers every field to the last bit.
+    """
 
     action: Action
     situation: str
@@ -353,3 +362,4 @@ class Decision:
     world_size: int
     policy_digest: str
     digest: str = ""
+    evidence_digest: str = ""

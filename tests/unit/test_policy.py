@@ -15,7 +15,7 @@ from weightproof.guards.rmt import RMT
 from weightproof.guards.spectral import Spectral
 from weightproof.guards.variance import Variance
 from weightproof.jsonable import canonical_json, json_digest, to_jsonable
-from weightproof.policy import TIERS, Policy, decide, decision_digest, load_policy
+from weightproof.policy import TIERS, Policy, decide, decision_digest, evidence_digest, load_policy
 from weightproof.situations import SITUATIONS
 from weightproof.types import Action, Assurance, Measurement, Outcome, Verdict
 
@@ -180,15 +180,28 @@ def test_verdict_of_an_unregistered_guard_is_an_error():
 
 
 class TestDigests:
-    def test_decision_digest_covers_everything_else(self):
+    def test_decision_digest_covers_what_was_decided_and_no_numbers(self):
         value = Measurement("rmt", "m", "s", math.nan, -math.inf, None)
         verdicts = [Verdict("invariants", Outcome.PASS, (value,), "fine", 1, 1)]
         policy = load_policy("balanced")
         one = decide(policy, verdicts, kind="unknown", step=3, world_size=2)
-        assert one.digest == decide(policy, verdicts, kind="unknown", step=3, world_size=2).digest
-        assert one.digest == decision_digest(one)
-        for changes in ({"step": 4}, {"world_size": 1}, {"reason": "other"}, {"reported": (value,)}):
+        assert one.digest == decide(policy, verdicts, kind="unknown", step=3).digest == decision_digest(one)
+        for changes in ({"step": 4}, {"warned": True}, {"reported": (value,)}, {"action": Action.HALT}):
             assert decision_digest(replace(one, **changes)) != one.digest
+        other = replace(value, value=1.0, reason="another last digit")
+        moved = [Verdict("invariants", Outcome.PASS, (other,), "fine, nearly", 1, 1)]
+        assert decide(policy, moved, kind="unknown", step=3).digest == one.digest
+        failed = [Verdict("invariants", Outcome.PASS, (replace(value, outcome=Outcome.FAIL),), "fine", 1, 1)]
+        assert decision_digest(replace(one, verdicts=tuple(failed))) != one.digest
+
+    def test_evidence_digest_covers_everything_but_the_digests(self):
+        value = Measurement("rmt", "m", "s", math.nan, -math.inf, None)
+        verdicts = [Verdict("invariants", Outcome.PASS, (value,), "fine", 1, 1)]
+        one = decide(load_policy("balanced"), verdicts, kind="unknown", step=3, world_size=2)
+        assert one.evidence_digest == evidence_digest(one) == evidence_digest(replace(one, digest="x"))
+        moved = replace(verdicts[0], measurements=(replace(value, value=1.0),))
+        for changes in ({"step": 4}, {"world_size": 1}, {"reason": "other"}, {"verdicts": (moved,)}):
+            assert evidence_digest(replace(one, **changes)) != one.evidence_digest
 
     def test_policy_digest_covers_limits_actions_and_sources(self):
         policy = load_policy("balanced")

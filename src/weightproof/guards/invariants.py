@@ -5,6 +5,7 @@ No number here is a tuned limit: each is exact. In the order in which they are r
 - the edit happened: nothing changed although a kind or targets were declared is FAIL;
 - structure: a missing or added tensor, a changed shape or embedding size, a broken tie is FAIL; a
   changed dtype, storage or module class is FAIL where the declared kind forbids it, else WARN;
+- replicas: a tensor of which two processes hold different copies is FAIL, and names tensor and ranks;
 - finiteness of every parameter and buffer, and of the raw losses of a window of training;
 - scope: a changed tensor that no declared target covers is FAIL;
 - contract: a breach of a rigorous bound is FAIL, of a typical size WARN, an unmeasured one WARN.
@@ -44,6 +45,7 @@ class Invariants:
         both = sum(name in before.tensors and name in after.tensors for name in names)
         measurements = [
             *_judge_finite(before, after),
+            *_judge_replicas(before, after),
             *_judge_losses(after),
             *judge_structure(before, after),
             *_judge_edit(before, after),
@@ -74,6 +76,21 @@ def _judge_finite(before: Readings, after: Readings) -> Iterator[Measurement]:
             yield _broken(name, "baseline_num_nonfinite", count, count, "the baseline itself is broken")
     total = sum(tensor.num_nonfinite for name, tensor in after.tensors.items() if name not in masks)
     yield Measurement("invariants", "model", "num_nonfinite", float(total), 0.0, None if total else 0.0)
+
+
+def _judge_replicas(before: Readings, after: Readings) -> Iterator[Measurement]:
+    """Processes that hold a tensor whole hold the same bits; buffers that differed at baseline are reported."""
+    for name, tensor in after.tensors.items():
+        if not tensor.differing_ranks:
+            continue
+        ranks = ", ".join(map(str, tensor.differing_ranks))
+        then = before.tensors.get(name)
+        count = float(len(tensor.differing_ranks))
+        if tensor.is_buffer and then is not None and then.differing_ranks:
+            reason = f"this buffer differed at baseline already (rank {ranks})"
+            yield Measurement("invariants", name, "differing_replicas", count, None, None, reason=reason)
+        else:
+            yield _broken(name, "differing_replicas", count, 0.0, f"the copy of rank {ranks} is not that of rank 0")
 
 
 def _judge_losses(after: Readings) -> Iterator[Measurement]:
