@@ -113,17 +113,22 @@ class WandbTracker:
         self._warned = True
 
 
-def _log_event(run: Any, event: GuardEvent) -> None:
-    import wandb
-
-    row: dict[str, Any] = {
+def event_row(event: GuardEvent) -> dict[str, float]:
+    """The finite numbers of one judged change, by their logged names."""
+    return {
         **event.rows,
         "guard/decision/keep": int(event.action == Action.KEEP),
         "guard/decision/restored": int(event.applied == "restored"),
         "guard/decision/warned": int(event.warned),
         "guard/seconds": event.seconds,
-        **_axis(event.step),
+        "guard/step": event.step,
     }
+
+
+def _log_event(run: Any, event: GuardEvent) -> None:
+    import wandb
+
+    row: dict[str, Any] = {**event_row(event), STEP_METRIC: event.step}
     if needs_table(event):
         row["guard/worst"] = wandb.Table(columns=list(TABLE_COLUMNS), data=table_rows(event), allow_mixed_types=True)
     run.log(row)

@@ -6,13 +6,14 @@ tracker that fails may warn but never changes a verdict.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from weightproof.errors import InputError
 from weightproof.files import write_atomically
@@ -111,11 +112,19 @@ class JsonlTracker:
         """Nothing is held open."""
 
 
-def open_trackers(given: Sequence[Tracker | str] | None, output_dir: Path | None) -> tuple[Tracker, ...]:
+def open_trackers(
+    given: Sequence[Tracker | str] | None, output_dir: Path | None, accelerator: Any = None
+) -> tuple[Tracker, ...]:
     """Trackers as given, those named being made; None means the JSONL log where there is a folder for it.
 
+    Args:
+        given: Trackers or their registered names.
+        output_dir: Folder of the JSONL log.
+        accelerator: `accelerate.Accelerator` of the run, for trackers that write through it.
+
     Raises:
-        InputError: If `given` is no list, a name is unknown, or "jsonl" has no folder.
+        InputError: If `given` is no list, a name is unknown, "jsonl" has no folder, or a tracker that writes
+            through an `Accelerator` gets none.
     """
     if isinstance(given, str) or not isinstance(given, (Sequence, type(None))):
         raise InputError(f"trackers must be a list of trackers or of their names, such as ['jsonl'], not {given!r}")
@@ -129,8 +138,19 @@ def open_trackers(given: Sequence[Tracker | str] | None, output_dir: Path | None
                 raise InputError('the "jsonl" tracker needs output_dir=')
             found.append(JsonlTracker(output_dir / "events.jsonl"))
         else:
-            found.append(load_plugin("weightproof.trackers", tracker)())
+            found.append(_make(tracker, accelerator))
     return tuple(found)
+
+
+def _make(name: str, accelerator: Any) -> Tracker:
+    """The tracker registered under `name`, given the accelerator if its constructor asks for one."""
+    factory = load_plugin("weightproof.trackers", name)
+    asked = inspect.signature(factory).parameters.get("accelerator")
+    if asked is None:
+        return factory()
+    if accelerator is None and asked.default is inspect.Parameter.empty:
+        raise InputError(f"the {name!r} tracker writes through an Accelerator: pass GuardSession(..., accelerator=accelerator)")
+    return factory(accelerator=accelerator)
 
 
 def severity(measurement: Measurement) -> tuple[int, float]:
