@@ -149,7 +149,7 @@ def _make(name: str, accelerator: Any) -> Tracker:
     if asked is None:
         return factory()
     if accelerator is None and asked.default is inspect.Parameter.empty:
-        raise InputError(f"the {name!r} tracker writes through an Accelerator: pass GuardSession(..., accelerator=accelerator)")
+        raise InputError(f"the tracker {name!r} writes through an Accelerator: pass GuardSession(..., accelerator=...)")
     return factory(accelerator=accelerator)
 
 
