@@ -30,3 +30,21 @@ class RestoreError(WeightproofError):
 
 class EditRejectedError(WeightproofError):
     """Raised on request (`on_violation="raise"`) after a rejected edit was rolled back."""
+
+
+class CollectiveError(WeightproofError):
+    """The ranks of a run could not do something together; every rank that still runs gets this error.
+
+    Attributes:
+        operation: what the ranks were about to do or doing.
+        ranks: the ranks at fault (failed, missing, silent); empty where that cannot be told.
+        timed_out: whether the ranks at fault did not come within the time limit.
+    """
+
+    def __init__(
+        self, message: str, *, operation: str = "", ranks: tuple[int, ...] = (), timed_out: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.operation = operation
+        self.ranks = ranks
+        self.timed_out = timed_out

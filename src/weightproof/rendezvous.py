@@ -1,0 +1,299 @@
+"""How the ranks of a run agree that all of them are at the same operation before any payload moves.
+
+A collective that one rank never enters hangs the others, and a rank that leaves a sequence of
+collectives early lets the others receive the wrong payload. So every operation has a number, and the
+ranks first meet in torch.distributed's key-value store. Keys, under a prefix of our own:
+
+    at/<rank>         [number, operation, note, done]: where this rank was last seen
+    <number>/count    how many ranks have come
+    <number>/outcome  written exactly once, by compare_set: "ok" with the notes of all ranks (by the
+                      last rank to come), or a failure (by a rank that failed, or that waited too long)
+
+The outcome in the store is the only truth: who writes one reads what the store then holds. A rank
+whose own work failed writes the failure as the outcome of its next number; the others find it at
+whatever operation they come to next, under the same number, so that all stay in step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from weightproof import errors
+from weightproof.errors import CollectiveError, WeightproofError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+# Polls cost the host of the store about 60 us each: often at first, then about twenty a second.
+POLL_SHARE = 0.1
+LONGEST_POLL_SECONDS = 0.05
+
+# After a broken payload: how long to wait for signs of life before the silent ranks are named.
+SIGNS_OF_LIFE_SECONDS = 5.0
+
+LONGEST_MESSAGE = 2000
+
+_TOLD = "_weightproof_told"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an operation failed, as every rank reads it; `lost`: the ranks can do nothing together any more."""
+
+    operation: str
+    ranks: tuple[int, ...]
+    message: str
+    kind: str = CollectiveError.__name__
+    timed_out: bool = False
+    lost: bool = False
+
+    @classmethod
+    def of(cls, operation: str, rank: int, error: BaseException, *, lost: bool = False) -> Failure:
+        """What the other ranks are told of an error of this rank."""
+        text = str(error)[:LONGEST_MESSAGE]
+        if isinstance(error, WeightproofError):
+            kind = next(base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
+            return cls(operation, (rank,), f"rank {rank}: {text}", kind, lost=lost)
+        return cls(operation, (rank,), f"rank {rank} failed in {operation}: {type(error).__name__}: {text}", lost=lost)
+
+    def error(self) -> WeightproofError:
+        """A fresh exception: of the class that the rank at fault raised if it is one of weightproof's."""
+        kind = getattr(errors, self.kind)
+        if not issubclass(kind, CollectiveError):
+            return kind(self.message)
+        return kind(self.message, operation=self.operation, ranks=self.ranks, timed_out=self.timed_out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a rank was last seen; `done`: it has its payload of that number and went on."""
+
+    number: int
+    operation: str
+    note: str = ""
+    done: bool = False
+
+    def passed(self, number: int) -> bool:
+        """Whether the rank is through the operation before `number`."""
+        return self.number >= number or (self.number == number - 1 and self.done)
+
+
+_Outcome = Failure | list[str]
+
+
+def _encoded(outcome: _Outcome) -> str:
+    return json.dumps(asdict(outcome) if isinstance(outcome, Failure) else outcome)
+
+
+def _decoded(text: bytes) -> _Outcome:
+    held = json.loads(text)
+    return held if isinstance(held, list) else Failure(**{**held, "ranks": tuple(held["ranks"])})
+
+
+def named(ranks: tuple[int, ...]) -> str:
+    """For error messages: "rank 1", or "ranks 1, 2"."""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+class Rendezvous:
+    """The meetings of one rank with all others. Not for use by several threads of a process.
+
+    Args:
+        store: a key-value store of torch.distributed that all ranks share, with a prefix of its own.
+        rank: this process.
+        size: how many processes meet.
+        timeout: seconds that a rank waits for the others.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        self.rank = rank
+        self.size = size
+        self.timeout = timeout
+        self.lost: Failure | None = None
+        self._store = store
+        self._number = 0
+        self._kept_keys: list[str] = []
+
+    def meet(self, operation: str, note: str = "") -> list[str]:
+        """Come to `operation`; return when all ranks have come, with every rank's note, by rank.
+
+        Raises:
+            CollectiveError: another rank failed, is missing, or came to another operation.
+            WeightproofError: the class that another rank raised.
+        """
+        self.raise_if_lost()
+        try:
+            with self._store_answers(operation):
+                outcome = self._come(operation, note)
+        except BaseException as error:
+            self.tell(operation, error)
+            raise
+        if isinstance(outcome, Failure):
+            raise self._shared(outcome)
+        return outcome
+
+    def finished(self, operation: str) -> None:
+        """Leave word that this rank has its payload of the last meeting."""
+        with self._store_answers(operation):
+            self._leave_word(_Place(self._number - 1, operation, done=True))
+
+    def tell(self, operation: str, error: BaseException, *, lost: bool = False) -> None:
+        """Make an error of this rank the outcome of its next number, unless every rank has it already.
+
+        Never raises because of the store: the caller is about to raise `error`, which matters more.
+        """
+        if self.lost is not None or vars(error).get(_TOLD) == (id(self), self._number):
+            return
+        failure = Failure.of(operation, self.rank, error, lost=lost)
+        try:
+            # This rank may have been interrupted in a meeting that took place all the same: then it
+            # is the next number that the others have yet to come to.
+            while not isinstance(held := self._post(operation, failure), Failure):
+                self._number += 1
+        except RuntimeError as broken:
+            self.lost = _store_failure(operation, broken)
+        else:
+            self._number += 1
+            self.lost = held if held.lost else None
+        self._mark(error)
+
+    def lose(self, operation: str, cause: BaseException) -> WeightproofError:
+        """The error for a payload that broke after all ranks had come: who gives no sign of life?"""
+        number = self._number
+        deadline = time.monotonic() + min(self.timeout, SIGNS_OF_LIFE_SECONDS)
+        with self._store_answers(operation):
+            self._leave_word(_Place(number, operation))
+            self._poll(lambda: self._decided(number) or not self._silent(number), deadline)
+            silent = self._silent(number)
+            who = f"no sign of life from {named(silent)}" if silent else "all ranks still answer"
+            message = f"{operation}: the connection between ranks broke ({who}): {str(cause)[:LONGEST_MESSAGE]}"
+            held = self._decide(number, Failure(operation, silent, message, lost=True))
+        self._number += 1
+        return self._shared(held if isinstance(held, Failure) else Failure(operation, silent, message, lost=True))
+
+    def shared(self, failure: Failure) -> WeightproofError:
+        """The error for a failure that every rank sees by itself right after a meeting."""
+        return self._shared(failure)
+
+    def raise_if_lost(self) -> None:
+        """Raise at once what ended the meetings, if something did."""
+        if self.lost is not None:
+            raise self._shared(self.lost)
+
+    def _come(self, operation: str, note: str) -> _Outcome:
+        number = self._number
+        self._leave_word(_Place(number, operation, note))
+        if self._store.add(f"{number}/count", 1) == self.size:
+            outcome = self._decide(number, self._verdict(operation))
+        else:
+            if not self._poll(lambda: self._decided(number), time.monotonic() + self.timeout):
+                self._decide(number, self._overdue(number, operation))
+            outcome = _decoded(self._store.get(f"{number}/outcome"))
+        self._number = number + 1
+        self._clean_up(number, outcome)
+        return outcome
+
+    def _verdict(self, operation: str) -> _Outcome:
+        """The outcome when all ranks have come: the notes, or that they came to different operations."""
+        places = [_Place(*json.loads(text)) for text in self._store.multi_get([f"at/{r}" for r in range(self.size)])]
+        if all(place.operation == operation for place in places):
+            return [place.note for place in places]
+        at = "; ".join(f"rank {rank} at '{place.operation}'" for rank, place in enumerate(places))
+        others = tuple(rank for rank, place in enumerate(places) if place.operation != places[0].operation)
+        message = f"the ranks are at different operations ({at}); every rank must make the same calls in the same order"
+        return Failure(places[0].operation, others, message)
+
+    def _overdue(self, number: int, operation: str) -> Failure:
+        places = self._places()
+        missing = tuple(rank for rank, place in places.items() if place is None or place.number < number)
+        if not missing:
+            message = f"{operation}: all ranks came, but one ended before it could say so"
+            return Failure(operation, (), message, timed_out=True, lost=True)
+        seen = "; ".join(
+            f"rank {rank} was last seen at '{place.operation}'" if place else f"rank {rank} was never seen"
+            for rank in missing
+            for place in [places[rank]]
+        )
+        message = (
+            f"{named(missing)} did not come to '{operation}' within {self.timeout:g} s ({seen}). Look at the "
+            "log of that rank; if it is only slow, raise the timeout"
+        )
+        return Failure(operation, missing, message, timed_out=True, lost=True)
+
+    def _places(self) -> dict[int, _Place | None]:
+        keys = {rank: f"at/{rank}" for rank in range(self.size)}
+        return {
+            rank: _Place(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+            for rank, key in keys.items()
+        }
+
+    def _silent(self, number: int) -> tuple[int, ...]:
+        return tuple(r for r, place in self._places().items() if place is None or not place.passed(number))
+
+    def _leave_word(self, place: _Place) -> None:
+        self._store.set(f"at/{self.rank}", json.dumps([place.number, place.operation, place.note, place.done]))
+
+    def _decided(self, number: int) -> bool:
+        return self._store.check([f"{number}/outcome"])
+
+    def _decide(self, number: int, outcome: _Outcome) -> _Outcome:
+        return _decoded(self._store.compare_set(f"{number}/outcome", "", _encoded(outcome)))
+
+    def _post(self, operation: str, failure: Failure) -> _Outcome:
+        self._leave_word(_Place(self._number, operation))
+        return self._decide(self._number, failure)
+
+    def _poll(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Whether `condition` came true in time.
+
+        A blocking wait of the store would not let Ctrl-C through and warns on stderr when it ends.
+        """
+        started = time.monotonic()
+        while not condition():
+            now = time.monotonic()
+            if now > deadline:
+                return False
+            time.sleep(min(POLL_SHARE * (now - started), LONGEST_POLL_SECONDS, max(deadline - now, 0)))
+        return True
+
+    def _clean_up(self, number: int, outcome: _Outcome) -> None:
+        """Forget older meetings once all ranks have come to a later one: only then has each read them."""
+        if self.rank != 0:
+            return
+        if not isinstance(outcome, Failure):
+            for key in self._kept_keys:
+                self._store.delete_key(key)
+            self._kept_keys.clear()
+        self._kept_keys += [f"{number}/count", f"{number}/outcome"]
+
+    @contextmanager
+    def _store_answers(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+            raise self._shared(_store_failure(operation, error)) from error
+
+    def _shared(self, failure: Failure) -> WeightproofError:
+        if failure.lost:
+            self.lost = failure
+        error = failure.error()
+        self._mark(error)
+        return error
+
+    def _mark(self, error: BaseException) -> None:
+        """Remember that all ranks have this error, until the next meeting."""
+        vars(error)[_TOLD] = (id(self), self._number)
+
+
+def _store_failure(operation: str, error: RuntimeError) -> Failure:
+    launcher = dist.is_torchelastic_launched()
+    host = "the launcher" if launcher else "rank 0"
+    message = f"{operation}: the store of torch.distributed does not answer; {host}, which hosts it, has probably ended"
+    return Failure(operation, () if launcher else (0,), f"{message} ({str(error)[:LONGEST_MESSAGE]})", lost=True)
