@@ -11,6 +11,7 @@ uniform on the sphere of R^n, |<v_1, y_1>| < eps sqrt(pi / (2 n)) has probabilit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,99 +38,42 @@ TINY = 1e-15
 BOUND_RESOLUTION = 1e-2
 
 
-class GolubKahan:
-    """A growing bidiagonalisation of diag(row_scale) matrix diag(col_scale), never formed.
+class Bidiagonal:
+    """The coefficients of k steps, B_k, and what they prove about ||A||_2.
 
     Args:
-        matrix: (d_out, d_in) floating point tensor; half precision and float64 are read as float32.
-        key: Salt of the start vector, for example (name, step).
-        max_steps: The most steps that will be taken.
-        row_scale: (d_out,) or None.
-        col_scale: (d_in,) or None.
-
-    The right vectors, on the shorter side, are re-orthogonalised at every step, the left ones only
-    when their drift calls for it: mostly the former suffices (Simon and Zha 2000).
+        size: Dimension of the space that the start vector was drawn from.
     """
 
-    def __init__(
-        self,
-        matrix: torch.Tensor,
-        *,
-        key: object,
-        max_steps: int,
-        row_scale: torch.Tensor | None = None,
-        col_scale: torch.Tensor | None = None,
-    ) -> None:
-        tall = matrix.shape[0] >= matrix.shape[1]
-        matrix = matrix.to(torch.float32)
-        self._matrix, self._matrix_t = (matrix, matrix.t()) if tall else (matrix.t(), matrix)
-        scales = (row_scale, col_scale) if tall else (col_scale, row_scale)
-        self._long_scale, self._short_scale = (
-            None if scale is None else scale.to(device=matrix.device, dtype=torch.float32) for scale in scales
-        )
-        self.size = self._matrix.shape[1]
-        start = torch.randn(self.size, generator=seeded_generator("golub-kahan", key), device="cpu")
-        self._right = torch.empty(max_steps + 1, self.size, dtype=torch.float32, device=matrix.device)
-        self._right[0] = start / torch.linalg.vector_norm(start)
-        self._left = torch.empty(max_steps, self._matrix.shape[0], dtype=torch.float32, device=matrix.device)
-        self._drift = 0.0
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.alphas: list[float] = []
         self.betas: list[float] = []
         self.exhausted = False
 
-    @property
-    def reads(self) -> int:
-        """How often the matrix has been read."""
-        return 2 * len(self.alphas)
+    @classmethod
+    def from_steps(cls, alphas: Sequence[float], betas: Sequence[float], *, size: int) -> Bidiagonal:
+        """The steps up to the one at which the Krylov space was exhausted or float32 overflowed."""
+        kept = cls(size)
+        for alpha, beta in zip(alphas, betas, strict=True):
+            largest = kept.largest(alpha)
+            if is_lost(alpha, largest):
+                kept._append(alpha, 0.0)
+                break
+            kept._append(alpha, beta)
+            if is_lost(beta, largest):
+                kept.exhausted = True
+                break
+        return kept
 
-    def extend(self, steps: int) -> None:
-        """Take steps until `steps` have been taken in all or the Krylov space is exhausted."""
-        while len(self.alphas) < steps and not self.exhausted:
-            self._step()
-
-    def _step(self) -> None:
-        taken = len(self.alphas)
-        left = self._forward(self._right[taken])
-        beta = self.betas[-1] if taken else 0.0
-        if taken:
-            left.sub_(self._left[taken - 1], alpha=beta)
-        alpha = float(torch.linalg.vector_norm(left))
-        self._drift = (beta * self._drift + max(*self.alphas, *self.betas, alpha, alpha)) / max(alpha, TINY)
-        if taken and self._drift > DRIFT_LIMIT:
-            alpha = _orthogonalise(left, self._left[:taken])
-            self._drift = 1.0
-        largest = max(*self.alphas, *self.betas, alpha, alpha)
-        if not alpha > BREAKDOWN * largest or math.isinf(alpha):
-            self._append(alpha, 0.0)
-            return
-        torch.mul(left, 1.0 / alpha, out=self._left[taken])
-        right = self._backward(self._left[taken])
-        # The known component goes first: what the basis then removes is of the size of rounding, so
-        # that a departure of the basis from orthogonality is not amplified from step to step.
-        right.sub_(self._right[taken], alpha=alpha)
-        beta = _orthogonalise(right, self._right[: taken + 1])
-        self._append(alpha, beta)
-        if not beta > BREAKDOWN * largest or math.isinf(beta):
-            self.exhausted = True
-            return
-        torch.mul(right, 1.0 / beta, out=self._right[taken + 1])
+    def largest(self, alpha: float) -> float:
+        """The largest coefficient up to now, the new `alpha` included."""
+        return max(*self.alphas, *self.betas, alpha, alpha)
 
     def _append(self, alpha: float, beta: float) -> None:
         self.alphas.append(alpha)
         self.betas.append(beta)
         self.exhausted = beta == 0.0
-
-    def _forward(self, vector: torch.Tensor) -> torch.Tensor:
-        if self._short_scale is not None:
-            vector = vector * self._short_scale
-        product = torch.mv(self._matrix, vector)
-        return product if self._long_scale is None else product.mul_(self._long_scale)
-
-    def _backward(self, vector: torch.Tensor) -> torch.Tensor:
-        if self._long_scale is not None:
-            vector = vector * self._long_scale
-        product = torch.mv(self._matrix_t, vector)
-        return product if self._short_scale is None else product.mul_(self._short_scale)
 
     @property
     def finite(self) -> bool:
@@ -160,6 +104,98 @@ class GolubKahan:
         ritz = self.ritz_value()
         certificate = Certificate(self.alphas, self.betas, ritz, size=self.size, eps=FAILURE_PROBABILITY)
         return certificate.excludes((1.0 + tolerance) ** 2)
+
+
+def is_lost(value: float, largest: float) -> bool:
+    """Whether a coefficient beside the largest one is rounding noise, NaN or inf: no step can follow it."""
+    return not value > BREAKDOWN * largest or math.isinf(value)
+
+
+class GolubKahan(Bidiagonal):
+    """A growing bidiagonalisation of diag(row_scale) matrix diag(col_scale), never formed.
+
+    Args:
+        matrix: (d_out, d_in) floating point tensor; half precision and float64 are read as float32.
+        key: Salt of the start vector, for example (name, step).
+        max_steps: The most steps that will be taken.
+        row_scale: (d_out,) or None.
+        col_scale: (d_in,) or None.
+
+    The right vectors, on the shorter side, are re-orthogonalised at every step, the left ones only
+    when their drift calls for it: mostly the former suffices (Simon and Zha 2000).
+    """
+
+    def __init__(
+        self,
+        matrix: torch.Tensor,
+        *,
+        key: object,
+        max_steps: int,
+        row_scale: torch.Tensor | None = None,
+        col_scale: torch.Tensor | None = None,
+    ) -> None:
+        tall = matrix.shape[0] >= matrix.shape[1]
+        matrix = matrix.to(torch.float32)
+        self._matrix, self._matrix_t = (matrix, matrix.t()) if tall else (matrix.t(), matrix)
+        scales = (row_scale, col_scale) if tall else (col_scale, row_scale)
+        self._long_scale, self._short_scale = (
+            None if scale is None else scale.to(device=matrix.device, dtype=torch.float32) for scale in scales
+        )
+        super().__init__(self._matrix.shape[1])
+        start = torch.randn(self.size, generator=seeded_generator("golub-kahan", key), device="cpu")
+        self._right = torch.empty(max_steps + 1, self.size, dtype=torch.float32, device=matrix.device)
+        self._right[0] = start / torch.linalg.vector_norm(start)
+        self._left = torch.empty(max_steps, self._matrix.shape[0], dtype=torch.float32, device=matrix.device)
+        self._drift = 0.0
+
+    @property
+    def reads(self) -> int:
+        """How often the matrix has been read."""
+        return 2 * len(self.alphas)
+
+    def extend(self, steps: int) -> None:
+        """Take steps until `steps` have been taken in all or the Krylov space is exhausted."""
+        while len(self.alphas) < steps and not self.exhausted:
+            self._step()
+
+    def _step(self) -> None:
+        taken = len(self.alphas)
+        left = self._forward(self._right[taken])
+        beta = self.betas[-1] if taken else 0.0
+        if taken:
+            left.sub_(self._left[taken - 1], alpha=beta)
+        alpha = float(torch.linalg.vector_norm(left))
+        self._drift = (beta * self._drift + self.largest(alpha)) / max(alpha, TINY)
+        if taken and self._drift > DRIFT_LIMIT:
+            alpha = _orthogonalise(left, self._left[:taken])
+            self._drift = 1.0
+        largest = self.largest(alpha)
+        if is_lost(alpha, largest):
+            self._append(alpha, 0.0)
+            return
+        torch.mul(left, 1.0 / alpha, out=self._left[taken])
+        right = self._backward(self._left[taken])
+        # The known component goes first: what the basis then removes is of the size of rounding, so
+        # that a departure of the basis from orthogonality is not amplified from step to step.
+        right.sub_(self._right[taken], alpha=alpha)
+        beta = _orthogonalise(right, self._right[: taken + 1])
+        self._append(alpha, beta)
+        if is_lost(beta, largest):
+            self.exhausted = True
+            return
+        torch.mul(right, 1.0 / beta, out=self._right[taken + 1])
+
+    def _forward(self, vector: torch.Tensor) -> torch.Tensor:
+        if self._short_scale is not None:
+            vector = vector * self._short_scale
+        product = torch.mv(self._matrix, vector)
+        return product if self._long_scale is None else product.mul_(self._long_scale)
+
+    def _backward(self, vector: torch.Tensor) -> torch.Tensor:
+        if self._long_scale is not None:
+            vector = vector * self._long_scale
+        product = torch.mv(self._matrix_t, vector)
+        return product if self._short_scale is None else product.mul_(self._short_scale)
 
 
 def _orthogonalise(vector: torch.Tensor, basis: torch.Tensor) -> float:

@@ -61,7 +61,7 @@ class NormReference:
 
 
 @dataclass(frozen=True, slots=True)
-class _Limit:
+class Limit:
     """The closed interval [low, high] that a norm must stay in."""
 
     low: float
@@ -75,12 +75,17 @@ class _Limit:
         """Whether all of [lower, upper] lies inside, all above, or all below."""
         return self.holds(lower, upper) or lower > self.high or upper < self.low
 
+    def settles(self, lower: float, upper: float) -> bool:
+        """Whether [lower, upper] decides and, beyond the limit, also tells how far beyond."""
+        return self.decides(lower, upper) and (self.holds(lower, upper) or upper <= BEYOND_TOLERANCE * lower)
 
-def _checked_limit(limit: tuple[float, float]) -> _Limit:
+
+def checked_limit(limit: tuple[float, float]) -> Limit:
+    """The limit as an interval; InputError when it is empty or NaN."""
     low, high = limit
     if not low <= high:
         raise InputError(f"the limits of a norm are ({low}, {high}); give (low, high) with low <= high.")
-    return _Limit(float(low), float(high))
+    return Limit(float(low), float(high))
 
 
 @full_precision
@@ -102,7 +107,7 @@ def estimate_norm(
     matrix = as_matrix(matrix, str(key))
     if limit is None:
         return _screen(matrix, key)
-    return _climb(matrix, key, _checked_limit(limit), (0.0, math.inf), 0)
+    return _climb(matrix, key, checked_limit(limit), (0.0, math.inf), 0)
 
 
 def _screen(matrix: torch.Tensor, key: object) -> NormEstimate:
@@ -132,7 +137,7 @@ def _exact(matrix: torch.Tensor, key: object, reads: int, force_float64: bool = 
     return NormEstimate(value, NORM_ERROR[dtype] * value, f"gram-eigh-{str(dtype).removeprefix('torch.')}", reads + 1)
 
 
-def _climb(matrix: torch.Tensor, key: object, limit: _Limit, bracket: tuple[float, float], reads: int) -> NormEstimate:
+def _climb(matrix: torch.Tensor, key: object, limit: Limit, bracket: tuple[float, float], reads: int) -> NormEstimate:
     """R3 and R4: narrow `bracket`, which already holds the norm, until `limit` is decided."""
     process = GolubKahan(matrix, key=key, max_steps=LIMIT_STEPS[-1])
     for steps in LIMIT_STEPS:
@@ -147,7 +152,7 @@ def _climb(matrix: torch.Tensor, key: object, limit: _Limit, bracket: tuple[floa
         if lower > upper:
             # Two bounds contradict each other: one of them failed. Only the exact norm can tell.
             break
-        if limit.decides(lower, upper) and (limit.holds(lower, upper) or upper <= BEYOND_TOLERANCE * lower):
+        if limit.settles(lower, upper):
             # The bracket that decided, no wider: its middle, not the Ritz value, which is a lower bound.
             estimate = _lanczos_estimate(process, (lower + upper) / 2, (upper - lower) / 2)
             return NormEstimate(estimate.value, estimate.error, estimate.method, reads + process.reads)
@@ -187,15 +192,15 @@ def track_norm(
     Raises:
         InputError: NaN or inf in either matrix, different shapes, or limits in the wrong order.
     """
-    bounds = _checked_limit(limit)
+    bounds = checked_limit(limit)
     after, before = _pair(after, before, str(key))
     frobenius = _delta_frobenius(after, before, str(key))
-    decided = _around(reference, frobenius, bounds)
+    decided = around(reference, frobenius, bounds)
     if decided is not None:
         return NormEstimate(*decided, "delta-frobenius", 2)
     operator = min(frobenius, _delta_lanczos(after, before, key))
     reads = 4 + 2 * DELTA_STEPS
-    decided = _around(reference, operator, bounds)
+    decided = around(reference, operator, bounds)
     if decided is not None:
         method = f"delta-lanczos-{DELTA_STEPS}, upper bound fails with p <= {FAILURE_PROBABILITY:g}"
         return NormEstimate(*decided, method, reads)
@@ -203,7 +208,7 @@ def track_norm(
     return _climb(after, key, bounds, (reference.value - change, reference.value + change), reads)
 
 
-def _around(reference: NormReference, change: float, limit: _Limit) -> tuple[float, float] | None:
+def around(reference: NormReference, change: float, limit: Limit) -> tuple[float, float] | None:
     """(value, error) when a change of the norm by at most `change` decides the limit (Weyl)."""
     error = reference.error + change
     if limit.decides(reference.value - error, reference.value + error):
@@ -225,7 +230,7 @@ def _pair(
 Scales = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
-def _delta_dtype(after: torch.Tensor, before: torch.Tensor) -> torch.dtype:
+def delta_dtype(after: torch.Tensor, before: torch.Tensor) -> torch.dtype:
     """The dtype in which a difference loses nothing that the stored values hold."""
     return torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
 
@@ -256,7 +261,7 @@ def _delta_frobenius(after: torch.Tensor, before: torch.Tensor, name: str, scale
     stored, turned = row_major(after)
     other = (before.t() if turned else before).contiguous()
     scales = (scales[1], scales[0]) if turned else scales
-    total = _delta_squares(stored, other, scales, _delta_dtype(after, before))
+    total = _delta_squares(stored, other, scales, delta_dtype(after, before))
     unchanged = total == 0.0 and stored.dtype == other.dtype and torch.equal(stored, other)
     if not TINY_SQUARES < total < math.inf and not unchanged:
         # The data are not finite, or squares overflow or vanish in float32.
@@ -268,7 +273,7 @@ def _delta_frobenius(after: torch.Tensor, before: torch.Tensor, name: str, scale
 
 def _delta(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """The change; half precision is converted in chunks, so that only the result is held."""
-    dtype = _delta_dtype(after, before)
+    dtype = delta_dtype(after, before)
     if after.dtype == before.dtype == dtype:
         return torch.sub(after, before)
     delta = torch.empty(after.shape, dtype=dtype, device=after.device)

@@ -197,6 +197,33 @@ class Profile:
     zero_cols: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Energies:
+    """Sums of squares by row and by column (float64), and what else one read tells of a matrix or a part of one.
+
+    With NaN or inf in the elements, `max_abs` is NaN or inf and `num_nonfinite` counts them.
+    """
+
+    rows: np.ndarray
+    cols: np.ndarray
+    max_abs: float
+    num_nonfinite: int
+
+    def profile(self) -> Profile:
+        """The profile of a whole matrix with these energies."""
+        zero_rows, zero_cols = int((self.rows == 0).sum()), int((self.cols == 0).sum())
+        if not math.isfinite(self.max_abs):
+            return Profile(None, None, self.num_nonfinite, None, zero_rows, zero_cols)
+        return Profile(
+            frobenius_norm=math.sqrt(float(self.rows.sum())),
+            max_abs=self.max_abs,
+            num_nonfinite=0,
+            norm_collapse=min(_collapse(self.rows), _collapse(self.cols)),
+            zero_rows=zero_rows,
+            zero_cols=zero_cols,
+        )
+
+
 @full_precision
 def profile(matrix: torch.Tensor | np.ndarray) -> Profile:
     """Norms, finiteness and dead rows or columns of a matrix, in one chunked pass.
@@ -207,24 +234,21 @@ def profile(matrix: torch.Tensor | np.ndarray) -> Profile:
     Raises:
         InputError: not a 2-D floating point matrix.
     """
-    stored, turned = row_major(as_matrix(matrix))
+    return read_energies(as_matrix(matrix)).profile()
+
+
+def read_energies(matrix: torch.Tensor) -> Energies:
+    """Energies of a matrix that is not empty, in float64 where float32 squares would vanish or overflow."""
+    stored, turned = row_major(matrix)
     rows, cols, largest = _energies(stored, working_dtype(stored))
     faint = min(float(rows.min()), float(cols.min())) <= FAINT or not math.isfinite(largest)
     if faint and stored.dtype != torch.float64:
         rows, cols, largest = _energies(stored, torch.float64)
     if turned:
         rows, cols = cols, rows
-    zero_rows, zero_cols = int((rows == 0).sum()), int((cols == 0).sum())
     if not math.isfinite(largest):
-        return Profile(None, None, _count_nonfinite(stored), None, zero_rows, zero_cols)
-    return Profile(
-        frobenius_norm=math.sqrt(float(rows.sum())),
-        max_abs=max_abs(stored) if faint else math.sqrt(largest),
-        num_nonfinite=0,
-        norm_collapse=min(_collapse(rows), _collapse(cols)),
-        zero_rows=zero_rows,
-        zero_cols=zero_cols,
-    )
+        return Energies(rows, cols, largest, _count_nonfinite(stored))
+    return Energies(rows, cols, max_abs(stored) if faint else math.sqrt(largest), 0)
 
 
 def _energies(stored: torch.Tensor, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, float]:
