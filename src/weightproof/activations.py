@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,20 @@ from torch.utils.hooks import RemovableHandle
 from weightproof.calibration import calibration_windows
 from weightproof.errors import InputError
 from weightproof.families import taps, unwrap
+from weightproof.passes import in_step, whole
+from weightproof.placements import settle
 from weightproof.rng import preserved_rng
 from weightproof.windows import Windows, forward_names, random_windows
 
 __all__ = [
     "ModelOutput",
     "TapMoments",
+    "TapSums",
     "Windows",
     "calibration_windows",
     "forward_outputs",
     "hooked",
+    "merged_moments",
     "random_windows",
     "real_positions",
     "tap_moments",
@@ -49,7 +53,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Saved and put back, also when the body raises: the training flag of every module on its own,
     the random state (torch CPU and CUDA, NumPy, Python). Autocast is off inside, also where
-    accelerate wrapped `forward` in it. Gradients and hooks are not touched.
+    accelerate wrapped `forward` in it; the casts of an FSDP2 mixed-precision policy are part of the
+    model. Gradients and hooks are not touched. Weights that an earlier pass left gathered are sharded
+    again first: the passes inside see the weights as they are stored.
 
     The flags are set directly, not through `eval()`: some adapters override `train()` and merge
     weights in it.
@@ -57,6 +63,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     mixed_precision = _swap_forward(unwrap(model))
     try:
+        settle(model)
         for module, _ in flags:
             module.training = False
         with preserved_rng(), torch.no_grad(), _no_autocast():
@@ -120,6 +127,8 @@ class ModelOutput:
 def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> ModelOutput:
     """One forward pass on one batch, past DDP and `torch.compile`; call it inside `undisturbed`.
 
+    Of a sharded model all processes make it together (`weightproof.passes`).
+
     Raises:
         InputError: If the model's forward fails on these inputs, or gives nothing comparable.
         torch.OutOfMemoryError: If the device has no memory for the pass.
@@ -127,7 +136,8 @@ def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Mode
     model = unwrap(model)
     inputs = {key: _placed(value, model) for key, value in batch.items()}
     try:
-        output = model(**inputs, **_switches(model))
+        with in_step(model):
+            output = model(**inputs, **_switches(model))
     except torch.OutOfMemoryError:
         raise
     except _FORWARD_ERRORS as error:
@@ -137,12 +147,14 @@ def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Mode
             f"({type(error).__name__}: {first[0]}): give windows that this model accepts"
         ) from error
     kind, scores = _comparable(output, model)
+    scores = whole(scores)
     if kind == "logits" and _is_one_per_token(scores, batch, model):
         kind, scores = "values", scores[..., None]
     real = real_positions(batch, scores.shape[:-1], decoder="decoder_input_ids" in batch)
     pooled = output.get("pooler_output") if kind == "hidden" else None
-    has_summary = isinstance(pooled, torch.Tensor) and pooled.ndim == 2 and pooled.shape[-1] > 1
-    return ModelOutput(kind, scores, real, pooled if has_summary else None)
+    if not isinstance(pooled, torch.Tensor) or pooled.ndim != 2 or pooled.shape[-1] == 1:
+        return ModelOutput(kind, scores, real)
+    return ModelOutput(kind, scores, real, whole(pooled))
 
 
 def _switches(model: nn.Module) -> dict[str, bool]:
@@ -210,32 +222,53 @@ def real_positions(
 
 
 class TapMoments:
-    """Running second moments (mean squares over real tokens) of every tap of a model.
+    """Second moments (mean squares over real tokens) of every tap of a model.
 
-    Set `batch` before each forward pass; read `moments()` after the last.
+    Set `batch` before each forward pass. Read `moments()` after the last, or `take()` after each and
+    `merged_moments` of all in the end.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.batch: Mapping[str, torch.Tensor] = {}
-        self._sums = dict.fromkeys(names, 0.0)
-        self._counts = dict.fromkeys(names, 0)
+        self._names = names
+        self._sums: TapSums = {}
 
     def add(self, name: str, output: Any) -> None:
         """Account for one output (rows, positions, width) of the tap `name`."""
         values = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(values, torch.Tensor) or not values.is_floating_point():
             return
+        values = whole(values)
         has_decoder = "decoder_input_ids" in self.batch
         real = real_positions(self.batch, values.shape[:-1], decoder=has_decoder and "encoder." not in _outer(name))
         if real is not None:
             values = values[real.to(values.device)]
-        self._sums[name] += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
-        self._counts[name] += values.numel()
+        total, count = self._sums.get(name, (0.0, 0))
+        squares = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+        self._sums[name] = (total + squares, count + values.numel())
+
+    def take(self) -> TapSums:
+        """Tap -> (sum of squares, count) since the last call."""
+        taken, self._sums = {name: self._sums[name] for name in self._names if name in self._sums}, {}
+        return taken
 
     def moments(self) -> dict[str, float]:
         """Mean square per tap that was reached; NaN where an output was not finite."""
-        found = {name: self._sums[name] / count for name, count in self._counts.items() if count}
-        return {name: value if math.isfinite(value) else math.nan for name, value in found.items()}
+        return merged_moments([self._sums])
+
+
+TapSums = dict[str, tuple[float, int]]
+
+
+def merged_moments(batches: Iterable[TapSums]) -> dict[str, float]:
+    """Mean square per tap over batches, added up in their order; NaN where an output was not finite."""
+    sums: TapSums = {}
+    for batch in batches:
+        for name, (squares, count) in batch.items():
+            total, seen = sums.get(name, (0.0, 0))
+            sums[name] = (total + squares, seen + count)
+    found = {name: total / count for name, (total, count) in sums.items() if count}
+    return {name: value if math.isfinite(value) else math.nan for name, value in found.items()}
 
 
 def _outer(name: str) -> str:

@@ -8,7 +8,7 @@ and Thomas, Elements of Information Theory, 2.8), so the second form is a lower 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -49,7 +49,7 @@ class BaseScores:
 
 @dataclass
 class Tally:
-    """Running sums over batches: KL and tokens per window, flips, squared change and size of hidden states."""
+    """Sums over tokens: KL and tokens per window, flips, squared change and size of hidden states."""
 
     kl: dict[int, float] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
@@ -77,6 +77,19 @@ class Tally:
         """||now - base|| / ||base||; 1 when the base was all zero and is not any more."""
         change, size = self.squares
         return math.sqrt(change / size) if size else float(change > 0.0)
+
+
+def merged(tallies: Iterable[Tally]) -> Tally:
+    """The sums over all batches, in their order; the windows are numbered through."""
+    whole = Tally()
+    for tally in tallies:
+        offset = 1 + max(whole.tokens, default=-1)
+        whole.tokens.update({offset + window: count for window, count in tally.tokens.items()})
+        whole.kl.update({offset + window: kl for window, kl in tally.kl.items()})
+        whole.flips += tally.flips
+        whole.squares = (whole.squares[0] + tally.squares[0], whole.squares[1] + tally.squares[1])
+        whole.finite = whole.finite and tally.finite
+    return whole
 
 
 def is_finite(scores: torch.Tensor) -> bool:

@@ -8,16 +8,18 @@ fingerprint by which a rollback is proven.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from weightproof.activations import TapMoments, forward_outputs, tap_moments, undisturbed
-from weightproof.distributions import BaseScores, Tally, compare, is_finite, keep
+from weightproof.activations import forward_outputs, merged_moments, undisturbed
+from weightproof.collective import Processes
+from weightproof.distributions import BaseScores, Tally, compare, is_finite, keep, merged
 from weightproof.errors import BaselineError, InputError
-from weightproof.localisation import BlockTrace, locate_errors, trace_blocks
+from weightproof.localisation import BlockTrace, locate_errors, trace_blocks, worst_errors
+from weightproof.outputs import BatchRead, Part, Place, read_batches
 from weightproof.types import BlockError, DivergenceReading
 from weightproof.windows import Item, Windows, raw_bytes
 
@@ -37,14 +39,17 @@ _TRACE_TOKENS = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputCache:
-    """What the unchanged model says, on the CPU.
+    """What the unchanged model says, on the CPU: this process's share of it.
 
     Attributes:
         windows: The windows it was asked on.
-        scores: Per windows, per batch: the scores and, where there is one, the pooled summary.
-        second_moments: "windows:tap" -> mean squared block contribution.
-        forward_digest: Bit-exact hash of the raw output on the first window.
+        scores: Per windows, per batch: the scores and, where there is one, the pooled summary; () for
+            the batches of other processes.
+        second_moments: "windows:tap" -> mean squared block contribution, over the batches of all.
+        forward_digest: Bit-exact hash of the raw output of this process on the first window.
         trace: Inputs and outputs of every block on one window; None with `trace_reason`.
+        rank: The process whose share this is.
+        num_processes: Among how many the batches were dealt.
     """
 
     windows: tuple[Windows, ...]
@@ -53,10 +58,12 @@ class OutputCache:
     forward_digest: str
     trace: BlockTrace | None = None
     trace_reason: str | None = None
+    rank: int = 0
+    num_processes: int = 1
 
     @property
     def nbytes(self) -> int:
-        """Memory held beside the model."""
+        """Memory held beside the model by this process."""
         held = sum(part.nbytes for batches in self.scores for batch in batches for part in batch)
         return held + (self.trace.nbytes if self.trace is not None else 0)
 
@@ -70,7 +77,11 @@ class OutputPass:
 
 
 def capture_outputs(
-    model: nn.Module, windows: Sequence[Windows], *, memory_cap_bytes: int = MEMORY_CAP_BYTES
+    model: nn.Module,
+    windows: Sequence[Windows],
+    *,
+    processes: Processes | None = None,
+    memory_cap_bytes: int = MEMORY_CAP_BYTES,
 ) -> OutputCache:
     """Keep the outputs of the unchanged model on `windows`.
 
@@ -78,70 +89,116 @@ def capture_outputs(
     windows), else as the likeliest k and one bucket, with k as large as fits. One small window is
     also traced through the blocks, within a quarter of the cap.
 
+    Args:
+        model: The model; of a sharded one, every process calls this.
+        windows: The same on every process.
+        processes: Those among which the batches are dealt; None for this one alone.
+        memory_cap_bytes: What one process alone would hold. Dealt batches take their share of it: k,
+            and with it every reading, does not depend on the number of processes.
+
     Raises:
         InputError: If there are no windows, or the model's outputs on them cannot be compared.
-        BaselineError: If the outputs are already NaN or inf.
+        BaselineError: If the outputs are already NaN or inf. Both on every process, if on any.
     """
     if not windows:
         raise InputError("no windows to capture outputs on: give retain data, the model's config names no inputs")
-    scores: list[tuple[tuple[BaseScores, ...], ...]] = []
-    moments: dict[str, float] = {}
-    for one in windows:
-        budget = memory_cap_bytes / len(windows) / sum(_num_rows(batch) for batch in one.batches)
-        with undisturbed(model), tap_moments(model) as taps:
-            scores.append(
-                tuple(
-                    tuple(_keep_part(one, part, budget * _num_rows(batch)) for part in parts)
-                    for batch, parts in zip(one.batches, _outputs(model, one, taps), strict=True)
-                )
-            )
-        moments.update({f"{one.name}:{tap}": value for tap, value in taps.moments().items()})
-    trace = trace_blocks(model, _small_window(windows), cap_bytes=memory_cap_bytes // 4)
+    processes = processes or Processes.alone()
+    budgets = [memory_cap_bytes / len(windows) / sum(_num_rows(batch) for batch in one.batches) for one in windows]
+    kept: dict[Place, tuple[BaseScores, ...]] = {}
+
+    def read(place: Place, parts: tuple[Part, ...], is_own: bool) -> None:
+        one = windows[place.windows]
+        _require_finite(one, parts)
+        if is_own:
+            budget = budgets[place.windows] * _num_rows(one.batches[place.batch])
+            kept[place] = tuple(keep(part.kind, part.scores, part.window, budget) for part in parts)
+
+    batches, _ = read_batches(model, windows, processes, read, operation="outputs before the change")
+    trace, reason = _traced(model, windows, processes, memory_cap_bytes // 4)
+    with processes.together("forward digest"):
+        digest = forward_digest(model, windows)
     return OutputCache(
         windows=tuple(windows),
-        scores=tuple(scores),
-        second_moments=moments,
-        forward_digest=forward_digest(model, windows),
-        trace=trace if isinstance(trace, BlockTrace) else None,
-        trace_reason=trace if isinstance(trace, str) else None,
+        scores=tuple(
+            tuple(kept.get(Place(index, batch), ()) for batch in range(len(one.batches)))
+            for index, one in enumerate(windows)
+        ),
+        second_moments=_moments(windows, batches),
+        forward_digest=digest,
+        trace=trace,
+        trace_reason=reason,
+        rank=processes.rank,
+        num_processes=processes.size,
     )
 
 
-def measure_divergence(model: nn.Module, cache: OutputCache) -> OutputPass:
+def measure_divergence(model: nn.Module, cache: OutputCache, *, processes: Processes | None = None) -> OutputPass:
     """Compare the model's outputs now with the cached ones, on the same windows.
 
     KL(base || now) in nats per token for logits, relative RMS change for hidden states (each token
     normalised first, as the final norm would; the pooled summary apart, the larger is reported) and
-    for other values (as they are). Outputs that are NaN or inf give `finite=False` and no number.
+    for other values (as they are). Outputs that are NaN or inf, on any process, give `finite=False` and
+    no number. The readings have the same bits on every process and for every number of processes.
+
+    Args:
+        model: The model; of a sharded one, every process calls this.
+        cache: This process's share of the outputs, as `capture_outputs` gave it.
+        processes: Those for which it was captured.
 
     Raises:
-        InputError: If the model's forward fails now, or its outputs have another shape.
+        InputError: If the model's forward fails now, or its outputs have another shape; on every
+            process, if on any.
     """
+    processes = processes or Processes.alone()
+    if (cache.rank, cache.num_processes) != (processes.rank, processes.size):
+        raise InputError(
+            f"the outputs were captured by process {cache.rank} of {cache.num_processes} and are compared by process "
+            f"{processes.rank} of {processes.size}: capture them again"
+        )
+
+    def read(place: Place, parts: tuple[Part, ...], is_own: bool) -> _Compared:
+        if not is_own:  # nothing to compare with, but a broken copy of the model shows
+            return _Compared("", tuple(Tally(finite=is_finite(part.scores)) for part in parts))
+        bases = cache.scores[place.windows][place.batch]
+        _require_same_form(bases, parts)
+        tallies = tuple(Tally() for _ in parts)
+        for base, part, tally in zip(bases, parts, tallies, strict=True):
+            compare(base, part.scores, tally)
+        return _Compared(parts[0].kind, tallies)
+
+    batches, spare = read_batches(model, cache.windows, processes, read, operation="outputs after the change")
     readings: list[DivergenceReading] = []
-    moments: dict[str, float] = {}
-    for one, batches in zip(cache.windows, cache.scores, strict=True):
-        tallies = tuple(Tally() for _ in batches[0])
-        with undisturbed(model), tap_moments(model) as taps:
-            for bases, parts in zip(batches, _outputs(model, one, taps), strict=True):
-                _require_same_form(bases, parts)
-                for base, part, tally in zip(bases, parts, tallies, strict=True):
-                    compare(base, part.scores, tally)
-        readings.append(_reading(one, batches[0][0].kind, tallies))
-        moments.update({f"{one.name}:{tap}": value for tap, value in taps.moments().items()})
-    return OutputPass(tuple(readings), moments)
+    for index, one in enumerate(cache.windows):
+        own = [batch.value for batch in batches if batch.place.windows == index]
+        tallies = tuple(merged(parts) for parts in zip(*(compared.tallies for compared in own), strict=True))
+        others = [tally for batch in spare if batch.place.windows == index for tally in batch.value.tallies]
+        finite = all(tally.finite for tally in (*tallies, *others))
+        readings.append(_reading(one, own[0].kind, tallies, finite=finite))
+    return OutputPass(tuple(readings), _moments(cache.windows, batches))
 
 
-def locate_damage(model: nn.Module, cache: OutputCache) -> tuple[BlockError, ...]:
+def locate_damage(
+    model: nn.Module, cache: OutputCache, *, processes: Processes | None = None
+) -> tuple[BlockError, ...]:
     """Teacher-forced relative output error per block; () where the blocks were not traced.
 
+    Every process runs the same window; of copies that differ, the larger error counts.
+
     Raises:
-        InputError: If the model's forward fails.
+        InputError: If the model's forward fails; on every process, if on any.
     """
-    return locate_errors(model, cache.trace) if cache.trace is not None else ()
+    if cache.trace is None:
+        return ()
+    processes = processes or Processes.alone()
+    with processes.together("block errors"):
+        errors = locate_errors(model, cache.trace)
+    return worst_errors(processes.gather("block errors", errors))
 
 
 def forward_digest(model: nn.Module, windows: Windows | Sequence[Windows]) -> str:
     """SHA-256 of the raw bytes (with dtype and shape) of the model's output on the first window.
+
+    Of this process's copy of the model; of a sharded model every process must call this.
 
     Raises:
         InputError: If the model's forward fails.
@@ -149,48 +206,46 @@ def forward_digest(model: nn.Module, windows: Windows | Sequence[Windows]) -> st
     first = windows if isinstance(windows, Windows) else windows[0]
     with undisturbed(model):
         parts = forward_outputs(model, first.first()).parts
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        whole.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
-        whole.update(raw_bytes(part))
-    return whole.hexdigest()
+        digest.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
+        digest.update(raw_bytes(part))
+    return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """Scores (n, width) of the real tokens of one batch, and the window (n,) of each token."""
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """What one batch adds to a reading: the kind of its outputs and the sums of each part."""
 
     kind: str
-    scores: torch.Tensor
-    window: torch.Tensor
+    tallies: tuple[Tally, ...]
 
 
-def _outputs(model: nn.Module, windows: Windows, taps: TapMoments) -> Iterator[tuple[_Part, ...]]:
-    """One forward pass per batch; windows are numbered through."""
-    offset = 0
-    for batch in windows.batches:
-        taps.batch = batch
-        output = forward_outputs(model, batch)
-        main = _flat(output.kind, output.scores, output.real, offset)
-        yield (main,) if output.pooled is None else (main, _flat(output.kind, output.pooled, None, offset))
-        offset += output.scores.shape[0]
+def _traced(
+    model: nn.Module, windows: Sequence[Windows], processes: Processes, cap_bytes: int
+) -> tuple[BlockTrace | None, str | None]:
+    """The block trace, or why there is none; none on every process, if on any."""
+    with processes.together("block trace"):
+        trace = trace_blocks(model, _small_window(windows), cap_bytes=cap_bytes)
+    reasons = processes.gather("block trace", trace if isinstance(trace, str) else None)
+    reason = next((reason for reason in reasons if reason is not None), None)
+    return (trace, None) if reason is None and isinstance(trace, BlockTrace) else (None, reason)
 
 
-def _flat(kind: str, scores: torch.Tensor, real: torch.Tensor | None, offset: int) -> _Part:
-    scores = scores if scores.ndim > 1 else scores[None]
-    rows = torch.arange(scores.shape[0]).reshape(-1, *[1] * (scores.ndim - 2)).expand(scores.shape[:-1]) + offset
-    if real is None:
-        return _Part(kind, scores.reshape(-1, scores.shape[-1]), rows.flatten())
-    return _Part(kind, scores[real.to(scores.device)], rows[real])
+def _moments(windows: Sequence[Windows], batches: Sequence[BatchRead]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for index, one in enumerate(windows):
+        moments = merged_moments(batch.taps for batch in batches if batch.place.windows == index)
+        found.update({f"{one.name}:{tap}": value for tap, value in moments.items()})
+    return found
 
 
-def _keep_part(windows: Windows, part: _Part, budget_bytes: float) -> BaseScores:
-    if not is_finite(part.scores):
+def _require_finite(windows: Windows, parts: tuple[Part, ...]) -> None:
+    if not all(is_finite(part.scores) for part in parts):
         raise BaselineError(
             f"the model's outputs on the {windows.name} windows are NaN or inf before any change: "
             "a broken model cannot be a baseline, load sound weights"
         )
-    return keep(part.kind, part.scores, part.window, budget_bytes)
 
 
 def _num_rows(batch: Mapping[str, torch.Tensor]) -> int:
@@ -198,7 +253,7 @@ def _num_rows(batch: Mapping[str, torch.Tensor]) -> int:
     return first.shape[0] if first.ndim else 1
 
 
-def _require_same_form(bases: tuple[BaseScores, ...], parts: tuple[_Part, ...]) -> None:
+def _require_same_form(bases: tuple[BaseScores, ...], parts: tuple[Part, ...]) -> None:
     then = [(base.kind, len(base.window), base.width) for base in bases]
     now = [(part.kind, *part.scores.shape) for part in parts]
     if then != now:
@@ -208,9 +263,8 @@ def _require_same_form(bases: tuple[BaseScores, ...], parts: tuple[_Part, ...]) 
         )
 
 
-def _reading(windows: Windows, kind: str, tallies: tuple[Tally, ...]) -> DivergenceReading:
+def _reading(windows: Windows, kind: str, tallies: tuple[Tally, ...], *, finite: bool) -> DivergenceReading:
     main = tallies[0]
-    finite = all(tally.finite for tally in tallies)
     has_kl = finite and kind == "logits"
     return DivergenceReading(
         windows=windows.name,

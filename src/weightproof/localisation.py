@@ -14,9 +14,10 @@ decoder's cross-attention) shows an error here and none in the outputs.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,6 +31,8 @@ from weightproof.types import BlockError
 from weightproof.windows import Item
 
 EMBEDDING, ENCODER_OUTPUT, HEAD = "embedding", "encoder_output", "head"
+_TOO_LARGE = "the inputs and outputs of its blocks on one window take more than {:.0f} MiB"
+_NOT_WHOLE = "its blocks hand on tensors that are divided among processes (tensor parallelism)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,15 +59,12 @@ class BlockTrace:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.tensors, *self.scores))
 
 
-class _TooLargeError(Exception):
-    """The trace passed its memory cap; the forward pass is given up."""
-
-
 @dataclass
 class _Store:
     """Clones each tensor once: blocks hand on the same object, and shared tables reach every block."""
 
     cap_bytes: int
+    refusal: str | None = None  # why the trace is given up; the pass goes on, other processes may be in it
     clones: list[torch.Tensor] = field(default_factory=list)
     nbytes: int = 0
     _index: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -74,15 +74,26 @@ class _Store:
         return (id(tensor), tensor._version) in self._index
 
     def put(self, tensor: torch.Tensor) -> int:
+        """Index of the clone of this tensor; -1 once the trace was given up."""
+        if self.refusal is None and hasattr(tensor, "full_tensor"):
+            return self._give_up(_NOT_WHOLE)
+        if self.refusal is not None:
+            return -1
         key = (id(tensor), tensor._version)  # changed in place, it is another tensor
         if key not in self._index:
             self.nbytes += tensor.numel() * tensor.element_size()
             if self.nbytes > self.cap_bytes:
-                raise _TooLargeError
+                return self._give_up(_TOO_LARGE.format(self.cap_bytes / 2**20))
             self._index[key] = len(self.clones)
             self.clones.append(tensor.detach().to("cpu", copy=True))
             self._alive.append(tensor)
         return self._index[key]
+
+    def _give_up(self, reason: str) -> int:
+        self.refusal = reason
+        for held in (self.clones, self._alive, self._index):
+            held.clear()
+        return -1
 
 
 def trace_blocks(model: nn.Module, window: Item, *, cap_bytes: int) -> BlockTrace | str:
@@ -97,12 +108,11 @@ def trace_blocks(model: nn.Module, window: Item, *, cap_bytes: int) -> BlockTrac
         places[place] = store.put(tensor)
         return tensor
 
-    try:
-        scores = _run(model, window, record)
-        for part in scores:
-            store.put(part)
-    except _TooLargeError:
-        return f"the inputs and outputs of its blocks on one window take more than {cap_bytes / 2**20:.0f} MiB"
+    scores = _run(model, window, record)
+    for part in scores:
+        store.put(part)
+    if store.refusal is not None:
+        return store.refusal
     if not places:
         return "the model has no repeated blocks that are known"
     return BlockTrace(window, tuple(store.clones), places, sources, tuple(part.cpu() for part in scores))
@@ -134,6 +144,14 @@ def locate_errors(model: nn.Module, trace: BlockTrace) -> tuple[BlockError, ...]
     scores = _run(model, dict(trace.window), force)
     for part, base in zip(scores, trace.scores, strict=False):
         _note(errors, HEAD, relative_error(part, base.to(part.device)))
+    return tuple(BlockError(name, error) for name, error in errors.items())
+
+
+def worst_errors(processes: Sequence[tuple[BlockError, ...]]) -> tuple[BlockError, ...]:
+    """Of every block the largest error that a process found, in forward order."""
+    errors: dict[str, float] = {}
+    for error in itertools.chain.from_iterable(processes):
+        _note(errors, error.block, error.relative_error)
     return tuple(BlockError(name, error) for name, error in errors.items())
 
 

@@ -22,7 +22,7 @@ from weightproof.spectrum import seeded_generator
 Item = dict[str, torch.Tensor]
 
 _LOGIT_BYTES = 64 * 2**20
-_MAX_ROWS = 8
+_MAX_ROWS = 2  # few windows a batch: batches are what is dealt to processes, and larger ones are hardly faster
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_target_positions", "seq_length")
 
 
