@@ -97,9 +97,10 @@ class Processes:
     @property
     def lost(self) -> CollectiveError | None:
         """What ended all common operations (a rank timed out or died), if something did."""
-        failure = None if self._meetings is None else self._meetings.lost
-        error = None if failure is None else failure.error()
-        return error if isinstance(error, CollectiveError) else None
+        lost = None if self._meetings is None else self._meetings.lost
+        if lost is None:
+            return None
+        return CollectiveError(lost.message, operation=lost.operation, ranks=lost.ranks, timed_out=lost.timed_out)
 
     def gather(self, operation: str, value: T) -> list[T]:
         """Every rank's value, by rank. For small readings: each rank receives all of them, pickled.
@@ -112,13 +113,17 @@ class Processes:
             return [value]
         with self._own_work(operation):
             payload = pickle.dumps(value)
-        lengths = [int(note) for note in self._meet(operation, str(len(payload)))]
-        rows = torch.zeros(self.size, max(lengths), dtype=torch.uint8)
-        mine = torch.zeros(max(lengths), dtype=torch.uint8)
-        mine[: len(payload)] = _as_bytes(payload)
-        self._transfer(operation, lambda: dist.all_gather(list(rows), mine, group=self._group_of(mine)))
+
+        def transfer(lengths: list[str]) -> list[bytes]:
+            rows = torch.zeros(self.size, max(map(int, lengths)), dtype=torch.uint8)
+            mine = torch.zeros(rows.shape[1], dtype=torch.uint8)
+            mine[: len(payload)] = _as_bytes(payload)
+            dist.all_gather(list(rows), mine, group=self._group_of(mine))
+            return [row[: int(length)].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+        payloads = self._meet_and(transfer, operation, str(len(payload)))
         with self._own_work(operation):
-            return [pickle.loads(row[:length].numpy().tobytes()) for row, length in zip(rows, lengths, strict=True)]
+            return [pickle.loads(theirs) for theirs in payloads]
 
     def broadcast(self, operation: str, value: T) -> T:
         """Rank 0's value, pickled; what the other ranks hand in is ignored."""
@@ -126,11 +131,15 @@ class Processes:
             return value
         with self._own_work(operation):
             payload = pickle.dumps(value) if self.is_main else b""
-        length = int(self._meet(operation, str(len(payload)))[0])
-        buffer = _as_bytes(payload) if self.is_main else torch.zeros(length, dtype=torch.uint8)
-        self._transfer(operation, lambda: dist.broadcast(buffer, src=0, group=self._group_of(buffer)))
+
+        def transfer(lengths: list[str]) -> bytes:
+            buffer = _as_bytes(payload) if self.is_main else torch.zeros(int(lengths[0]), dtype=torch.uint8)
+            dist.broadcast(buffer, src=0, group=self._group_of(buffer))
+            return buffer.numpy().tobytes()
+
+        received = self._meet_and(transfer, operation, str(len(payload)))
         with self._own_work(operation):
-            return pickle.loads(buffer.numpy().tobytes())
+            return pickle.loads(received)
 
     @contextmanager
     def together(self, operation: str) -> Iterator[None]:
@@ -146,7 +155,6 @@ class Processes:
         with self._own_work(operation):
             yield
         self._meetings.meet(operation)
-        self._meetings.finished(operation)
 
     def sum(self, operation: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Element by element sums over the ranks, the same bits on every rank.
@@ -171,9 +179,12 @@ class Processes:
             flats = {key: torch.cat([tensors[i].detach().reshape(-1) for i in items]) for key, items in groups.items()}
             note = " ".join(f"{dtype}:{device}" for dtype, device in groups)
             shapes = zlib.crc32(repr([(tuple(t.shape), t.dtype) for t in tensors]).encode())
-        notes = self._meet(operation, f"{note} {sum(t.numel() for t in tensors)} elements, {shapes:08x}")
-        self._check_alike(operation, notes)
-        sums = self._transfer(operation, lambda: {key: self._all_reduced(flat) for key, flat in flats.items()})
+
+        def transfer(notes: list[str]) -> dict[tuple[torch.dtype, str], Tensor]:
+            self._check_alike(operation, notes)
+            return {key: self._all_reduced(flat) for key, flat in flats.items()}
+
+        sums = self._meet_and(transfer, operation, f"{note} {sum(t.numel() for t in tensors)} elements, {shapes:08x}")
         results = list(tensors)
         for key, items in groups.items():
             parts = sums[key].split([tensors[i].numel() for i in items])
@@ -200,16 +211,15 @@ class Processes:
             _copy_to_itself(self.rank, sends, receives)
             outgoing = [(peer, t) for peer, t in sends if peer != self.rank and t.numel()]
             incoming = [(peer, t) for peer, t in receives if peer != self.rank and t.numel()]
+            on_device = any(t.device.type != "cpu" for _, t in outgoing + incoming)
         if self._meetings is None:
             return
-        on_device = any(t.device.type != "cpu" for _, t in outgoing + incoming)
-        notes = self._meet(operation, "device" if on_device else "")
 
-        def transfer() -> None:
+        def transfer(notes: list[str]) -> None:
             self._connect_device(needed=any(notes))
             self._move(outgoing, incoming)
 
-        self._transfer(operation, transfer)
+        self._meet_and(transfer, operation, "device" if on_device else "")
         self.bytes_sent += sum(t.nbytes for _, t in outgoing)
 
     def close(self) -> None:
@@ -223,18 +233,14 @@ class Processes:
 
     def _connect(self, operation: str) -> None:
         """Make the process groups, once a meeting has shown that all ranks are there."""
-        self._meet(operation)
         limit = timedelta(seconds=self.timeout)
 
-        def connect() -> None:
+        def connect(_: list[str]) -> None:
             self._host_group = _new_group(backend="gloo", timeout=limit)
             if dist.get_backend() != "gloo":
                 self._device_group = _new_group(backend=None, timeout=limit + WATCHDOG_DELAY)
 
-        self._transfer(operation, connect)
-
-    def _meet(self, operation: str, note: str = "") -> list[str]:
-        return [note] if self._meetings is None else self._meetings.meet(operation, note)
+        self._meet_and(connect, operation)
 
     @contextmanager
     def _own_work(self, operation: str) -> Iterator[None]:
@@ -246,13 +252,17 @@ class Processes:
                 self._meetings.tell(operation, error)
             raise
 
-    def _transfer(self, operation: str, transfer: Callable[[], R]) -> R:
-        """Run what moves the payload after a meeting. If it breaks, no later transfer can be trusted."""
+    def _meet_and(self, transfer: Callable[[list[str]], R], operation: str, note: str = "") -> R:
+        """Meet, then move the payload; `transfer` gets the notes of all ranks.
+
+        If the transfer breaks, no later one can be trusted.
+        """
         meetings = self._meetings
         if meetings is None:
-            return transfer()
+            return transfer([note])
+        notes = meetings.meet(operation, note)
         try:
-            result = transfer()
+            result = transfer(notes)
         except RuntimeError as error:  # what gloo and NCCL raise
             # Sockets close when nothing refers to the group any more, and ranks that wait for this
             # one notice at once. The frames of the traceback refer to it.

@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from weightproof import errors
 from weightproof.errors import CollectiveError, WeightproofError
+from weightproof.timed_store import TimedStore
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -117,9 +118,9 @@ class Rendezvous:
         self.size = size
         self.timeout = timeout
         self.lost: Failure | None = None
-        self._store = store
+        self._store = TimedStore(store, timeout)
         self._number = 0
-        self._kept_keys: list[str] = []
+        self._old_keys: list[str] = []
 
     def meet(self, operation: str, note: str = "") -> list[str]:
         """Come to `operation`; return when all ranks have come, with every rank's note, by rank.
@@ -136,13 +137,13 @@ class Rendezvous:
             self.tell(operation, error)
             raise
         if isinstance(outcome, Failure):
-            raise self._shared(outcome)
+            raise self.shared(outcome)
         return outcome
 
     def finished(self, operation: str) -> None:
         """Leave word that this rank has its payload of the last meeting."""
         with self._store_answers(operation):
-            self._leave_word(_Place(self._number - 1, operation, done=True))
+            self._store.ask(self._word(_Place(self._number - 1, operation, done=True)))
 
     def tell(self, operation: str, error: BaseException, *, lost: bool = False) -> None:
         """Make an error of this rank the outcome of its next number, unless every rank has it already.
@@ -155,54 +156,65 @@ class Rendezvous:
         try:
             # This rank may have been interrupted in a meeting that took place all the same: then it
             # is the next number that the others have yet to come to.
-            while not isinstance(held := self._post(operation, failure), Failure):
-                self._number += 1
+            while not isinstance(held := self._decide(_Place(self._number, operation), failure), Failure):
+                self._advance()
         except RuntimeError as broken:
             self.lost = _store_failure(operation, broken)
         else:
-            self._number += 1
+            self._advance()
             self.lost = held if held.lost else None
         self._mark(error)
 
     def lose(self, operation: str, cause: BaseException) -> WeightproofError:
         """The error for a payload that broke after all ranks had come: who gives no sign of life?"""
-        number = self._number
+        place = _Place(self._number, operation)
         deadline = time.monotonic() + min(self.timeout, SIGNS_OF_LIFE_SECONDS)
         with self._store_answers(operation):
-            self._leave_word(_Place(number, operation))
-            self._poll(lambda: self._decided(number) or not self._silent(number), deadline)
-            silent = self._silent(number)
+            self._store.ask(self._word(place))
+            self._poll(lambda: self._decided(place.number) or not self._silent(place.number), deadline)
+            silent = self._silent(place.number)
             who = f"no sign of life from {named(silent)}" if silent else "all ranks still answer"
             message = f"{operation}: the connection between ranks broke ({who}): {str(cause)[:LONGEST_MESSAGE]}"
-            held = self._decide(number, Failure(operation, silent, message, lost=True))
-        self._number += 1
-        return self._shared(held if isinstance(held, Failure) else Failure(operation, silent, message, lost=True))
+            failure = Failure(operation, silent, message, lost=True)
+            held = self._decide(place, failure)
+        self._advance()
+        return self.shared(replace(held, lost=True) if isinstance(held, Failure) else failure)
 
     def shared(self, failure: Failure) -> WeightproofError:
-        """The error for a failure that every rank sees by itself right after a meeting."""
-        return self._shared(failure)
+        """The error for a failure that every rank sees by itself, right after a meeting."""
+        if failure.lost:
+            self.lost = failure
+        error = failure.error()
+        self._mark(error)
+        return error
 
     def raise_if_lost(self) -> None:
         """Raise at once what ended the meetings, if something did."""
         if self.lost is not None:
-            raise self._shared(self.lost)
+            raise self.shared(self.lost)
 
     def _come(self, operation: str, note: str) -> _Outcome:
-        number = self._number
-        self._leave_word(_Place(number, operation, note))
-        if self._store.add(f"{number}/count", 1) == self.size:
-            outcome = self._decide(number, self._verdict(operation))
+        place = _Place(self._number, operation, note)
+        leave_word = self._word(place)
+
+        def arrive(store: Store) -> int:
+            leave_word(store)
+            return store.add(f"{place.number}/count", 1)
+
+        if self._store.ask(arrive) == self.size:
+            outcome = self._decide(place, self._verdict(operation))
+        elif self._poll(lambda: self._decided(place.number), time.monotonic() + self.timeout):
+            outcome = self._store.ask(lambda store: _decoded(store.get(f"{place.number}/outcome")))
         else:
-            if not self._poll(lambda: self._decided(number), time.monotonic() + self.timeout):
-                self._decide(number, self._overdue(number, operation))
-            outcome = _decoded(self._store.get(f"{number}/outcome"))
-        self._number = number + 1
-        self._clean_up(number, outcome)
+            outcome = self._decide(place, self._overdue(place.number, operation))
+        if not isinstance(outcome, Failure):
+            self._forget_older()
+        self._advance()
         return outcome
 
     def _verdict(self, operation: str) -> _Outcome:
         """The outcome when all ranks have come: the notes, or that they came to different operations."""
-        places = [_Place(*json.loads(text)) for text in self._store.multi_get([f"at/{r}" for r in range(self.size)])]
+        places = self._places()
         if all(place.operation == operation for place in places):
             return [place.note for place in places]
         at = "; ".join(f"rank {rank} at '{place.operation}'" for rank, place in enumerate(places))
@@ -211,15 +223,17 @@ class Rendezvous:
         return Failure(places[0].operation, others, message)
 
     def _overdue(self, number: int, operation: str) -> Failure:
-        places = self._places()
-        missing = tuple(rank for rank, place in places.items() if place is None or place.number < number)
+        """Names the ranks that have not come, and where they were last seen."""
+        ranks = range(self.size)
+        known = self._store.ask(lambda store: [rank for rank in ranks if store.check([f"at/{rank}"])])
+        places = dict(zip(known, self._places(known), strict=True))
+        missing = tuple(rank for rank in ranks if rank not in places or places[rank].number < number)
         if not missing:
-            message = f"{operation}: all ranks came, but one ended before it could say so"
+            message = f"{operation}: all ranks came, but the last one ended before it could say so"
             return Failure(operation, (), message, timed_out=True, lost=True)
         seen = "; ".join(
-            f"rank {rank} was last seen at '{place.operation}'" if place else f"rank {rank} was never seen"
+            f"rank {rank} was last seen at '{places[rank].operation}'" if rank in places else f"rank {rank} never came"
             for rank in missing
-            for place in [places[rank]]
         )
         message = (
             f"{named(missing)} did not come to '{operation}' within {self.timeout:g} s ({seen}). Look at the "
@@ -227,34 +241,35 @@ class Rendezvous:
         )
         return Failure(operation, missing, message, timed_out=True, lost=True)
 
-    def _places(self) -> dict[int, _Place | None]:
-        keys = {rank: f"at/{rank}" for rank in range(self.size)}
-        return {
-            rank: _Place(*json.loads(self._store.get(key))) if self._store.check([key]) else None
-            for rank, key in keys.items()
-        }
+    def _places(self, ranks: Iterable[int] | None = None) -> list[_Place]:
+        """Where ranks (all of them, unless named) that came at least once were last seen."""
+        keys = [f"at/{rank}" for rank in (range(self.size) if ranks is None else ranks)]
+        texts = self._store.ask(lambda store: store.multi_get(keys))
+        return [_Place(*json.loads(text)) for text in texts]
 
     def _silent(self, number: int) -> tuple[int, ...]:
-        return tuple(r for r, place in self._places().items() if place is None or not place.passed(number))
+        return tuple(rank for rank, place in enumerate(self._places()) if not place.passed(number))
 
-    def _leave_word(self, place: _Place) -> None:
-        self._store.set(f"at/{self.rank}", json.dumps([place.number, place.operation, place.note, place.done]))
+    def _word(self, place: _Place) -> Callable[[Store], None]:
+        key, text = f"at/{self.rank}", json.dumps([place.number, place.operation, place.note, place.done])
+        return lambda store: store.set(key, text)
 
     def _decided(self, number: int) -> bool:
-        return self._store.check([f"{number}/outcome"])
+        return self._store.ask(lambda store: store.check([f"{number}/outcome"]))
 
-    def _decide(self, number: int, outcome: _Outcome) -> _Outcome:
-        return _decoded(self._store.compare_set(f"{number}/outcome", "", _encoded(outcome)))
+    def _decide(self, place: _Place, outcome: _Outcome) -> _Outcome:
+        """Write an outcome, unless there is one; return the one that there is."""
+        leave_word, key, text = self._word(place), f"{place.number}/outcome", _encoded(outcome)
 
-    def _post(self, operation: str, failure: Failure) -> _Outcome:
-        self._leave_word(_Place(self._number, operation))
-        return self._decide(self._number, failure)
+        def decide(store: Store) -> bytes:
+            leave_word(store)
+            return store.compare_set(key, "", text)
+
+        return _decoded(self._store.ask(decide))
 
     def _poll(self, condition: Callable[[], bool], deadline: float) -> bool:
-        """Whether `condition` came true in time.
-
-        A blocking wait of the store would not let Ctrl-C through and warns on stderr when it ends.
-        """
+        """Whether `condition` came true in time."""
+        # A wait of the store itself would warn on stderr when it ends, and hold up other threads.
         started = time.monotonic()
         while not condition():
             now = time.monotonic()
@@ -263,29 +278,23 @@ class Rendezvous:
             time.sleep(min(POLL_SHARE * (now - started), LONGEST_POLL_SECONDS, max(deadline - now, 0)))
         return True
 
-    def _clean_up(self, number: int, outcome: _Outcome) -> None:
-        """Forget older meetings once all ranks have come to a later one: only then has each read them."""
-        if self.rank != 0:
-            return
-        if not isinstance(outcome, Failure):
-            for key in self._kept_keys:
-                self._store.delete_key(key)
-            self._kept_keys.clear()
-        self._kept_keys += [f"{number}/count", f"{number}/outcome"]
+    def _advance(self) -> None:
+        if self.rank == 0:
+            self._old_keys += [f"{self._number}/count", f"{self._number}/outcome"]
+        self._number += 1
+
+    def _forget_older(self) -> None:
+        """All ranks have come to this meeting, so each has read the outcomes of those before it."""
+        keys, self._old_keys = self._old_keys, []
+        if keys:
+            self._store.ask(lambda store: [store.delete_key(key) for key in keys])
 
     @contextmanager
     def _store_answers(self, operation: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
-            raise self._shared(_store_failure(operation, error)) from error
-
-    def _shared(self, failure: Failure) -> WeightproofError:
-        if failure.lost:
-            self.lost = failure
-        error = failure.error()
-        self._mark(error)
-        return error
+            raise self.shared(_store_failure(operation, error)) from error
 
     def _mark(self, error: BaseException) -> None:
         """Remember that all ranks have this error, until the next meeting."""

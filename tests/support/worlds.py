@@ -13,6 +13,7 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -35,8 +36,14 @@ PRELOADED += ["weightproof.session", "weightproof.edits", "worlds"]
 # After the first failure the other ranks get this long to report theirs.
 LAST_WORDS_SECONDS = 2.0
 
+# How long a rank that hangs gets to write down where.
+STACK_SECONDS = 0.3
+
 # How long a rank may take to leave after its result was received.
 LEAVE_SECONDS = 20.0
+
+# A rank whose test process is gone ends itself this long after the limit.
+ORPHAN_SECONDS = 10.0
 
 
 class WorldError(AssertionError):
@@ -50,11 +57,17 @@ class _Rank:
     log: Path
     report: tuple[str, Any] | None = None  # ("result", value), ("error", traceback) or ("ended", exit code)
 
+    def stack(self) -> str:
+        """Where the process is now: it writes that down when it gets this signal."""
+        if self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGUSR1)
+            time.sleep(STACK_SECONDS)
+        return self.log.read_text() if self.log.exists() else ""
+
 
 @dataclass
 class _World:
     ranks: list[_Rank] = field(default_factory=list)
-    port: int | None = None
 
 
 def run_world(
@@ -132,24 +145,23 @@ def _take(world: _World, rank: _Rank) -> None:
 
 
 def _check(world: _World, expect_dead: set[int], timeout: float) -> None:
-    troubles = []
+    troubles, late = [], []
     for number, rank in enumerate(world.ranks):
         kind, content = rank.report or ("late", None)
         if number in expect_dead:
             if kind != "ended":
-                troubles.append(f"rank {number} was to die, but: {kind} {content!r}")
+                troubles.append(f"rank {number} was to die, but: {kind} {content}")
         elif kind == "late":
-            troubles.append(f"rank {number} had not ended after {timeout:g} s, or shortly after another's failure")
+            late.append(f"rank {number} was still running\n{rank.stack()}")
         elif kind == "ended":
-            troubles.append(f"rank {number} ended with exit code {content} and gave no result\n{_stacks(rank)}")
+            troubles.append(f"rank {number} ended with exit code {content} and gave no result")
         elif kind == "error":
             troubles.append(f"rank {number} raised\n{content}")
+    __tracebackhide__ = True
+    if late and not troubles:
+        troubles = [f"the world did not end within {timeout:g} s"]
     if troubles:
-        raise WorldError("\n".join(troubles))
-
-
-def _stacks(rank: _Rank) -> str:
-    return rank.log.read_text() if rank.log.exists() else ""
+        raise WorldError("\n".join(troubles + late))
 
 
 def _dismiss(world: _World) -> None:
@@ -178,8 +190,8 @@ def _live(
 ) -> None:
     """The life of one rank."""
     with Path(log).open("w") as stacks:
-        # Says where a rank hangs, and ends it even if the test process is gone.
-        faulthandler.dump_traceback_later(timeout, exit=True, file=stacks)
+        faulthandler.register(signal.SIGUSR1, file=stacks)
+        faulthandler.dump_traceback_later(timeout + ORPHAN_SECONDS, exit=True, file=stacks)
         try:
             result = _joined(pipe, rank, size, source, args, timeout)
             report = pickle.dumps(("result", result))
