@@ -7,12 +7,17 @@ owner, one matrix at a time per owner, and nobody else allocates it.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from weightproof.errors import InputError
+from weightproof.collective import Message, Processes, deal
+from weightproof.errors import CollectiveError, InputError
 from weightproof.placements import (
     COLUMNS,
     FLAT,
@@ -26,7 +31,23 @@ from weightproof.placements import (
     shape_of,
 )
 
-__all__ = ["Shard", "flat_kernels", "local_of", "refusal_of", "settle", "shard_of", "slab", "whole_here"]
+__all__ = [
+    "Shard",
+    "assemble",
+    "dealt",
+    "distribute",
+    "flat_kernels",
+    "local_of",
+    "refusal_of",
+    "settle",
+    "shape_of",
+    "shard_of",
+    "slab",
+    "whole_here",
+]
+
+Item = TypeVar("Item")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +73,10 @@ class Shard:
     local: Tensor
     turned: bool = False
     rank: int = 0
+
+
+# What an item of dealt work consists of: whole here (or fetched so, on its owner alone), sharded, or not there.
+Part = Tensor | Callable[[], Tensor] | Shard | None
 
 
 def shard_of(tensor: Tensor) -> Shard | None:
@@ -124,3 +149,197 @@ def flat_kernels(shard: Shard) -> Shard:
     unit = positions if shard.layout == COLUMNS else 1
     ranges = tuple((start * unit, end * unit) for start, end in shard.ranges)
     return replace(shard, shape=shape, ranges=ranges, local=shard.local.flatten(1))
+
+
+# ---------------------------------------------------------------- whole on the owner, and back
+
+
+def assemble(processes: Processes, operation: str, requests: Sequence[tuple[int, Shard]]) -> list[Tensor | None]:
+    """Bring the parts of sharded tensors together, each on its owner; nobody else allocates it.
+
+    Parts are received straight into the result, and an owner that holds everything gets its own part.
+    Every rank calls this with the same requests, inside `processes.together` where it can fail on one.
+
+    Args:
+        processes: All of them take part.
+        operation: For error messages.
+        requests: (owner, this rank's shard) of each tensor.
+
+    Returns:
+        On its owner the whole tensor, (d_out, d_in) where it is turned; None elsewhere. Do not write to it.
+    """
+    sends: list[Message] = []
+    receives: list[Message] = []
+    wholes: list[Tensor | None] = []
+    for owner, shard in requests:
+        holders, mine = _holders(shard), owner == processes.rank
+        if holders == [owner]:
+            wholes.append(_oriented(shard.local.reshape(shard.shape), shard) if mine else None)
+            continue
+        buffer = torch.empty(_packed_shape(shard), dtype=shard.dtype, device=shard.local.device) if mine else None
+        if processes.rank in holders:
+            sends.append((owner, _packed(shard.local, shard).contiguous()))
+        if buffer is not None:
+            receives += [(holder, _slot(buffer, shard, holder)) for holder in holders]
+        wholes.append(None if buffer is None else _oriented(_packed(buffer, shard), shard))
+    if any(_holders(shard) not in ([], [owner]) for owner, shard in requests):
+        processes.exchange(_named(operation, [shard for _, shard in requests]), sends, receives)
+    return wholes
+
+
+def distribute(processes: Processes, operation: str, items: Sequence[tuple[int, Shard, Tensor | None]]) -> list[Tensor]:
+    """The way back from `assemble`: the owner's whole values, cast to the stored dtype, in parts.
+
+    Args:
+        processes: All of them take part.
+        operation: For error messages.
+        items: (owner, this rank's shard, the whole values on the owner, oriented as `assemble` gives them).
+
+    Returns:
+        This rank's part of each, of the shape of `shard.local`.
+
+    Raises:
+        InputError: On an owner whose values are missing or of another shape.
+    """
+    sends: list[Message] = []
+    receives: list[Message] = []
+    parts: list[Tensor] = []
+    for owner, shard, whole in items:
+        part = torch.empty(shard.local.shape, dtype=shard.dtype, device=shard.local.device)
+        if owner == processes.rank:
+            stored = _as_stored(whole, shard)
+            pieces = {holder: _cut(stored, shard, holder) for holder in _holders(shard)}
+            part = pieces.pop(owner, part)
+            sends += pieces.items()
+        elif processes.rank in _holders(shard):
+            receives.append((owner, part))
+        parts.append(part)
+    if any(_holders(shard) not in ([], [owner]) for owner, shard, _ in items):
+        processes.exchange(_named(operation, [shard for _, shard, _ in items]), sends, receives)
+    return parts
+
+
+def _holders(shard: Shard) -> list[int]:
+    """Ranks that hold elements."""
+    return [rank for rank, (start, end) in enumerate(shard.ranges) if end > start and 0 not in shard.shape]
+
+
+def _packed_shape(shard: Shard) -> tuple[int, ...]:
+    return tuple(_packed(torch.empty(shard.shape, device="meta"), shard).shape)
+
+
+def _packed(tensor: Tensor, shard: Shard) -> Tensor:
+    """The cut dimension first, so that a part of the whole is one piece of memory; its own inverse."""
+    return tensor.transpose(0, 1) if shard.layout == COLUMNS else tensor
+
+
+def _slot(packed: Tensor, shard: Shard, rank: int) -> Tensor:
+    """Where a rank's part lies in a packed whole."""
+    start, end = shard.ranges[rank]
+    return packed.reshape(-1)[start:end] if shard.layout == FLAT else packed[start:end]
+
+
+def _oriented(stored: Tensor, shard: Shard) -> Tensor:
+    return stored.T if shard.turned else stored
+
+
+def _as_stored(whole: Tensor | None, shard: Shard) -> Tensor:
+    wanted = shard.shape[::-1] if shard.turned else shard.shape
+    if whole is None or tuple(whole.shape) != wanted:
+        found = "nothing" if whole is None else f"shape {list(whole.shape)}"
+        raise InputError(f"the owner of a tensor of shape {list(wanted)} has {found} to give back")
+    return _oriented(whole.detach(), shard)
+
+
+def _cut(stored: Tensor, shard: Shard, rank: int) -> Tensor:
+    piece = _packed(_slot(_packed(stored, shard), shard, rank), shard)
+    return piece.to(device=shard.local.device, dtype=shard.dtype).contiguous()
+
+
+def _named(operation: str, shards: Sequence[Shard]) -> str:
+    """An operation with its size: ranks whose tensors differ in shape or dtype do not meet, and see why."""
+    total = sum(torch.Size(shard.shape).numel() * shard.dtype.itemsize for shard in shards)
+    return f"{operation} ({len(shards)} sharded tensors of {total} bytes)"
+
+
+# ---------------------------------------------------------------- dealt work
+
+
+def dealt(  # noqa: PLR0913 - what is done, of what parts, at what cost
+    processes: Processes,
+    items: Sequence[Item],
+    *,
+    cost: Callable[[Item], float],
+    parts: Sequence[Callable[[Item], Part]],
+    work: Callable[..., R],
+    operation: str,
+) -> list[R]:
+    """Do the work on each item on one rank, its owner, and give every rank all results.
+
+    Owners are chosen by cost. Sharded parts meet on the owner, one item at a time for each owner;
+    where everything is whole on every rank nothing travels but the results. What `work` raises on one
+    rank ends it on all. Every rank calls this with the same items.
+
+    Args:
+        processes: All of them take part.
+        items: What there is to do.
+        cost: Estimate for one item, in any unit.
+        parts: For each further argument of `work`, a function of the item: the tensor where it is
+            whole here, a function that fetches it (called on the owner alone), a shard, or None.
+        work: Called on the owner with the item and its parts, whole. Results must be picklable.
+        operation: For error messages.
+
+    Returns:
+        The results, in the order of the items.
+
+    Raises:
+        CollectiveError: If the ranks were given different items, or another rank failed.
+    """
+    costs = [float(cost(item)) for item in items]
+    _require_alike(processes, operation, costs)
+    owners = deal(costs, processes.size)
+    done: dict[int, R] = {}
+    with processes.together(operation):
+        for turn in _turns(owners, costs, processes.size):
+            wanted = {index: [part(items[index]) for part in parts] for index in turn}
+            mine = _brought_together(processes, operation, wanted, owners)
+            for index, wholes in mine.items():
+                done[index] = work(items[index], *wholes)
+    results = {index: result for ranks in processes.gather(operation, done) for index, result in ranks.items()}
+    return [results[index] for index in range(len(items))]
+
+
+def _turns(owners: Sequence[int], costs: Sequence[float], size: int) -> Iterator[list[int]]:
+    """Items of which each owner has at most one, the longest of all owners first."""
+    queues: list[list[int]] = [[] for _ in range(size)]
+    for index in sorted(range(len(owners)), key=lambda index: -costs[index]):
+        queues[owners[index]].append(index)
+    for turn in zip_longest(*queues):
+        yield [index for index in turn if index is not None]
+
+
+def _brought_together(
+    processes: Processes, operation: str, wanted: dict[int, list[Part]], owners: Sequence[int]
+) -> dict[int, list[Tensor | None]]:
+    """The whole parts of those items that this rank owns."""
+    sharded = [(owners[index], part) for index, found in wanted.items() for part in found if isinstance(part, Shard)]
+    arrived = iter(assemble(processes, operation, sharded))
+    mine: dict[int, list[Tensor | None]] = {}
+    for index, found in wanted.items():
+        wholes = [next(arrived) if isinstance(part, Shard) else part for part in found]
+        if owners[index] == processes.rank:
+            mine[index] = [whole if whole is None or isinstance(whole, Tensor) else whole() for whole in wholes]
+    return mine
+
+
+def _require_alike(processes: Processes, operation: str, costs: Sequence[float]) -> None:
+    """Refuse work of which the ranks have different ideas, before any of them waits for a part."""
+    marks = processes.gather(operation, (len(costs), zlib.crc32(repr(costs).encode())))
+    others = tuple(rank for rank, mark in enumerate(marks) if mark != marks[0])
+    if others:
+        raise CollectiveError(
+            f"{operation}: the ranks have different work, {[count for count, _ in marks]} items by rank; "
+            f"rank {others[0]} differs from rank 0 in number, order or sizes. Is the model the same on every rank?",
+            operation=operation,
+            ranks=others,
+        )
