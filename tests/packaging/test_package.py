@@ -71,6 +71,7 @@ def test_wheel_holds_three_packages_with_their_data(tmp_path):
         assert f"{package}/py.typed" in names
     assert "weightproof/data/tiers/balanced.yaml" in names
     assert "weightproof_recipes/demo.yaml" in names
+    assert "weightproof_recipes/accelerate/cpu_x2.yaml" in names
     assert not [name for name in names if name.startswith("tests/")]
 
 
