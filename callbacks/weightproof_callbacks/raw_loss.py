@@ -43,6 +43,15 @@ class RawLossRecorder:
         self._micro_batches.clear()
         self._steps.clear()
 
+    def add(self, loss: torch.Tensor | float) -> None:
+        """Record the loss of one micro-batch that was computed outside of the model; its own is not read any more."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+            self._micro_batches.clear()
+        self._divided_by_items = False
+        self._micro_batches.append(torch.as_tensor(loss).detach().float().mean().clone())
+
     def end_step(self) -> None:
         """Close one optimizer step: its micro-batch losses become one loss."""
         if self._micro_batches:

@@ -6,7 +6,22 @@ poisoned moments do not learn again. Clearing them costs no memory and lets trai
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+from weightproof.steps import Step
+
+
+def forget_moments(step: Step, optimizer: Any) -> int:
+    """Clear the optimizer's state after the window `step` was rolled back, and note that in its record.
+
+    Returns:
+        How many parameters had a state.
+    """
+    cleared = clear_optimizer_state(optimizer)
+    if step.record is not None:
+        step.record = replace(step.record, params={**step.record.params, "optimizer_states_cleared": cleared})
+    return cleared
 
 
 def clear_optimizer_state(optimizer: Any) -> int:
