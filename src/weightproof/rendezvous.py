@@ -17,6 +17,7 @@ whatever operation they come to next, under the same number, so that all stay in
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -174,7 +175,7 @@ class Rendezvous:
             self._poll(lambda: self._decided(place.number) or not self._silent(place.number), deadline)
             silent = self._silent(place.number)
             who = f"no sign of life from {named(silent)}" if silent else "all ranks still answer"
-            message = f"{operation}: the connection between ranks broke ({who}): {str(cause)[:LONGEST_MESSAGE]}"
+            message = f"{operation}: the connection between ranks broke ({who}): {_first_sentence(cause)}"
             failure = Failure(operation, silent, message, lost=True)
             held = self._decide(place, failure)
         self._advance()
@@ -301,8 +302,13 @@ class Rendezvous:
         vars(error)[_TOLD] = (id(self), self._number)
 
 
+def _first_sentence(cause: BaseException) -> str:
+    """Gloo's messages start with a line of its source and go on with guesses."""
+    return re.sub(r"^\[[^]]*\] ", "", str(cause)).split(". ")[0][:LONGEST_MESSAGE]
+
+
 def _store_failure(operation: str, error: RuntimeError) -> Failure:
     launcher = dist.is_torchelastic_launched()
     host = "the launcher" if launcher else "rank 0"
     message = f"{operation}: the store of torch.distributed does not answer; {host}, which hosts it, has probably ended"
-    return Failure(operation, () if launcher else (0,), f"{message} ({str(error)[:LONGEST_MESSAGE]})", lost=True)
+    return Failure(operation, () if launcher else (0,), f"{message} ({_first_sentence(error)})", lost=True)

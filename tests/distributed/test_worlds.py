@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import worlds
 from worlds import WorldError, run_world
 
 
@@ -68,3 +72,25 @@ def test_a_death_is_an_error_unless_it_was_expected():
         run_world(die, 2)
     with pytest.raises(WorldError, match=re.escape("rank 0 was to die, but: result 0")):
         run_world(die, 2, expect_dead={0, 1})
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {support!r})
+from worlds import run_world
+from weightproof.collective import Processes
+
+def body(rank, size):
+    processes = Processes.join(20.0)
+    return processes.gather("ranks", rank), Processes.join(20.0).size
+
+if __name__ == "__main__":
+    print(run_world(body, 2))
+"""
+
+
+def test_a_world_leaves_nothing_behind_on_stderr(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(support=str(Path(worlds.__file__).parent)))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("[([0, 1], 2), ([0, 1], 2)]\n", "", 0)
