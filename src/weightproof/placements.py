@@ -51,6 +51,11 @@ def is_zero3(tensor: Any) -> bool:
     return getattr(tensor, "ds_tensor", None) is not None and hasattr(tensor, "ds_shape")
 
 
+def is_flattened(tensor: Any) -> bool:
+    """Whether a parameter is a piece of FSDP version 1, without the shape that it had."""
+    return getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False)
+
+
 def shape_of(tensor: Any) -> tuple[int, ...]:
     """Logical shape of a tensor: of the whole one where this process holds a part."""
     return tuple(tensor.ds_shape if is_zero3(tensor) else tensor.shape)
@@ -83,7 +88,7 @@ def cut_of(tensor: Any) -> Cut | None:
 
 def refusal_of(tensor: Any) -> str | None:
     """Why the placement of a tensor cannot be read: what it is, and what to do; None when it can be."""
-    if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):
+    if is_flattened(tensor):
         return (
             "it is flattened by FSDP version 1, which keeps no shapes: "
             "shard with FSDP version 2 (fully_shard; fsdp_version: 2 in an accelerate config)"
@@ -91,6 +96,14 @@ def refusal_of(tensor: Any) -> str | None:
     if is_zero3(tensor):
         return _zero3_refusal(tensor)
     return _dtensor_refusal(tensor) if is_dtensor(tensor) else None
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before `fully_shard` put one of its own in front of it."""
+    fsdp, kinds = sys.modules.get("torch.distributed.fsdp"), type(module).__mro__
+    if fsdp is None or fsdp.FSDPModule not in kinds:
+        return type(module)
+    return kinds[kinds.index(fsdp.FSDPModule) + 1]
 
 
 def settle(model: nn.Module) -> None:
@@ -110,8 +123,17 @@ def settle(model: nn.Module) -> None:
         # `reshard` does nothing for a group whose forward pass was cut short; a state dict always shards.
         if not all(is_dtensor(parameter) for parameter in module.parameters()):
             module.state_dict()
-    gathered: list[Any] = [parameter for parameter in model.parameters() if is_zero3(parameter)]
-    for parameter in gathered:
+    _settle_zero3([parameter for parameter in model.parameters() if is_zero3(parameter)])
+
+
+def _settle_zero3(parameters: list[Any]) -> None:
+    optimizer = next((parameter._z3_optimizer for parameter in parameters if hasattr(parameter, "_z3_optimizer")), None)
+    if optimizer is not None:
+        # DeepSpeed's own way also takes in what was gathered ahead for the next forward pass, which would
+        # otherwise be used there with the values of before.
+        optimizer.empty_partition_cache()
+        return
+    for parameter in parameters:
         if parameter.ds_status.name == "AVAILABLE":
             parameter.partition()
 

@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from weightproof.shards import Shard
 
 
 class Outcome(StrEnum):
@@ -52,11 +56,14 @@ class WeightMatrix:
         dtype: Storage dtype.
         tied_names: Other public names under which the same storage is registered.
         tensor_name: Public name of the stored tensor this matrix is (a slice of).
-        load: Returns the (d_out, d_in) tensor, detached; see `is_view`.
+        load: Returns the (d_out, d_in) tensor, detached; see `is_view`. Raises InputError when sharded.
         is_view: True when `load()` aliases live model storage, so that a write to it is an edit.
         refusal: Why this tensor is enumerated but not measured (None when measured).
         select: Turns any tensor laid out like the stored `tensor_name` (a kept original, for
             example) into this matrix; a view of it. None where the matrix is joined from several.
+        shard: The part of the matrix that this process holds, 2-D; None when it holds all of it.
+        select_shard: For a sharded matrix: turns any shard laid out like that of `tensor_name` into one of
+            this matrix.
     """
 
     name: str
@@ -70,17 +77,23 @@ class WeightMatrix:
     is_view: bool = True
     refusal: str | None = None
     select: Callable[[torch.Tensor], torch.Tensor] | None = None
+    shard: Shard | None = None
+    select_shard: Callable[[Shard], Shard] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NamedTensor:
-    """A parameter or buffer under its public name; `tied_names` are its other names."""
+    """A parameter or buffer under its public name; `tied_names` are its other names.
+
+    `shape` is that of the whole tensor; `tensor` may be a shard of it (see `weightproof.shards`).
+    """
 
     name: str
     tensor: torch.Tensor
     is_buffer: bool
     persistent: bool
     tied_names: tuple[str, ...]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,22 +4,26 @@ A matrix is found by what its module is, not by its shape: every parameter of tw
 dimensions is enumerated, of an unknown architecture too, and what is not a linear map or cannot
 be read carries the reason in `refusal`, so that "measured n of m" can always be printed.
 Buffers are tensors (`iter_tensors`), never matrices. Names are public (`clean_name`), tied
-tensors appear once under the first of their names.
+tensors appear once under the first of their names. Of a sharded tensor the shapes, names and ties are
+those of the whole model; the values are the part that lies here (`WeightMatrix.shard`).
 
-transformers and PEFT are recognised by class and attribute names; neither is imported.
+transformers, accelerate and PEFT are recognised by class and attribute names; none is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from weightproof.checkpoints import iter_checkpoint_matrices
+from weightproof.errors import InputError
 from weightproof.families import clean_name, public_names, unwrap
 from weightproof.layouts import DEPTHWISE, Layout, Piece, Stored, parameter_layout, pieces, unreadable_dtype
+from weightproof.placements import class_of, is_dtensor, is_flattened, local_of, refusal_of, shape_of
+from weightproof.shards import Shard, flat_kernels, shard_of, slab
 from weightproof.types import NamedTensor, StructureReading, WeightMatrix
 
 __all__ = [
@@ -48,15 +52,16 @@ class _Entry:
 
 
 def storage_identity(tensor: Tensor) -> Hashable:
-    """Equal for two tensors that are the same storage seen the same way.
+    """Equal for two tensors that are the same storage seen the same way; of a DTensor, of its local part.
 
-    Tensors without memory of their own (meta, empty, subclasses such as DTensor) are compared as
-    objects.
+    Tensors without memory of their own (meta, empty, a ZeRO-3 parameter, other subclasses) are
+    compared as objects.
     """
-    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
-    if not plain or tensor.is_meta or tensor.numel() == 0:
+    memory = local_of(tensor) if is_dtensor(tensor) else tensor
+    plain = type(memory) in (Tensor, nn.Parameter, nn.Buffer)
+    if not plain or memory.is_meta or memory.numel() == 0:
         return id(tensor)
-    return tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+    return memory.device, memory.dtype, memory.data_ptr(), tuple(memory.shape), memory.stride()
 
 
 def _registered(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]]:
@@ -87,7 +92,8 @@ def _named_entries(model: nn.Module) -> list[tuple[str, tuple[str, ...], _Entry]
 def iter_tensors(model: nn.Module) -> Iterator[NamedTensor]:
     """Every parameter, then every buffer, once per storage; other names in `tied_names`."""
     for name, tied_names, entry in _named_entries(model):
-        yield NamedTensor(name, entry.tensor, entry.is_buffer, entry.persistent, tied_names)
+        shape = shape_of(entry.tensor)
+        yield NamedTensor(name, entry.tensor, entry.is_buffer, entry.persistent, tied_names, shape)
 
 
 # ---------------------------------------------------------------- matrices
@@ -95,56 +101,81 @@ def iter_tensors(model: nn.Module) -> Iterator[NamedTensor]:
 
 def _is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D: y = x W + b with W stored (nx, nf)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return class_of(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _unreadable(tensor: Tensor) -> str | None:
+def _unreadable(tensor: Tensor, module: nn.Module) -> str | None:
     """Why the values of a parameter cannot be read as they lie in memory; None when they can."""
-    if tensor.is_meta:
+    local = local_of(tensor)
+    if local.is_meta and hasattr(module, "_hf_hook"):
+        return "accelerate has offloaded it and it has no values in memory: load the model without offloading"
+    if local.is_meta:
         return "it is on the meta device and has no values: load the weights first"
-    if type(tensor).__name__ == "DTensor":
-        return "it is sharded (DTensor): sharded weights are not supported yet"
+    if reason := refusal_of(tensor):
+        return reason
     # Tensor subclasses of quantizers keep a floating dtype and the logical shape.
-    if type(tensor.data) not in (Tensor, nn.Parameter):
-        return f"it is stored as {type(tensor.data).__name__}, not as a plain tensor: dequantise it to measure it"
-    return unreadable_dtype(tensor.dtype)
+    if type(local) is not Tensor:
+        return f"it is stored as {type(local).__name__}, not as a plain tensor: dequantise it to measure it"
+    return unreadable_dtype(local.dtype)
 
 
 def _module_class(module: nn.Module, ndim: int) -> str:
     """Class name of a module; a subclass of torch's convolutions counts as what it derives from."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return f"Conv{'Transpose' if module.transposed else ''}{ndim - 2}d"
-    return "Linear" if _is_conv1d(module) else type(module).__name__
+    return "Linear" if _is_conv1d(module) else class_of(module).__name__
 
 
-def _stored(name: str, entry: _Entry) -> Stored:
-    module, shape = entry.module, tuple(entry.tensor.shape)
+def _matrix_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Logical shape of a parameter; of FSDP version 1, where nobody knows it, one row of what is here."""
+    return (1, tensor.numel()) if is_flattened(tensor) and tensor.ndim < 2 else shape_of(tensor)
+
+
+def _stored(name: str, entry: _Entry, shape: tuple[int, ...]) -> Stored:
+    module = entry.module
     module_class = _module_class(module, len(shape))
-    turned_stack = bool(getattr(module, "is_transposed", type(module).__name__ in _TURNED_STACK_CLASSES))
+    turned_stack = bool(getattr(module, "is_transposed", class_of(module).__name__ in _TURNED_STACK_CLASSES))
     layout = parameter_layout(shape, module_class, turned_linear=_is_conv1d(module), turned_stack=turned_stack)
-    refusal = _unreadable(entry.tensor)
+    refusal = _unreadable(entry.tensor, module)
     if refusal is None and layout is Layout.CONVOLUTION and shape[1] == 1 and getattr(module, "groups", 1) > 1:
         refusal = DEPTHWISE
     return Stored(name, shape, layout, module_class, refusal)
 
 
 def _load(tensor: Tensor, piece: Piece) -> Tensor:
-    return piece.select(tensor.detach())
+    return piece.select(local_of(tensor))
+
+
+def _refuse_load(name: str, num_parts: int) -> Tensor:
+    raise InputError(
+        f"{name} is sharded over {num_parts} processes and whole on none of them: a GuardSession reads it through its "
+        "owner; to read it yourself, assemble it on one (weightproof.shards.assemble)"
+    )
 
 
 def _aliases(tensor: Tensor, piece: Piece) -> bool:
     """Whether `load()` shares memory with the parameter (a convolution of unusual strides is copied)."""
-    if piece.refusal is not None or tensor.is_contiguous():
-        return True
-    return _load(tensor, piece).untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    memory = local_of(tensor)
+    return memory.is_contiguous() or _address(piece.select(memory)) == _address(memory)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _matrix_shard(layout: Layout, index: int, stored: Shard) -> Shard:
+    """The shard of one matrix from that of the stored tensor."""
+    if layout in (Layout.STACK, Layout.TURNED_STACK):
+        return replace(slab(stored, index), turned=layout is Layout.TURNED_STACK)
+    return replace(flat_kernels(stored), turned=layout in (Layout.TURNED, Layout.TRANSPOSED_CONVOLUTION))
 
 
 def iter_weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
     """Every weight matrix of a model, oriented (d_out, d_in), once per storage.
 
     `load()` gives a view on live storage: what is written to it is written to the model (only
-    `snapshot.py` does). A matrix with a `refusal` is counted, not measured; its `load()` raises
-    nothing of its own, but its values mean nothing.
+    `snapshot.py` does); of a matrix that is sharded, the part that lies here is in `shard`. A matrix
+    with a `refusal` is counted, not measured; what its `load()` gives means nothing.
 
     Args:
         model: Any module; DDP, torch.compile and PEFT wrappers are looked through.
@@ -154,11 +185,14 @@ def iter_weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
         [('0.weight', 2, 3)]
     """
     for name, tied_names, entry in _named_entries(model):
-        if entry.is_buffer or entry.tensor.ndim < 2:
+        shape = _matrix_shape(entry.tensor)
+        if entry.is_buffer or len(shape) < 2:
             continue
-        for piece in pieces(_stored(name, entry)):
+        stored = _stored(name, entry, shape)
+        shard = shard_of(entry.tensor) if stored.refusal is None else None
+        for index, piece in enumerate(pieces(stored)):
             suffix = piece.name.removeprefix(name)
-            yield WeightMatrix(
+            matrix = WeightMatrix(
                 name=piece.name,
                 family=piece.family,
                 d_out=piece.d_out,
@@ -167,17 +201,34 @@ def iter_weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
                 tied_names=tuple(f"{tied}{suffix}" for tied in tied_names),
                 tensor_name=name,
                 load=partial(_load, entry.tensor, piece),
-                is_view=_aliases(entry.tensor, piece),
                 refusal=piece.refusal,
                 select=piece.select,
             )
+            if piece.refusal is not None:
+                yield matrix
+            elif shard is None:
+                yield replace(matrix, is_view=_aliases(entry.tensor, piece))
+            else:
+                yield _as_shard(matrix, shard, partial(_matrix_shard, stored.layout, index))
+
+
+def _as_shard(matrix: WeightMatrix, stored: Shard, select: Callable[[Shard], Shard]) -> WeightMatrix:
+    shard, num_parts = select(stored), len(stored.ranges)
+    same_memory = _address(shard.local) == _address(stored.local)
+    return replace(
+        matrix,
+        load=partial(_refuse_load, matrix.name, num_parts),
+        is_view=same_memory or shard.local.numel() == 0,
+        shard=shard,
+        select_shard=select,
+    )
 
 
 # ---------------------------------------------------------------- structure
 
 
 def read_structure(model: nn.Module) -> StructureReading:
-    """Module classes, tie groups and embedding sizes under public names.
+    """Module classes (as they were before they were sharded), tie groups and embedding sizes by public name.
 
     `ties` holds each group of names that share one storage, sorted; `embedding_sizes` the number
     of rows of every embedding table by module name.
@@ -188,7 +239,7 @@ def read_structure(model: nn.Module) -> StructureReading:
     groups = [(name, *tied_names) for name, tied_names, _ in _named_entries(model) if tied_names]
     embeddings = [(raw, module) for raw, module in modules if isinstance(module, nn.Embedding)]
     return StructureReading(
-        modules={"": type(model).__name__} | {public[raw]: type(module).__name__ for raw, module in modules},
+        modules={"": class_of(model).__name__} | {public[raw]: class_of(module).__name__ for raw, module in modules},
         ties=frozenset(tuple(sorted(group)) for group in groups),
         embedding_sizes={public[raw]: module.num_embeddings for raw, module in embeddings},
     )

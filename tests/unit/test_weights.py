@@ -328,14 +328,17 @@ def test_compile_changes_nothing(name):
 
 @pytest.mark.timeout(120)
 @pytest.mark.usefixtures("process_group")
-def test_sharded_tensors_are_refused():
+def test_a_tensor_sharded_over_one_process_is_an_ordinary_matrix():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    layer = nn.Linear(4, 4, bias=False)
+    layer = nn.Linear(4, 3, bias=False)
     layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), init_device_mesh("cpu", (1,))))
     (matrix,) = iter_weight_matrices(layer)
-    assert "not supported yet" in matrix.refusal
+    assert (matrix.refusal, matrix.shard, matrix.d_out, matrix.d_in) == (None, None, 3, 4)
+    assert matrix.is_view
+    assert type(matrix.load()) is torch.Tensor
+    assert matrix.load().data_ptr() == layer.weight.to_local().data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
