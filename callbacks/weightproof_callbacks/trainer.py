@@ -16,6 +16,9 @@ What happens at which event, and why there:
 The guard draws no random numbers from the run's generators, calls no `Trainer` method and fires no
 event (`Trainer.log` inside a step would clear the control flags, and with them the loss row). It is
 no `ExportableState`: that would re-create the callback on resume and crash on older checkpoints.
+
+With `accelerate launch` or `torchrun` every process runs the callback; the sessions meet at each event,
+so that all processes take one decision and set the same control flags. Rank 0 writes the files.
 """
 
 from __future__ import annotations
@@ -38,11 +41,11 @@ from weightproof.session import STATE_FILE, GuardSession
 from weightproof.steps import Step
 from weightproof.types import Action
 from weightproof_callbacks.raw_loss import RawLossRecorder
+from weightproof_callbacks.sharded import find_masters
 from weightproof_callbacks.trainer_checks import (
     checked_edits,
     require_edits_that_apply,
     require_positive,
-    require_supported,
 )
 from weightproof_callbacks.training_state import clear_optimizer_state
 from weightproof_callbacks.wandb_tracker import live_run
@@ -74,13 +77,14 @@ class GuardCallback(TrainerCallback):
             is open or `report_to` names it.
         output_dir: Folder for certificate and log; by default `weightproof` in `args.output_dir`.
         snapshot_dir: Keep snapshots in this folder instead of in memory.
+        timeout: Seconds that a process waits for the others before the run ends with an error.
 
     Attributes:
         session: The `GuardSession` of the present (or last) training; None before the first.
 
     Raises:
-        InputError: An argument is out of its range (at construction), or the run has several
-            processes or DeepSpeed (when training begins).
+        InputError: An argument is out of its range (at construction).
+        CollectiveError: Another process failed or did not come within `timeout`.
         BaselineError: The model holds NaN or inf when training begins, or the sidecar files belong
             to other weights.
         RestoreError: A restore could not be proven exact. Training ends with it and saves nothing.
@@ -97,6 +101,7 @@ class GuardCallback(TrainerCallback):
         trackers: Sequence[Tracker | str] | None = None,
         output_dir: str | Path | None = None,
         snapshot_dir: str | Path | None = None,
+        timeout: float = 600.0,
     ) -> None:
         require_positive("every", every)
         if on_violation not in ON_VIOLATION:
@@ -109,6 +114,7 @@ class GuardCallback(TrainerCallback):
         self.trackers = trackers
         self.output_dir = output_dir
         self.snapshot_dir = snapshot_dir
+        self.timeout = timeout
         self.session: GuardSession | None = None
         self._recorder = RawLossRecorder()
         self._judged_at = self._warmup_steps = 0
@@ -126,7 +132,7 @@ class GuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Capture the baseline, or continue from the sidecar files of the resumed checkpoint."""
-        self._guarded(control, lambda: self._begin(args, state, kwargs["model"]))
+        self._guarded(control, lambda: self._begin(args, state, kwargs["model"], kwargs.get("optimizer")))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Judge the window if one is due, then apply the edit scheduled for this step."""
@@ -149,8 +155,7 @@ class GuardCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the sidecar files into the checkpoint that was just saved."""
-        if state.is_world_process_zero:
-            self._guarded(control, lambda: self._save(args, state, control, kwargs["optimizer"]))
+        self._guarded(control, lambda: self._save(args, state, control, kwargs["optimizer"]))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,8 +165,7 @@ class GuardCallback(TrainerCallback):
 
     # -- what they do --------------------------------------------------------------------------
 
-    def _begin(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
-        require_supported(args)
+    def _begin(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, optimizer: Any) -> None:
         require_edits_that_apply(self.edits, model)
         if self.session is not None:
             self.session.close()
@@ -170,15 +174,16 @@ class GuardCallback(TrainerCallback):
         self._judged_at = state.global_step
         self._warmup_steps = args.get_warmup_steps(state.max_steps)
         self._warn_of_unreached_edits(state)
-        main = state.is_world_process_zero
         folder = Path(self.output_dir) if self.output_dir is not None else Path(str(args.output_dir)) / "weightproof"
         self.session = GuardSession(
             model,
             policy=self.policy,
             retain=self.retain,
-            trackers=self._tracker_names(args) if main else (),
-            output_dir=folder if main else None,
+            trackers=self._tracker_names(args),
+            output_dir=folder,
             snapshot_dir=self.snapshot_dir,
+            timeout=self.timeout,
+            masters=find_masters(None, model, optimizer),
         )
         if state.global_step > 0:
             self._resume(args, state)
@@ -192,16 +197,19 @@ class GuardCallback(TrainerCallback):
         return ("jsonl", "wandb") if asked or live_run() is not None else ("jsonl",)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        session = self._required_session
         folder = _checkpoint_folder(args, state)
         given = args.resume_from_checkpoint
         candidates = [folder, *([Path(given)] if isinstance(given, str) else [])]
         found = next((path for path in candidates if (path / STATE_FILE).is_file()), None)
+        # Rank 0 reads the files: a folder may be on its machine only.
+        found = session.processes.broadcast("the folder to resume from", found)
         if found is None:
             self._warn_once(
                 "resume", f"no {STATE_FILE} in {folder}: the guard starts from a new baseline, the resumed weights"
             )
         else:
-            self._required_session.load_state(found)
+            session.load_state(found)
 
     def _check(self, state: TrainerState, control: TrainerControl, optimizer: Any) -> Step:
         """Judge the window that ends now; on a violation clear the moments, and stop if asked to."""
@@ -243,7 +251,7 @@ class GuardCallback(TrainerCallback):
 
     def _save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
         folder = _checkpoint_folder(args, state)
-        if not folder.is_dir():
+        if not self._required_session.processes.broadcast("the checkpoint's folder", folder.is_dir()):
             self._warn_once("save", f"no folder {folder}: the guard's state is not saved with this checkpoint")
             return
         if state.global_step != self._judged_at:  # another callback asked for this save after us
@@ -259,7 +267,7 @@ class GuardCallback(TrainerCallback):
         if state.global_step != self._judged_at or args.load_best_model_at_end:
             self._check(state, control, optimizer)
         self._recorder.detach()
-        if session.output_dir is not None:
+        if session.output_dir is not None and session.processes.is_main:
             path = session.certificate().save(session.output_dir / "certificate.json")
             actions = [step.decision.action for step in session.history if step.decision is not None]
             for tracker in session.trackers if actions else ():

@@ -10,7 +10,6 @@ from weightproof.weights import iter_weight_matrices
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import TrainingArguments
 
 
 def require_positive(name: str, value: object) -> None:
@@ -43,15 +42,3 @@ def require_edits_that_apply(edits: Mapping[int, Any], model: nn.Module) -> None
             raise InputError(
                 f"edits[{step}] ({edit.name}) selects no weight matrix of this model: check its include= and exclude="
             )
-
-
-def require_supported(args: TrainingArguments) -> None:
-    """Refuse runs in which this version could not keep its promise."""
-    if args.world_size > 1:
-        raise InputError(
-            f"this version guards one process, not {args.world_size}: ranks are not compared yet, so run on one"
-        )
-    if args.deepspeed is not None:
-        raise InputError(
-            "this version does not guard DeepSpeed: its fp32 master weights would undo a restore at the next step"
-        )

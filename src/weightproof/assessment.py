@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from weightproof import kinds
 from weightproof.baseline import Baseline
 from weightproof.calibration import calibration_windows
+from weightproof.collective import Processes
 from weightproof.divergence import (
     OutputCache,
     OutputPass,
@@ -26,10 +27,12 @@ from weightproof.divergence import (
 from weightproof.errors import InputError, RestoreError
 from weightproof.guards.corrections import Correction, corrections
 from weightproof.guards.limits import for_family
+from weightproof.placements import local_of
 from weightproof.policy import Policy, decide, with_digests
-from weightproof.probes import ChangeScope, State, read_change, relative_delta
+from weightproof.probes import Change, ChangeScope, State, read_change
 from weightproof.registry import load_plugin, plugins
-from weightproof.snapshot import Snapshot, tensor_digest
+from weightproof.shards import Shard, dealt, shard_of
+from weightproof.snapshot import Snapshot
 from weightproof.types import (
     Action,
     ContractReading,
@@ -37,6 +40,7 @@ from weightproof.types import (
     DivergenceReading,
     EditRecord,
     Measurement,
+    NamedTensor,
     Outcome,
     Readings,
     Verdict,
@@ -54,7 +58,8 @@ _WINDOW_FLOPS = 2e10
 class Subject:
     """What is being judged: the declaration of a change and what its author knows about it.
 
-    `planned` maps matrix names to the digest of what our own edit meant to write there.
+    `planned` maps matrix names to the digest of what our own edit meant to write there; `digest_before` is that of
+    the model where it is not the state last read (None where it is).
     """
 
     name: str
@@ -66,6 +71,7 @@ class Subject:
     in_warmup: bool = False
     stray: frozenset[str] = frozenset()
     corrected: tuple[str, ...] = ()
+    digest_before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,13 +89,15 @@ class Assessor:
         model: The guarded model.
         policy: The resolved policy.
         retain: Calibration data, or None for random tokens alone.
+        processes: Who takes part; every one of them calls every method alike.
 
     Raises:
         InputError: `retain` is empty or the model cannot run on it.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, retain: Any) -> None:
+    def __init__(self, model: nn.Module, policy: Policy, retain: Any, processes: Processes) -> None:
         self.model = model
+        self.processes = processes
         self.policy = policy
         self.guards = {name: load_plugin("weightproof.guards", name)() for name in plugins("weightproof.guards")}
         self.limits = {name: policy.limits_for(type(guard)) for name, guard in self.guards.items()}
@@ -111,22 +119,28 @@ class Assessor:
     def capture_outputs(self) -> None:
         """Cache the outputs of the model as it is now: later outputs are compared with these."""
         self._stale = False
-        if self._random is not None:
-            try:
-                forward_digest(self.model, (self._random,))
-            except InputError as error:
-                self.no_outputs = f"the model does not run on random inputs ({_brief(error)})"
-                self._random = None
+        if self._random is not None and (broken := self._error_on(self._random)):
+            self.no_outputs = f"the model does not run on random inputs ({broken})"
+            self._random = None
         if not self.windows:
             self.cache = None
             return
         try:
-            self.cache = capture_outputs(self.model, self.windows)
+            self.cache = capture_outputs(self.model, self.windows, processes=self.processes)
         except InputError as error:
             if self._calibration is not None:
                 raise InputError(f"the model does not run on the retain= data: {_brief(error)}") from error
             self.no_outputs = f"outputs cannot be compared: {_brief(error)}"
             self.cache, self._random = None, None
+
+    def _error_on(self, windows: Windows) -> str | None:
+        """Why the model cannot run on windows, on any process."""
+        ours = None
+        try:
+            forward_digest(self.model, (windows,))
+        except InputError as error:
+            ours = _brief(error)
+        return next((error for error in self.processes.gather("a first forward pass", ours) if error), None)
 
     @property
     def is_stale(self) -> bool:
@@ -152,9 +166,9 @@ class Assessor:
         Raises:
             RestoreError: If a deterministic model gives other outputs although every tensor is equal.
         """
-        if expected is None:
-            return
         now = self.forward_digest()
+        if not any(self.processes.gather("outputs after the restore", now != expected)):
+            return
         if now != expected and now == self.forward_digest():
             raise RestoreError(
                 "every tensor was restored, yet the model's outputs differ from those before the change: something "
@@ -165,7 +179,7 @@ class Assessor:
         if self.cache is None:
             return None
         try:
-            return measure_divergence(self.model, self.cache)
+            return measure_divergence(self.model, self.cache, processes=self.processes)
         except InputError as error:
             # The same windows ran before the change: a forward pass that now raises is broken.
             why = f"the model no longer runs on windows that it ran on before: {_brief(error)}"
@@ -178,21 +192,27 @@ class Assessor:
     # -- one change ----------------------------------------------------------------------------
 
     def assess(self, snapshot: Snapshot, current: State, baseline: Baseline, subject: Subject, step: int) -> Assessment:
-        """Read the changed model and judge it against `baseline`."""
-        here = frozenset(snapshot.changed_names())
-        changed = here | subject.stray
-        base = State(baseline.readings, baseline.fits)
+        """Read the changed model and judge it against `baseline`; the same on every process."""
+        here, replaced = self._differences(snapshot)
         scope = ChangeScope(
-            self._norm_band, self._count_slack, self._bulk_names(current, subject), changed, subject.stray
+            norm_band=self._norm_band,
+            count_slack=self._count_slack,
+            bulk_names=self._bulk_names(current, subject),
+            touched=here,
+            stray=subject.stray,
+            kind=subject.kind,
+            planned=subject.planned,
         )
-        state = read_change(self.model, snapshot, current, base, scope)
+        base = State(baseline.readings, baseline.fits)
+        change = read_change(self.model, snapshot, current, base, scope, processes=self.processes)
+        read = change.state.readings
         outputs = self._outputs()
-        unmeasured = dict(state.readings.unmeasured)
+        unmeasured = dict(read.unmeasured)
         if outputs is None:
             unmeasured["divergence"] = unmeasured["outputs"] = unmeasured["second_moments"] = self.no_outputs
         readings = replace(
-            state.readings,
-            edit=self._record(snapshot, current.readings, state.readings, here, subject),
+            read,
+            edit=replace(self._record(snapshot, current.readings, change, here, subject), replaced_modules=replaced),
             divergence=outputs.divergence if outputs else (),
             second_moments=outputs.second_moments if outputs else {},
             unmeasured=unmeasured,
@@ -206,8 +226,25 @@ class Assessor:
         if failed and subject.kind.name != "train" and any(reading.finite for reading in readings.divergence):
             readings = self._located(readings)
             verdicts["divergence"] = self._judge("divergence", before, current.readings, readings)
-        decision = self._decide(verdicts, subject.kind.name, step)
-        return Assessment(State(readings, state.fits), decision)
+        decision = self._agreed(self._decide(verdicts, subject.kind.name, step))
+        return Assessment(State(readings, change.state.fits), decision)
+
+    def _differences(self, snapshot: Snapshot) -> tuple[frozenset[str], tuple[str, ...]]:
+        """Tensors that differ from the snapshot and modules that were replaced, on any process."""
+        with self.processes.together("comparing with the snapshot"):
+            ours = frozenset(snapshot.changed_names()), frozenset(snapshot.replaced_modules())
+        every = self.processes.gather("changed tensors", ours)
+        paths = {path for _, replaced in every for path in replaced}
+        return frozenset().union(*(names for names, _ in every)), tuple(sorted(paths))
+
+    def _agreed(self, decision: Decision) -> Decision:
+        """The decision, proven to be the same on every process; HALT where it is not."""
+        every = self.processes.gather("decisions", (decision.digest, decision.evidence_digest, str(decision.action)))
+        odd = [rank for rank, theirs in enumerate(every) if theirs != every[0]]
+        if not odd:
+            return decision
+        said = ", ".join(f"rank {rank} {every[rank][2]} ({every[rank][1][:12]})" for rank in (0, *odd))
+        return self.halted(decision, f"processes disagree on this step: {said}", situation="processes_disagree")
 
     def _judge(self, name: str, before: Readings, current: Readings, after: Readings) -> Verdict:
         # What counts as untrained is what the baseline had not learned, not what the change left behind.
@@ -222,7 +259,14 @@ class Assessor:
         for verdict in verdicts.values():
             if verdict not in judged:
                 reported += [replace(m, limit=None, outcome=Outcome.PASS) for m in verdict.measurements]
-        return decide(self.policy, tuple(judged), kind=kind, step=step, reported=tuple(reported))
+        return decide(
+            self.policy,
+            tuple(judged),
+            kind=kind,
+            step=step,
+            reported=tuple(reported),
+            world_size=self.processes.size,
+        )
 
     def corrections(self, baseline: Baseline, after: Readings) -> list[tuple[Correction, str]]:
         """Corrections that the policy asks for (none by default), with their mode."""
@@ -235,16 +279,16 @@ class Assessor:
                 found += [(correction, mode) for correction in asked if correction.name not in taken]
         return found
 
-    def halted(self, decision: Decision, reason: str) -> Decision:
-        """The decision after a restore that could not be proven."""
-        halted = replace(decision, action=Action.HALT, situation="restore_not_proven", reason=reason)
+    def halted(self, decision: Decision, reason: str, *, situation: str = "restore_not_proven") -> Decision:
+        """The decision after a restore that could not be proven, or where processes disagree."""
+        halted = replace(decision, action=Action.HALT, situation=situation, reason=reason)
         return with_digests(halted)
 
     def _located(self, readings: Readings) -> Readings:
         if self.cache is None:
             return readings
         try:
-            blocks = locate_damage(self.model, self.cache)
+            blocks = locate_damage(self.model, self.cache, processes=self.processes)
         except InputError:
             return readings
         first = replace(readings.divergence[0], blocks=blocks)
@@ -280,66 +324,49 @@ class Assessor:
     # -- the record ----------------------------------------------------------------------------
 
     def _record(
-        self,
-        snapshot: Snapshot,
-        before: Readings,
-        after: Readings,
-        here: frozenset[str],
-        subject: Subject,
+        self, snapshot: Snapshot, before: Readings, change: Change, here: frozenset[str], subject: Subject
     ) -> EditRecord:
-        deltas: dict[str, float | None] = {}
-        contract: list[ContractReading] = []
-        outside = set(here)
-        for matrix in iter_weight_matrices(self.model):
-            if matrix.tensor_name not in here:
-                continue
-            outside -= {matrix.tensor_name}
-            if matrix.refusal:
-                continue
-            weight = matrix.load()
-            original = snapshot.original_matrix(matrix)
-            deltas[matrix.name] = relative_delta(weight, original)
-            if original is not None and original.shape == weight.shape:
-                contract += subject.kind.measure(matrix.name, original, weight)
+        in_matrices = {matrix.tensor_name for matrix in iter_weight_matrices(self.model)}
         return EditRecord(
             name=subject.name,
             kind=subject.kind.name,
             params=subject.kind.params(),
             targets=subject.targets,
             changed_names=tuple(sorted(here | subject.stray)),
-            replaced_modules=tuple(snapshot.replaced_modules()),
-            # Hashing the snapshot is spared where it is known to be of the state that was read before.
-            digest_before=snapshot.model_digest if subject.stray else before.model_digest,
-            digest_after=after.model_digest,
-            relative_delta=deltas,
-            contract=(*contract, *self._outside_readings(snapshot, outside, subject), *self._plan_readings(subject)),
+            replaced_modules=(),
+            digest_before=subject.digest_before or before.model_digest,
+            digest_after=change.state.readings.model_digest,
+            relative_delta=change.relative_delta,
+            contract=(*change.contract, *self._outside_readings(snapshot, here - in_matrices, subject)),
             stray_names=tuple(sorted(subject.stray)),
             corrections=subject.corrected,
         )
 
-    def _outside_readings(self, snapshot: Snapshot, names: set[str], subject: Subject) -> list[ContractReading]:
+    def _outside_readings(self, snapshot: Snapshot, names: frozenset[str], subject: Subject) -> list[ContractReading]:
         """The contract on changed biases, norms and buffers; those added or reshaped break the structure anyway."""
-        readings: list[ContractReading] = []
         if isinstance(subject.kind, kinds.Plain):
-            return readings
-        for named in iter_tensors(self.model):
-            if named.name in names & snapshot.names:
-                original = snapshot.original(named.name)
-                if original.shape == named.tensor.shape:
-                    readings += kinds.measure_outside(subject.kind, named.name, original, named.tensor.detach())
-        return readings
-
-    def _plan_readings(self, subject: Subject) -> list[ContractReading]:
-        """Whether our own edit wrote exactly what it planned (1 where it did not)."""
-        if not subject.planned:
             return []
-        found = {m.name: m for m in iter_weight_matrices(self.model)}
-        readings: list[ContractReading] = []
-        for name, digest in subject.planned.items():
-            matrix = found.get(name)
-            differs = matrix is None or tensor_digest(matrix.load()) != digest
-            readings.append(ContractReading(name, "differs_from_plan", float(differs), 0.0, rigorous=True))
-        return readings
+        present = {named.name: named for named in iter_tensors(self.model)}
+        changed = [present[name] for name in sorted(names & snapshot.names & present.keys())]
+
+        def original(named: NamedTensor) -> Tensor | Shard:
+            shard, kept = shard_of(named.tensor), snapshot.original(named.name)
+            return kept if shard is None else replace(shard, local=kept)
+
+        def measure(named: NamedTensor, now: Tensor, then: Tensor | None) -> tuple[ContractReading, ...]:
+            if then is None or then.shape != now.shape:
+                return ()
+            return tuple(kinds.measure_outside(subject.kind, named.name, then, now.detach()))
+
+        readings = dealt(
+            self.processes,
+            changed,
+            cost=lambda named: float(named.tensor.numel()),
+            parts=(lambda named: shard_of(named.tensor) or local_of(named.tensor), original),
+            work=measure,
+            operation="contracts outside of the matrices",
+        )
+        return [reading for one in readings for reading in one]
 
 
 def _finite_as(baseline: Readings, current: Readings) -> Readings:

@@ -152,7 +152,7 @@ def _decode(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path
     )
     readings = Readings(
         model_digest=found["model_digest"],
-        tensors={k: TensorReading(**{**v, "shape": tuple(v["shape"])}) for k, v in found["tensors"].items()},
+        tensors={name: _decode_tensor(reading) for name, reading in found["tensors"].items()},
         structure=structure,
         matrices={k: MatrixReading(**v) for k, v in found["matrices"].items()},
         bulks={k: BulkReading(**v) for k, v in found["bulks"].items()},
@@ -162,6 +162,12 @@ def _decode(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path
     )
     fits = {name: _decode_fit(name, scalars, tensors) for name, scalars in header["fits"].items()}
     return Baseline(readings, fits, header["environment"], header["created_at"])
+
+
+def _decode_tensor(found: Mapping[str, Any]) -> TensorReading:
+    return TensorReading(
+        **{**found, "shape": tuple(found["shape"]), "differing_ranks": tuple(found.get("differing_ranks", ()))}
+    )
 
 
 def _decode_fit(name: str, scalars: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> BulkFit:

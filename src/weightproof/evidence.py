@@ -17,6 +17,8 @@ from weightproof.errors import InputError
 from weightproof.jsonable import to_jsonable
 from weightproof.marchenko_pastur import fit_bulk
 from weightproof.plots import spectrum_png
+from weightproof.probes import values_of
+from weightproof.shards import dealt
 from weightproof.trackers import GuardEvent, metric_rows, severity, worst_measurements
 from weightproof.types import Assurance, Measurement, Outcome
 from weightproof.weights import iter_weight_matrices
@@ -24,6 +26,7 @@ from weightproof.weights import iter_weight_matrices
 if TYPE_CHECKING:
     from torch import nn
 
+    from weightproof.collective import Processes
     from weightproof.divergence import OutputCache
     from weightproof.session import GuardSession
     from weightproof.steps import Step
@@ -119,7 +122,7 @@ def certificate_of(session: GuardSession) -> Certificate:
     predicate = {
         "created_at": now(),
         "environment": environment(session.model),
-        "world_size": 1,
+        "world_size": session.processes.size,
         "baseline": {
             "model_digest": session.baseline.model_digest,
             "created_at": session.baseline.created_at,
@@ -130,6 +133,9 @@ def certificate_of(session: GuardSession) -> Certificate:
         "policy": {"name": session.policy.name, "digest": session.policy.digest, "resolved": policy_json(session)},
         "windows": [{"name": w.name, "digest": w.digest, "num_tokens": w.num_tokens} for w in session.windows],
         "tensors": {name: reading.digest for name, reading in sorted(readings.tensors.items())},
+        "differing_ranks": {
+            name: reading.differing_ranks for name, reading in readings.tensors.items() if reading.differing_ranks
+        },
         "steps": steps,
         "decision": _last_decision(session),
         "assurance": str(Assurance.NONE if last is None else last.assurance),
@@ -182,21 +188,31 @@ def event_of(step: Step) -> GuardEvent:
     )
 
 
-def spectrum_of_worst(step: Step, model: nn.Module, baseline: Baseline) -> bytes | None:
+def spectrum_of_worst(step: Step, model: nn.Module, baseline: Baseline, processes: Processes) -> bytes | None:
     """Picture of the most changed matrix: baseline spectrum above, changed one below.
 
-    Called while the changed weights are still in place. None when no fitted matrix changed.
+    Called on every process while the changed weights are still in place. None when no fitted matrix changed.
     """
     deltas = step.record.relative_delta if step.record is not None else {}
     known = {name: delta for name, delta in deltas.items() if delta is not None and name in baseline.fits}
     if not known:
         return None
     name = max(known, key=lambda key: known[key])
-    for matrix in iter_weight_matrices(model):
-        if matrix.name == name:
-            try:
-                after = fit_bulk(matrix.load(), name=name)
-            except InputError:
-                return None
-            return spectrum_png(name, baseline.fits[name], after)
-    return None
+    worst = [matrix for matrix in iter_weight_matrices(model) if matrix.name == name]
+    drawn = dealt(
+        processes,
+        worst,
+        cost=lambda matrix: float(matrix.d_out * matrix.d_in),
+        parts=(values_of,),
+        work=lambda matrix, weight: _draw(matrix.name, baseline, weight),
+        operation="the spectrum of the most changed matrix",
+    )
+    return drawn[0] if drawn else None
+
+
+def _draw(name: str, baseline: Baseline, weight: torch.Tensor) -> bytes | None:
+    try:
+        after = fit_bulk(weight, name=name)
+    except InputError:
+        return None
+    return spectrum_png(name, baseline.fits[name], after)

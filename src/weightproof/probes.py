@@ -4,39 +4,50 @@
 the cheapest route that settles the question: tensors by bitwise comparison with the snapshot,
 spectral norms by the delta ladder, spike counts by Weyl's inequality, exact spectra only where
 those leave the answer open.
+
+One process and many take this one path. Matrices are dealt to owners by cost and the readings are
+gathered to all. Of a sharded model, a change that promises nothing of single elements is screened
+where the shards lie (`lockstep`); else the parts of a matrix travel to its owner, one at a time.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from tqdm.auto import tqdm
 
+from weightproof.collective import Processes
 from weightproof.contracts import relative_change
-from weightproof.errors import BaselineError, InputError
-from weightproof.marchenko_pastur import bound_num_spikes, fit_bulk, is_pure_bulk
-from weightproof.snapshot import Snapshot, model_digest, tensor_digest
-from weightproof.spectrum import (
-    NormReference,
-    delta_norm_bound,
-    estimate_norm,
-    measure_spectrum,
-    profile,
-    track_norm,
+from weightproof.kinds import Kind, Plain
+from weightproof.lockstep import Screened, ScreenRequest, screen
+from weightproof.matrix_readings import (
+    bound_reading,
+    fit_reading,
+    no_bulk,
+    norm_limit,
+    norm_reference,
+    read_bulk,
+    read_exactly,
+    read_tracked,
+    reading_of,
+    refused,
 )
+from weightproof.shards import Part, Shard, dealt
+from weightproof.snapshot import Snapshot, tensor_digest
+from weightproof.tensor_readings import common_structure, digest_of, read_tensors
 from weightproof.types import (
     BulkFit,
     BulkReading,
+    ContractReading,
     MatrixReading,
-    NamedTensor,
     Readings,
+    StructureReading,
     TensorReading,
     WeightMatrix,
 )
-from weightproof.weights import iter_tensors, iter_weight_matrices, read_structure
+from weightproof.weights import iter_weight_matrices
 
 
 @dataclass(frozen=True)
@@ -57,142 +68,319 @@ class ChangeScope:
         count_slack: Family and its spike count -> how many spikes Weyl bounds may leave open in the
             whole family before spectra are taken.
         bulk_names: Matrices whose spike count is refreshed (None: every changed one).
-        changed: Names of the tensors that changed.
-        stray: Those whose state in the snapshot is not the one last read: no delta to start from.
+        touched: Names of the tensors that differ from the snapshot, on any process.
+        stray: Tensors whose state in the snapshot is not the one last read: no delta to start from.
+        kind: What the change declared; its contract is measured on every touched matrix.
+        planned: Digests of what an edit of ours meant to write, by matrix name.
     """
 
     norm_band: Callable[[str], float]
     count_slack: Callable[[str, int], int]
     bulk_names: Collection[str] | None
-    changed: frozenset[str]
+    touched: frozenset[str]
     stray: frozenset[str] = frozenset()
+    kind: Kind = field(default_factory=Plain)
+    planned: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the tensors that are not as they were last read."""
+        return self.touched | self.stray
 
 
-def count_nonfinite(tensor: torch.Tensor) -> int:
-    """Number of NaN and inf elements; one read when there are none."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
-        return 0
-    if tensor.itemsize == 1:
-        tensor = tensor.to(torch.bfloat16)  # holds every 8-bit float; those have no arithmetic of their own
-    low, high = torch.aminmax(tensor) if not tensor.is_complex() else torch.aminmax(torch.view_as_real(tensor))
-    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
-        return 0
-    return int(tensor.numel() - torch.isfinite(tensor).sum())
+@dataclass(frozen=True)
+class Change:
+    """A changed model: its readings, and what was measured of the change itself, by matrix."""
+
+    state: State
+    relative_delta: Mapping[str, float | None]
+    contract: tuple[ContractReading, ...]
 
 
-def read_tensor(named: NamedTensor) -> TensorReading:
-    """Exact facts about one parameter or buffer.
-
-    Raises:
-        BaselineError: If it has no values in memory (meta device) or is not dense.
-    """
-    tensor = named.tensor.detach()
-    if tensor.is_meta or tensor.layout != torch.strided:
-        raise BaselineError(
-            f"{named.name} holds no dense values ({tensor.device}, {tensor.layout}): load the weights into memory, "
-            "as dense tensors, before they are guarded"
-        )
-    num_nonfinite = count_nonfinite(tensor)
-    return TensorReading(
-        name=named.name,
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
-        storage=type(tensor).__name__,
-        is_buffer=named.is_buffer,
-        num_nonfinite=num_nonfinite,
-        digest=tensor_digest(tensor),
-        num_nan=int(torch.isnan(tensor).sum()) if num_nonfinite else 0,
-    )
+def exact_cost(matrix: WeightMatrix) -> float:
+    """Work of an exact spectrum: the Gram matrix and its eigenvalues are of order m n min(m, n)."""
+    return float(matrix.d_out) * matrix.d_in * min(matrix.d_out, matrix.d_in)
 
 
-def read_tensors(
-    model: torch.nn.Module, known: Mapping[str, TensorReading], changed: Collection[str]
-) -> dict[str, TensorReading]:
-    """Read every tensor that is in `changed` or not in `known`; reuse the readings of the rest."""
-    return {
-        named.name: known[named.name] if named.name in known and named.name not in changed else read_tensor(named)
-        for named in iter_tensors(model)
-    }
-
-
-def digest_of(tensors: Mapping[str, TensorReading]) -> str:
-    """Digest of the model that these readings describe."""
-    return model_digest({name: reading.digest for name, reading in tensors.items()})
+def screen_cost(matrix: WeightMatrix) -> float:
+    """Work of a screen: a few reads."""
+    return float(matrix.d_out) * matrix.d_in
 
 
 def read_state(
-    model: torch.nn.Module, tensors: Mapping[str, TensorReading] | None = None, *, progress: bool = False
+    model: torch.nn.Module,
+    tensors: Mapping[str, TensorReading] | None = None,
+    *,
+    processes: Processes | None = None,
+    progress: bool = False,
 ) -> State:
     """Read every tensor (unless given as `tensors`, just read), matrix and spectrum of a model exactly."""
-    tensors = read_tensors(model, {}, ()) if tensors is None else tensors
-    matrices: dict[str, MatrixReading] = {}
-    bulks: dict[str, BulkReading] = {}
-    fits: dict[str, BulkFit] = {}
+    processes = processes or Processes.alone()
+    tensors = read_tensors(model, {}, (), processes) if tensors is None else tensors
     every = list(iter_weight_matrices(model))
-    for matrix in tqdm(every, desc="spectra", unit="matrix", disable=not progress, leave=False, delay=1.0):
-        matrices[matrix.name] = _read_matrix_exactly(matrix)
-        bulks[matrix.name], fit = _fit_reading(matrix)
-        if fit is not None:
-            fits[matrix.name] = fit
-    return State(_readings(model, tensors, matrices, bulks), fits)
+    readable = [matrix for matrix in every if matrix.refusal is None]
+    hidden = not (progress and processes.is_main)
+    with tqdm(total=len(readable), desc="spectra", unit="matrix", disable=hidden, leave=False, delay=1.0) as bar:
+
+        def work(matrix: WeightMatrix, weight: torch.Tensor) -> _Exact:
+            found = _Exact(read_exactly(matrix, weight), *fit_reading(matrix, weight))
+            bar.update(processes.size)  # the others are as far
+            return found
+
+        exact = dealt(processes, readable, cost=exact_cost, parts=(values_of,), work=work, operation="spectra")
+    found = dict(zip((matrix.name for matrix in readable), exact, strict=True))
+    return _state(every, tensors, found, common_structure(model, None, processes))
 
 
-def read_change(
-    model: torch.nn.Module, snapshot: Snapshot, current: State, baseline: State, scope: ChangeScope
+@dataclass(frozen=True)
+class _Exact:
+    """What the owner of a matrix reports of it."""
+
+    matrix: MatrixReading
+    bulk: BulkReading
+    fit: BulkFit | None = None
+    relative_delta: float | None = None
+    contract: tuple[ContractReading, ...] = ()
+
+
+def values_of(matrix: WeightMatrix) -> Part:
+    """What this process has of a matrix, for `dealt`."""
+    return matrix.load if matrix.shard is None else matrix.shard
+
+
+def _state(
+    every: Sequence[WeightMatrix],
+    tensors: Mapping[str, TensorReading],
+    found: Mapping[str, _Exact],
+    structure: StructureReading,
 ) -> State:
-    """Read a changed model; what did not change keeps its reading of `current`."""
-    tensors = read_tensors(model, current.readings.tensors, scope.changed)
+    """All readings in the order of the model; a refused matrix has its reason instead."""
     matrices: dict[str, MatrixReading] = {}
     bulks: dict[str, BulkReading] = {}
-    fits: dict[str, BulkFit] = {}
-    for matrix in iter_weight_matrices(model):
-        name = matrix.name
-        known = current.readings.matrices.get(name)
-        unchanged = current if known is not None and matrix.tensor_name not in scope.changed else None
-        if unchanged is None and _is_as_in(baseline.readings, matrix, tensors):
-            unchanged = baseline  # an earlier change was undone
-        if unchanged is not None:
-            matrices[name] = unchanged.readings.matrices[name]
-            bulks[name] = unchanged.readings.bulks[name]
-            if name in unchanged.fits:
-                fits[name] = unchanged.fits[name]
-            continue
-        tracked = known is not None and matrix.tensor_name not in scope.stray
-        before = snapshot.original_matrix(matrix) if tracked else None
-        matrices[name] = _read_matrix(matrix, before, known, baseline.readings.matrices.get(name), scope)
-        if scope.bulk_names is not None and name not in scope.bulk_names and name in current.readings.bulks:
-            bulks[name] = current.readings.bulks[name]
-            continue
-        reason = matrices[name].reason
-        bulks[name], fit = (
-            (_no_bulk(matrix, reason), None) if reason else _read_bulk(matrix, before, current.fits.get(name))
-        )
-        if fit is not None:
-            fits[name] = fit
-    unsettled = _open_counts(bulks, scope)
-    for matrix in iter_weight_matrices(model):
-        if matrix.name in unsettled:
-            bulks[matrix.name], fit = _fit_reading(matrix)
-            if fit is not None:
-                fits[matrix.name] = fit
-    return State(_readings(model, tensors, matrices, bulks), fits)
-
-
-def _readings(
-    model: torch.nn.Module,
-    tensors: Mapping[str, TensorReading],
-    matrices: Mapping[str, MatrixReading],
-    bulks: Mapping[str, BulkReading],
-) -> Readings:
-    return Readings(
+    for matrix in every:
+        one = found.get(matrix.name)
+        reason = matrix.refusal or "it was not read"
+        matrices[matrix.name] = one.matrix if one else refused(matrix, "refused", reason)
+        bulks[matrix.name] = one.bulk if one else no_bulk(matrix, reason)
+    readings = Readings(
         model_digest=digest_of(tensors),
         tensors=tensors,
-        structure=read_structure(model),
+        structure=structure,
         matrices=matrices,
         bulks=bulks,
         unmeasured={} if matrices else {"matrices": "the model has no weight matrix"},
         untrained=untrained_names(matrices, bulks),
     )
+    return State(readings, {name: one.fit for name, one in found.items() if one.fit is not None})
+
+
+# ---------------------------------------------------------------- a change
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One matrix to look at after a change, and what is known of it.
+
+    `stale`: its readings are not those of now. `tracked`: the snapshot holds the values that `known`
+    and `fit` were read from. `wants_bulk`: its spike count is refreshed.
+    """
+
+    matrix: WeightMatrix
+    stale: bool
+    touched: bool
+    tracked: bool
+    wants_bulk: bool
+    known: MatrixReading | None
+    limit: tuple[float, float] | None
+    fit: BulkFit | None
+    bulk: BulkReading | None
+
+
+def read_change(  # noqa: PLR0913 - the two states, the change and who reads it
+    model: torch.nn.Module,
+    snapshot: Snapshot,
+    current: State,
+    baseline: State,
+    scope: ChangeScope,
+    *,
+    processes: Processes | None = None,
+) -> Change:
+    """Read a changed model; what did not change keeps its reading of `current`."""
+    processes = processes or Processes.alone()
+    tensors = read_tensors(model, current.readings.tensors, scope.changed, processes)
+    every = list(iter_weight_matrices(model))
+    found: dict[str, _Exact] = {}
+    jobs: list[_Job] = []
+    for matrix in every:
+        kept = _kept(matrix, tensors, current, baseline, scope)
+        if kept is not None:
+            found[matrix.name] = kept
+        asked = matrix.tensor_name in scope.touched or matrix.name in scope.planned
+        if matrix.refusal is None and (kept is None or asked):
+            jobs.append(_job(matrix, current, baseline, scope, stale=kept is None))
+    read = _read_jobs(jobs, snapshot, scope, processes)
+    deltas = {job.matrix.name: read[job.matrix.name].relative_delta for job in jobs if job.touched}
+    contract = [reading for job in jobs for reading in read[job.matrix.name].contract]
+    contract += [_differs_from_plan(name, differs=True) for name in scope.planned if name not in read]
+    found |= {job.matrix.name: read[job.matrix.name] for job in jobs if job.stale}
+    _settle_counts(every, found, scope, processes)
+    structure = common_structure(model, current.readings.structure, processes)
+    return Change(_state(every, tensors, found, structure), deltas, tuple(contract))
+
+
+def _kept(
+    matrix: WeightMatrix, tensors: Mapping[str, TensorReading], current: State, baseline: State, scope: ChangeScope
+) -> _Exact | None:
+    """The readings that still hold of a matrix; None when it must be read."""
+    name = matrix.name
+    state = current if name in current.readings.matrices and matrix.tensor_name not in scope.changed else None
+    if state is None and _is_as_in(baseline.readings, matrix, tensors):
+        state = baseline  # an earlier change was undone
+    if state is None:
+        return None
+    return _Exact(state.readings.matrices[name], state.readings.bulks[name], state.fits.get(name))
+
+
+def _job(matrix: WeightMatrix, current: State, baseline: State, scope: ChangeScope, *, stale: bool) -> _Job:
+    name = matrix.name
+    known = current.readings.matrices.get(name)
+    bulk = current.readings.bulks.get(name)
+    return _Job(
+        matrix=matrix,
+        stale=stale,
+        touched=matrix.tensor_name in scope.touched,
+        tracked=known is not None and matrix.tensor_name not in scope.stray,
+        wants_bulk=scope.bulk_names is None or name in scope.bulk_names or bulk is None,
+        known=known,
+        limit=norm_limit(baseline.readings.matrices.get(name), scope.norm_band(matrix.family)),
+        fit=current.fits.get(name),
+        bulk=bulk,
+    )
+
+
+def _read_jobs(jobs: Sequence[_Job], snapshot: Snapshot, scope: ChangeScope, processes: Processes) -> dict[str, _Exact]:
+    """Readings of every job: screened on the shards where that is enough, by owners where it is not."""
+    screened = [job for job in jobs if _can_be_screened(job, scope)]
+    found = _screened(screened, snapshot, processes)
+    owned = [job for job in jobs if not _can_be_screened(job, scope)]
+
+    def before(job: _Job) -> Part:
+        if not job.touched:
+            return None
+        if job.matrix.shard is not None:
+            return snapshot.original_shard(job.matrix)
+        return lambda: snapshot.original_matrix(job.matrix)  # on the owner alone: it may lie on disk
+
+    def work(job: _Job, weight: torch.Tensor, original: torch.Tensor | None) -> _Exact:
+        return _read_owned(job, weight, original, scope)
+
+    parts = (lambda job: values_of(job.matrix), before)
+    read = dealt(
+        processes, owned, cost=lambda job: screen_cost(job.matrix), parts=parts, work=work, operation="changed matrices"
+    )
+    return found | {job.matrix.name: one for job, one in zip(owned, read, strict=True)}
+
+
+def _read_owned(job: _Job, weight: torch.Tensor, original: torch.Tensor | None, scope: ChangeScope) -> _Exact:
+    """Everything about one changed matrix from its whole values, now and in the snapshot."""
+    matrix, name = job.matrix, job.matrix.name
+    reading = refused(matrix, "unread", "its readings did not change") if job.known is None else job.known
+    bulk = job.bulk or no_bulk(matrix, "its spikes were not counted")
+    fit = None
+    if job.stale:
+        tracked = original if job.tracked else None
+        reading = read_tracked(matrix, weight, tracked, job.known, job.limit)
+        if job.wants_bulk:
+            bulk = no_bulk(matrix, reading.reason) if reading.reason else bulk
+            if not reading.reason:
+                bulk, fit = read_bulk(matrix, weight, tracked, job.fit)
+    contract: list[ContractReading] = []
+    if job.touched and original is not None and original.shape == weight.shape:
+        contract += scope.kind.measure(name, original, weight)
+    if name in scope.planned:
+        contract.append(_differs_from_plan(name, differs=tensor_digest(weight) != scope.planned[name]))
+    delta = relative_delta(weight, original) if job.touched else None
+    return _Exact(reading, bulk, fit, delta, tuple(contract))
+
+
+def _differs_from_plan(name: str, *, differs: bool) -> ContractReading:
+    """Whether our own edit wrote something else than it planned."""
+    return ContractReading(name, "differs_from_plan", float(differs), 0.0, rigorous=True)
+
+
+def _can_be_screened(job: _Job, scope: ChangeScope) -> bool:
+    """Whether vectors that travel instead of the matrix settle what is asked of it."""
+    shard = job.matrix.shard
+    if shard is None or shard.layout == "flat" or job.limit is None or not job.stale or not job.tracked:
+        return False
+    spikes_are_bounded = not job.wants_bulk or (job.fit is not None and job.fit.row_scale is not None)
+    return spikes_are_bounded and isinstance(scope.kind, Plain) and job.matrix.name not in scope.planned
+
+
+def _screened(jobs: Sequence[_Job], snapshot: Snapshot, processes: Processes) -> dict[str, _Exact]:
+    """Readings from the shards where they lie; what the screen cannot decide is read exactly by owners."""
+    if not jobs:
+        return {}
+    seen = screen(processes, [_request(job, snapshot) for job in jobs])
+    found = {job.matrix.name: _of_screen(job, one) for job, one in zip(jobs, seen, strict=True)}
+    opened = [job for job, one in zip(jobs, seen, strict=True) if one.norm is None and not one.profile.num_nonfinite]
+    unfitted = [job for job, one in zip(jobs, seen, strict=True) if _lacks_bound(job, one)]
+    matrices = [job.matrix for job in jobs if job in opened or job in unfitted]
+    exact = dealt(processes, matrices, cost=exact_cost, parts=(values_of,), work=_read_whole, operation="open matrices")
+    for matrix, one in zip(matrices, exact, strict=True):
+        screened = found[matrix.name]
+        refit = any(job.matrix is matrix for job in unfitted)
+        found[matrix.name] = _Exact(
+            one.matrix, one.bulk if refit else screened.bulk, one.fit if refit else None, screened.relative_delta
+        )
+    return found
+
+
+def _read_whole(matrix: WeightMatrix, weight: torch.Tensor) -> _Exact:
+    return _Exact(read_exactly(matrix, weight), *fit_reading(matrix, weight))
+
+
+def _lacks_bound(job: _Job, one: Screened) -> bool:
+    return job.wants_bulk and one.whitened_delta is None and not one.profile.num_nonfinite
+
+
+def _request(job: _Job, snapshot: Snapshot) -> ScreenRequest:
+    shard, fit = job.matrix.shard, job.fit if job.wants_bulk else None
+    before = snapshot.original_shard(job.matrix)
+    assert shard is not None  # only sharded matrices are screened
+    return ScreenRequest(
+        name=job.matrix.name,
+        now=shard,
+        before=before if isinstance(before, Shard) and before.shape == shard.shape else None,
+        reference=norm_reference(job.known),
+        limit=job.limit,
+        row_scale=None if fit is None else fit.row_scale,
+        col_scale=None if fit is None else fit.col_scale,
+    )
+
+
+def _of_screen(job: _Job, one: Screened) -> _Exact:
+    reading = reading_of(job.matrix, one.profile, one.norm)
+    bulk = job.bulk or no_bulk(job.matrix, "its spikes were not counted")
+    if job.wants_bulk and one.profile.num_nonfinite:
+        bulk = no_bulk(job.matrix, reading.reason or "")
+    elif job.wants_bulk and one.whitened_delta is not None and job.fit is not None:
+        bulk = bound_reading(job.matrix, job.fit, one.whitened_delta)
+    return _Exact(reading, bulk, None, one.relative_delta)
+
+
+def _settle_counts(
+    every: Sequence[WeightMatrix], found: dict[str, _Exact], scope: ChangeScope, processes: Processes
+) -> None:
+    """Take the spectra without which a family's spike count would stay too open."""
+    unsettled = _open_counts({name: one.bulk for name, one in found.items()}, scope)
+    matrices = [matrix for matrix in every if matrix.name in unsettled]
+    fits = dealt(
+        processes, matrices, cost=exact_cost, parts=(values_of,), work=fit_reading, operation="open spike counts"
+    )
+    for matrix, (bulk, fit) in zip(matrices, fits, strict=True):
+        one = found[matrix.name]
+        found[matrix.name] = _Exact(one.matrix, bulk, fit, one.relative_delta, one.contract)
 
 
 def _is_as_in(readings: Readings, matrix: WeightMatrix, tensors: Mapping[str, TensorReading]) -> bool:
@@ -238,151 +426,3 @@ def looks_untrained(readings: Readings) -> bool:
 def relative_delta(after: torch.Tensor, before: torch.Tensor | None) -> float | None:
     """||after - before||_F / ||before||_F; None when undefined (nothing to compare with, or all zeros)."""
     return None if before is None or before.shape != after.shape else relative_change(before, after)
-
-
-def _refused(matrix: WeightMatrix, method: str, reason: str) -> MatrixReading:
-    return MatrixReading(
-        matrix.name, matrix.family, matrix.d_out, matrix.d_in, None, None, None, None, None, None, method, reason
-    )
-
-
-def _read_matrix_exactly(matrix: WeightMatrix) -> MatrixReading:
-    if matrix.refusal:
-        return _refused(matrix, "refused", matrix.refusal)
-    weight = matrix.load()
-    facts = profile(weight)
-    if facts.num_nonfinite:
-        return _refused(matrix, "profile", f"{facts.num_nonfinite} values are NaN or inf")
-    spectrum = measure_spectrum(weight, name=matrix.name)
-    return MatrixReading(
-        name=matrix.name,
-        family=matrix.family,
-        d_out=matrix.d_out,
-        d_in=matrix.d_in,
-        frobenius_norm=facts.frobenius_norm,
-        spectral_norm=spectrum.spectral_norm,
-        spectral_norm_error=spectrum.spectral_norm_error,
-        norm_collapse=facts.norm_collapse,
-        zero_rows=facts.zero_rows,
-        zero_cols=facts.zero_cols,
-        method=spectrum.method,
-    )
-
-
-def _read_matrix(
-    matrix: WeightMatrix,
-    before: torch.Tensor | None,
-    known: MatrixReading | None,
-    base: MatrixReading | None,
-    scope: ChangeScope,
-) -> MatrixReading:
-    """The delta ladder where a previous state is at hand, a Lanczos estimate where it is not."""
-    if matrix.refusal:
-        return _refused(matrix, "refused", matrix.refusal)
-    weight = matrix.load()
-    facts = profile(weight)
-    if facts.num_nonfinite:
-        return _refused(matrix, "profile", f"{facts.num_nonfinite} values are NaN or inf")
-    if base is None or not base.spectral_norm:
-        return _read_matrix_exactly(matrix)
-    factor = math.exp(scope.norm_band(matrix.family))
-    # What is not known of the baseline is taken off the band, so that the ratio's whole interval is decided.
-    doubt = base.spectral_norm_error or 0.0
-    limit = ((base.spectral_norm + doubt) / factor, (base.spectral_norm - doubt) * factor)
-    if limit[0] >= limit[1]:
-        return _read_matrix_exactly(matrix)
-    trackable = before is not None and before.shape == weight.shape and known is not None and known.spectral_norm
-    if trackable and before is not None and known is not None:
-        reference = NormReference(known.spectral_norm or 0.0, known.spectral_norm_error or 0.0)
-        norm = track_norm(weight, before, reference, limit, key=matrix.name)
-    else:
-        norm = estimate_norm(weight, key=matrix.name, limit=limit)
-    return MatrixReading(
-        name=matrix.name,
-        family=matrix.family,
-        d_out=matrix.d_out,
-        d_in=matrix.d_in,
-        frobenius_norm=facts.frobenius_norm,
-        spectral_norm=norm.value,
-        spectral_norm_error=norm.error,
-        norm_collapse=facts.norm_collapse,
-        zero_rows=facts.zero_rows,
-        zero_cols=facts.zero_cols,
-        method=norm.method,
-    )
-
-
-def _no_bulk(matrix: WeightMatrix, reason: str) -> BulkReading:
-    return BulkReading(
-        name=matrix.name,
-        family=matrix.family,
-        null="biwhitened",
-        sigma_mp=None,
-        edge_plus=None,
-        num_spikes=None,
-        num_spikes_low=None,
-        num_spikes_high=None,
-        spike_energy=None,
-        ks_distance=None,
-        top_over_edge=None,
-        pure_bulk=None,
-        method="none",
-        reason=reason,
-    )
-
-
-def _fit_reading(matrix: WeightMatrix) -> tuple[BulkReading, BulkFit | None]:
-    """Exact spikes of one matrix; a reason instead where the matrix has no spectrum to fit."""
-    if matrix.refusal:
-        return _no_bulk(matrix, matrix.refusal), None
-    try:
-        fit = fit_bulk(matrix.load(), name=matrix.name)
-    except InputError as error:
-        return _no_bulk(matrix, str(error)), None
-    top = float(fit.singular_values[0]) / fit.edge_plus if fit.edge_plus else None
-    reading = BulkReading(
-        name=matrix.name,
-        family=matrix.family,
-        null=fit.null,
-        sigma_mp=fit.sigma_mp,
-        edge_plus=fit.edge_plus,
-        num_spikes=fit.num_spikes,
-        num_spikes_low=fit.num_spikes,
-        num_spikes_high=fit.num_spikes,
-        spike_energy=fit.spike_energy,
-        ks_distance=fit.ks_distance,
-        top_over_edge=top,
-        pure_bulk=is_pure_bulk(fit),
-        method=fit.method,
-    )
-    return reading, fit
-
-
-def _read_bulk(
-    matrix: WeightMatrix, before: torch.Tensor | None, fit: BulkFit | None
-) -> tuple[BulkReading, BulkFit | None]:
-    """Bound the spike count by Weyl's inequality from the last exact fit; fit again where there is none."""
-    weight = matrix.load()
-    if fit is None or before is None or before.shape != weight.shape or fit.row_scale is None:
-        return _fit_reading(matrix)
-    delta = delta_norm_bound(weight, before, key=matrix.name, row_scale=fit.row_scale, col_scale=fit.col_scale)
-    low, high = bound_num_spikes(fit, delta)
-    top = float(fit.singular_values[0])
-    return (
-        BulkReading(
-            name=matrix.name,
-            family=matrix.family,
-            null=fit.null,
-            sigma_mp=fit.sigma_mp,
-            edge_plus=fit.edge_plus,
-            num_spikes=fit.num_spikes,
-            num_spikes_low=low,
-            num_spikes_high=high,
-            spike_energy=None,
-            ks_distance=None,
-            top_over_edge=top / fit.edge_plus if fit.edge_plus and delta <= 1e-3 * top else None,
-            pure_bulk=is_pure_bulk(fit),
-            method=f"weyl-bound({fit.method})",
-        ),
-        None,
-    )

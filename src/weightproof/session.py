@@ -6,6 +6,9 @@ Edits are judged against the baseline, so that many small harms add up; what an 
 judged against the state just before it. A window of ordinary training (`check_window`, or an edit of
 kind "train") is judged against the last good state and, when kept, becomes the new baseline.
 
+In a run of many processes every one of them makes the session and calls each method alike, around
+its own part of the model: readings are shared out, the decision is one, only rank 0 writes files.
+
     >>> session = GuardSession(model, policy="balanced")           # doctest: +SKIP
     >>> with session.edit("int8") as step:                          # doctest: +SKIP
     ...     quantize_(model)
@@ -15,14 +18,13 @@ kind "train") is judged against the last good state and, when kept, becomes the 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -30,24 +32,55 @@ from weightproof import evidence, kinds
 from weightproof.assessment import Assessor, Subject
 from weightproof.baseline import Baseline
 from weightproof.certificate import Certificate
-from weightproof.errors import BaselineError, EditRejectedError, InputError, RestoreError, WeightproofError
-from weightproof.files import write_atomically
+from weightproof.errors import (
+    BaselineError,
+    CollectiveError,
+    EditRejectedError,
+    InputError,
+    RestoreError,
+    WeightproofError,
+)
+from weightproof.guard_state import STATE_FILE, GuardState
 from weightproof.guards.corrections import Correction, apply_correction
+from weightproof.placements import settle
+from weightproof.plans import rewrite
 from weightproof.policy import Policy, load_policy
-from weightproof.probes import State, digest_of, looks_untrained, read_state, read_tensors
-from weightproof.snapshot import Snapshot, tensor_digest, write_matrix
+from weightproof.probes import State, looks_untrained, read_state
+from weightproof.session_checks import (
+    as_losses,
+    common_losses,
+    loaded,
+    parse_targets,
+    processes_of,
+    require_same_settings,
+    require_sound,
+)
+from weightproof.snapshot import Snapshot, model_digest
 from weightproof.spikes import MEMORY, is_loss_spike
 from weightproof.steps import Cost, SafePoint, Step
+from weightproof.tensor_readings import digest_of, digests_at, read_tensors
 from weightproof.trackers import Tracker, open_trackers
-from weightproof.types import Action, TensorReading
-from weightproof.weights import iter_weight_matrices
+from weightproof.types import Action, WeightMatrix
+from weightproof.weights import iter_weight_matrices, unwrap
 
 logger = logging.getLogger("weightproof")
 
-STATE_FILE = "guard_state.json"
-STATE_FORMAT = "weightproof-state-v1"
-CURRENT_FILE = "guard_current.safetensors"
 ON_VIOLATION = ("rollback", "raise", "monitor")
+T = TypeVar("T")
+
+__all__ = ["STATE_FILE", "GuardSession", "MasterWeights"]
+
+
+class MasterWeights(Protocol):
+    """Copies of the weights from which an optimizer rewrites the model at its next step (DeepSpeed ZeRO)."""
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """This process's part of the copies, by a stable name; kept and restored with every snapshot."""
+        ...
+
+    def refresh(self, names: Collection[str]) -> None:
+        """Write the present weights of these tensors into the copies."""
+        ...
 
 
 class GuardSession:
@@ -61,15 +94,20 @@ class GuardSession:
             decide, with assurance `outputs-only`.
         target: Data on which an edit promises a gain; kept for the loss guard, which this version
             does not have: giving it is an error rather than silently unused.
-        accelerator: `accelerate.Accelerator` of the run, if any.
+        accelerator: `accelerate.Accelerator` of the run, if any; trackers that log through it get it.
         trackers: Trackers, or their registered names ("jsonl", "wandb").
         output_dir: Folder for the certificate and the JSONL log; nothing is written without it.
         baseline: A `Baseline` (or its path) captured earlier from this very model.
         snapshot_dir: Keep snapshots in this folder instead of in memory.
+        timeout: Seconds that a process waits for the others before it gives the run up and says for whom it waited.
+        masters: fp32 copies that the optimizer writes back (DeepSpeed); `weightproof.attach` finds them.
 
     Raises:
-        BaselineError: The model already holds NaN or inf, or `baseline` is of another model.
-        InputError: `retain` is empty or unusable, or an argument is unknown or of a wrong type.
+        BaselineError: The model already holds NaN or inf, differs between processes, or `baseline` is of another
+            model.
+        CollectiveError: Another process failed, or did not come within `timeout`.
+        InputError: `retain` is empty or unusable, an argument is unknown or of a wrong type, or processes were given
+            different policies or data.
     """
 
     def __init__(  # noqa: PLR0913 - the public signature is the issue's
@@ -84,17 +122,15 @@ class GuardSession:
         output_dir: Path | str | None = None,
         baseline: Baseline | Path | str | None = None,
         snapshot_dir: Path | str | None = None,
+        timeout: float = 600.0,
+        masters: MasterWeights | None = None,
     ) -> None:
-        if not isinstance(model, torch.nn.Module):
-            raise InputError(f"GuardSession guards a torch.nn.Module, not {type(model).__name__}")
-        if target is not None:
-            raise InputError("target= needs the loss guard, which this version does not have; pass retain= only")
-        if (world_size := _world_size(accelerator)) > 1:
-            raise InputError(f"this version guards one process, not {world_size}: ranks are not compared yet")
-        self.model = model
-        self.policy = load_policy(policy)
-        self.output_dir = Path(output_dir) if output_dir is not None else None
-        self.snapshot_dir = Path(snapshot_dir) if snapshot_dir is not None else None
+        self.processes = processes_of(accelerator, timeout)
+        with self.processes.together("making the guard session"):
+            self._take(model, policy, retain, target)
+            self.output_dir = Path(output_dir) if output_dir is not None else None
+            self.snapshot_dir = Path(snapshot_dir) if snapshot_dir is not None else None
+        self.masters = masters
         self.cost = Cost()
         self._history: list[Step] = []
         self._losses: list[float] = []
@@ -104,32 +140,59 @@ class GuardSession:
         self._closed = False
         self._picture: bytes | None = None
         self._resumed: list[Any] = []
+        require_same_settings(self.processes, self._settings())
         started = time.perf_counter()
-        self._assessor = Assessor(model, self.policy, retain)
         self.baseline = self._capture_baseline(baseline)
         self._current = State(self.baseline.readings, self.baseline.fits)
         self.cost.baseline_seconds = time.perf_counter() - started
         self.cost.baseline_bytes = evidence.baseline_bytes(self.baseline, self._assessor.cache)
-        self.trackers = open_trackers(trackers, self.output_dir)
+        with self.processes.together("opening the trackers"):
+            main = self.processes.is_main
+            self.trackers = open_trackers(trackers, self.output_dir, accelerator) if main else ()
+        self._wants_pictures = self.processes.broadcast("trackers", bool(self.trackers))
+
+    def _take(self, model: torch.nn.Module, policy: str | Path | Policy, retain: Any, target: Any) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise InputError(f"GuardSession guards a torch.nn.Module, not {type(model).__name__}")
+        if target is not None:
+            raise InputError("target= needs the loss guard, which this version does not have; pass retain= only")
+        self.model = model
+        self.policy = load_policy(policy)
+        self._assessor = Assessor(model, self.policy, retain, self.processes)
+
+    def _settings(self) -> dict[str, str]:
+        """What must be the same on every process, in words."""
+        return {
+            "policy": f"{self.policy.name} ({self.policy.digest[:12]})",
+            "windows": ", ".join(f"{w.name} ({w.digest[:12]})" for w in self.windows) or "none",
+            "model class": type(unwrap(self.model)).__name__,
+            "master weights": "none" if self.masters is None else type(self.masters).__name__,
+        }
 
     # -- baseline ------------------------------------------------------------------------------
 
     def _capture_baseline(self, given: Baseline | Path | str | None) -> Baseline:
         self._assessor.forward_digest()  # settles buffers that a forward pass rewrites, before they are read
         if given is not None:
-            baseline = given if isinstance(given, Baseline) else Baseline.load(given)
-            baseline.require_same_model(read_tensors(self.model, {}, ()))
+            baseline = self._from_main("the baseline", lambda: loaded(given))
+            baseline.require_same_model(read_tensors(self.model, {}, (), self.processes))
         else:
-            state = read_state(self.model, progress=True)
+            state = read_state(self.model, processes=self.processes, progress=True)
             baseline = Baseline(state.readings, state.fits, evidence.environment(self.model), evidence.now())
-        _require_finite(baseline.readings.tensors)
-        if looks_untrained(baseline.readings):
+        require_sound(baseline.readings.tensors)
+        if looks_untrained(baseline.readings) and self.processes.is_main:
             logger.warning(
                 "the model looks untrained, as it should before training from scratch: every spectrum is a pure "
                 "Marchenko-Pastur bulk. If it was trained before, check that its weights were really loaded"
             )
         self._assessor.capture_outputs()
         return baseline
+
+    def _from_main(self, what: str, read: Callable[[], T]) -> T:
+        """What rank 0 read, on every rank: a folder may exist on its machine only."""
+        with self.processes.together(f"reading {what}"):
+            found = read() if self.processes.is_main else None
+        return cast("T", self.processes.broadcast(what, found))
 
     @property
     def history(self) -> tuple[Step, ...]:
@@ -165,19 +228,22 @@ class GuardSession:
             step: Number to log; counts up by default.
 
         Raises:
+            CollectiveError: Another process failed or did not come; this one's weights were restored.
             EditRejectedError: With `on_violation="raise"`, after the rejected change was restored.
             RestoreError: If a restore could not be proven exact (the decision is then HALT).
             SnapshotError: If no snapshot can be taken; the block is not entered.
         """
-        handle = self._begin(name, kind, on_violation, step)
-        try:
-            declared = _parse_targets(targets)
+        with self._begun(name, kind, on_violation, step) as handle:
+            with self.processes.together(f"targets of {name!r}"):
+                declared = parse_targets(targets)
             self._refresh_baseline()
             point = self._safe_point()
-            stray = self._stray_names(point.snapshot)
+            subject = Subject(handle.name, handle.kind, declared)
             try:
-                yield handle
-                subject = Subject(handle.name, handle.kind, declared, planned=handle.planned, stray=stray)
+                subject = self._with_strays(subject, point.snapshot)
+                with self.processes.together(f"edit {name!r}"):
+                    yield handle
+                subject = replace(subject, planned=handle.planned)
                 state = self._judge(handle, point.snapshot, self._present, subject)
             except BaseException:
                 # Whatever went wrong, in the block, in measuring or in drawing: the model goes back as it was.
@@ -185,8 +251,6 @@ class GuardSession:
                 point.snapshot.discard()
                 raise
             self._settle(handle, point, state, on_violation)
-        finally:
-            self._open = None
 
     def apply(self, edit: Any, *, on_violation: str = "rollback", step: int | None = None) -> Step:
         """Plan an edit, write it, and judge it; see `weightproof.edits`.
@@ -203,17 +267,14 @@ class GuardSession:
             )
         targets = sorted({matrix.tensor_name for matrix in selected})
         with self.edit(edit.name, edit.kind, targets, on_violation, step=step) as handle:
-            for matrix in selected:
-                planned = edit.plan(matrix, self)
-                if planned is not None:
-                    handle.planned[matrix.name] = tensor_digest(planned.to(matrix.dtype))
-                    write_matrix(matrix, planned)
+            planned = rewrite(self.processes, edit.name, selected, lambda matrix: edit.plan(matrix, self))
+            handle.planned.update(planned)
         return handle
 
     # -- training ------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Keep the present weights as the last good state of a training run."""
+        """Keep the present weights as the last good state of a training run (every process its own part)."""
         if self._last_good is not None:
             self._last_good.snapshot.discard()
         self._last_good = self._safe_point()
@@ -235,7 +296,7 @@ class GuardSession:
 
         Args:
             step: Global step.
-            raw_losses: Unfiltered losses of the steps since the last check.
+            raw_losses: Unfiltered losses of the steps since the last check; those of many processes are averaged.
             in_warmup: Whether the learning rate is still warming up.
             on_violation: As in `edit`.
             name: Shown in the log.
@@ -244,38 +305,41 @@ class GuardSession:
             InputError: Nobody watches, or `raw_losses` holds what is not a number.
             RestoreError: If a restore could not be proven exact (the decision is then HALT).
         """
-        if self._last_good is None:
-            raise InputError("check_window needs a last good state: call session.watch() when training begins")
-        try:
-            losses = None if raw_losses is None else tuple(float(loss) for loss in raw_losses)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"raw_losses must be one number a step: {error}") from error
-        handle = self._begin(name, "train", on_violation, step)
-        point = self._last_good
-        try:
+        with self._begun(name, "train", on_violation, step) as handle:
+            with self.processes.together(f"losses of {name!r}"):
+                if (point := self._last_good) is None:
+                    raise InputError("check_window needs a last good state: call session.watch() when training begins")
+                ours = as_losses(raw_losses)
+            losses = common_losses(ours, self.processes)
             spike = None if losses is None else is_loss_spike(self._losses, losses)
             subject = Subject(name, handle.kind, None, raw_losses=losses, loss_spike=spike, in_warmup=in_warmup)
             state = self._judge(handle, point.snapshot, self._current, subject)
             self._settle(handle, point, state, on_violation, window=True)
-        finally:
-            self._open = None
         if handle.decision is not None and handle.decision.action is Action.KEEP:
             self._losses = [*self._losses, *(losses or ())][-MEMORY:]
         return handle
 
     # -- the transaction -----------------------------------------------------------------------
 
-    def _begin(self, name: str, kind: object, on_violation: str, step: int | None) -> Step:
-        if self._closed:
-            raise InputError(f"{name!r} begins after this session was closed: make a new GuardSession of the model")
-        if self._open is not None:
-            raise InputError(f"edit {name!r} begins inside edit {self._open.name!r}: edits do not nest")
-        if on_violation not in ON_VIOLATION:
-            raise InputError(f"on_violation must be one of {', '.join(ON_VIOLATION)}, not {on_violation!r}")
-        handle = Step(name, len(self._history) + 1 if step is None else step, kinds.parse_kind(kind))
-        handle.monitor = on_violation == "monitor"
-        self._open = handle
-        return handle
+    @contextmanager
+    def _begun(self, name: str, kind: object, on_violation: str, step: int | None) -> Iterator[Step]:
+        """The handle of a change that begins now; no other begins before its block ends."""
+        handle: Step | None = None
+        try:
+            with self.processes.together(f"beginning {name!r}"):
+                if self._closed:
+                    raise InputError(f"{name!r} begins after this session was closed: make a new GuardSession")
+                if self._open is not None:
+                    raise InputError(f"edit {name!r} begins inside edit {self._open.name!r}: edits do not nest")
+                if on_violation not in ON_VIOLATION:
+                    raise InputError(f"on_violation must be one of {', '.join(ON_VIOLATION)}, not {on_violation!r}")
+                handle = Step(name, len(self._history) + 1 if step is None else step, kinds.parse_kind(kind))
+                handle.monitor = on_violation == "monitor"
+                self._open = handle
+            yield handle
+        finally:
+            if self._open is handle:
+                self._open = None
 
     @property
     def _present(self) -> State:
@@ -286,7 +350,10 @@ class GuardSession:
         started = time.perf_counter()
         # The forward pass comes first: some models rewrite a buffer in it (rotary tables that follow the length).
         forward = self._assessor.forward_digest()
-        snapshot = Snapshot.capture(self.model, self.snapshot_dir)
+        settle(self.model)
+        with self.processes.together("taking a snapshot"):
+            kept = self.masters.tensors() if self.masters is not None else {}
+            snapshot = Snapshot.capture(self.model, self.snapshot_dir, kept)
         point = SafePoint(snapshot, forward)
         self.cost.snapshot_seconds += time.perf_counter() - started
         self.cost.snapshot_bytes = max(self.cost.snapshot_bytes, snapshot.nbytes)
@@ -299,7 +366,7 @@ class GuardSession:
         """
         if not self._assessor.is_stale:
             return
-        tensors = read_tensors(self.model, {}, ())
+        tensors = read_tensors(self.model, {}, (), self.processes)
         if digest_of(tensors) != self.model_digest:
             return
         started = time.perf_counter()
@@ -309,36 +376,40 @@ class GuardSession:
             # Only a run that is monitored keeps broken weights: it is told, and judged by the last sound baseline.
             logger.warning("the baseline stays as it was before training moved the model: %s", error)
             return
-        self._current = read_state(self.model, tensors, progress=True)
+        self._current = read_state(self.model, tensors, processes=self.processes, progress=True)
         self.baseline = replace(self.baseline, readings=self._current.readings, fits=self._current.fits)
         self.cost.baseline_seconds += time.perf_counter() - started
 
-    def _stray_names(self, snapshot: Snapshot) -> frozenset[str]:
-        """Tensors that changed since the last accepted state, outside of any guarded change."""
+    def _with_strays(self, subject: Subject, snapshot: Snapshot) -> Subject:
+        """Note the tensors that changed since the last accepted state, outside of any guarded change."""
         known = self._present.readings.tensors
-        differing = {
-            name for name, digest in snapshot.digests.items() if name not in known or known[name].digest != digest
-        }
-        stray = frozenset(differing | (known.keys() - snapshot.digests.keys()))
-        if stray:
-            shown = ", ".join(sorted(stray)[:3])
-            logger.warning(
-                "tensors changed outside of any guarded edit: %d (%s); they are judged with this one", len(stray), shown
-            )
-        return stray
+        digests = digests_at(snapshot, self.model, self.processes)
+        differing = {name for name, digest in digests.items() if name not in known or known[name].digest != digest}
+        ours = sorted(differing | (known.keys() - digests.keys()))
+        stray = frozenset().union(*self.processes.gather("tensors changed outside of an edit", ours))
+        if not stray:
+            return subject
+        shown = ", ".join(sorted(stray)[:3])
+        logger.warning(
+            "tensors changed outside of any guarded edit: %d (%s); they are judged with this one", len(stray), shown
+        )
+        # Hashing the whole state is spared where it is known to be the one that was read before.
+        before = self.processes.broadcast("digest before the edit", model_digest(digests))
+        return replace(subject, stray=stray, digest_before=before)
 
     def _judge(self, handle: Step, snapshot: Snapshot, current: State, subject: Subject) -> State:
         """Read and judge the model as it is now; `current` are the readings of the state in `snapshot`."""
         started = time.perf_counter()
-        result = self._assessor.assess(snapshot, current, self.baseline, subject, handle.step)
-        fixes = self._assessor.corrections(self.baseline, result.state.readings)
-        if fixes:
-            corrected = self._correct(fixes)
-            subject = replace(subject, planned={}, corrected=corrected)
+        with self.processes.together(f"judging {handle.name!r}"):
             result = self._assessor.assess(snapshot, current, self.baseline, subject, handle.step)
-        handle.decision, handle.record = result.decision, result.state.readings.edit
-        if self.trackers and subject.kind.name != "train":
-            self._picture = evidence.spectrum_of_worst(handle, self.model, self.baseline)
+            fixes = self._assessor.corrections(self.baseline, result.state.readings)
+            if fixes:
+                corrected = self._correct(fixes)
+                subject = replace(subject, planned={}, corrected=corrected)
+                result = self._assessor.assess(snapshot, current, self.baseline, subject, handle.step)
+            handle.decision, handle.record = result.decision, result.state.readings.edit
+            if self._wants_pictures and subject.kind.name != "train":
+                self._picture = evidence.spectrum_of_worst(handle, self.model, self.baseline, self.processes)
         handle.seconds = time.perf_counter() - started
         self.cost.check_seconds += handle.seconds
         self.cost.checks += 1
@@ -346,13 +417,14 @@ class GuardSession:
 
     def _correct(self, fixes: Sequence[tuple[Correction, str]]) -> tuple[str, ...]:
         """Write each correction once, tied copies with it; returns what was done, in words."""
-        by_name = {matrix.name: matrix for matrix in iter_weight_matrices(self.model)}
-        done: list[str] = []
-        for correction, mode in fixes:
-            matrix = by_name[correction.name]
-            write_matrix(matrix, apply_correction(matrix.load(), correction, mode))
-            done.append(f"{mode} {correction.name}")
-        return tuple(done)
+        asked = {correction.name: (correction, mode) for correction, mode in fixes}
+
+        def plan(matrix: WeightMatrix) -> torch.Tensor:
+            return apply_correction(matrix.load(), *asked[matrix.name])
+
+        matrices = [matrix for matrix in iter_weight_matrices(self.model) if matrix.name in asked]
+        rewrite(self.processes, "corrections", matrices, plan)
+        return tuple(f"{mode} {correction.name}" for correction, mode in fixes)
 
     def _settle(self, handle: Step, point: SafePoint, state: State, on_violation: str, *, window: bool = False) -> None:
         decision = handle.decision
@@ -361,6 +433,9 @@ class GuardSession:
         keep = decision.action is Action.KEEP or on_violation == "monitor"
         handle.applied = "kept" if keep else "restored"
         if keep:
+            if self.masters is not None and not window:
+                with self.processes.together("writing the optimizer's master weights"):
+                    self.masters.refresh(handle.record.changed_names if handle.record is not None else ())
             kept = decision.action is Action.KEEP
             self._accept(state, window=window, trained=kept and handle.kind.name == "train", spiked=not kept)
         else:
@@ -402,8 +477,14 @@ class GuardSession:
         return False
 
     def _restore(self, point: SafePoint) -> None:
-        point.snapshot.restore()
-        self._assessor.prove_forward(point.forward)
+        """Put this process's part back; proven by digests, and by a forward pass while the others are there."""
+        if self.processes.lost:
+            point.snapshot.restore()
+            return
+        with self.processes.together("restoring the snapshot"):
+            point.snapshot.restore()
+        with self.processes.together("proving the restore"):
+            self._assessor.prove_forward(point.forward)
 
     # -- evidence ------------------------------------------------------------------------------
 
@@ -411,7 +492,10 @@ class GuardSession:
         """Record a judged step: history, then the certificate file, then the trackers."""
         self._history.append(handle)
         try:
-            self._write_evidence(handle)
+            with self.processes.together("writing the evidence"):
+                self._write_evidence(handle)
+        except CollectiveError:
+            raise
         except (OSError, WeightproofError) as error:
             # The verdict stands and was carried out: a full disk may not undo it, nor hide it behind another error.
             logger.error("the evidence of step %d, %s, could not be written: %s", handle.step, handle.name, error)
@@ -429,7 +513,9 @@ class GuardSession:
                 tracker.log_certificate(path, action=event.action, step=handle.step)
 
     def _save_certificate(self) -> Path | None:
-        return None if self.output_dir is None else self.certificate().save(self.output_dir / "certificate.json")
+        if self.output_dir is None or not self.processes.is_main:
+            return None
+        return self.certificate().save(self.output_dir / "certificate.json")
 
     def certificate(self) -> Certificate:
         """The statement over the model as it is now, with every step judged so far."""
@@ -453,52 +539,43 @@ class GuardSession:
     # -- resume --------------------------------------------------------------------------------
 
     def save_state(self, folder: Path | str) -> None:
-        """Write the sidecar files of a checkpoint: history, the baseline, and the present readings where they differ.
+        """Write the sidecar files of a checkpoint (see `weightproof.guard_state`); rank 0 writes them.
 
-        The baseline's outputs are not kept: after a resume outputs are compared with those of the resumed weights.
+        Raises:
+            InputError: If the folder cannot be written.
         """
-        folder = Path(folder)
         current = self._present
-        moved = current.readings.model_digest != self.baseline.model_digest
-        state = {
-            "format": STATE_FORMAT,
-            "model_digest": current.readings.model_digest,
-            "policy_digest": self.policy.digest,
-            "losses": self._losses,
-            "moved": moved,
-            "outputs_stale": self._assessor.is_stale,
-            "steps": [*self._resumed, *(evidence.step_json(step) for step in self._history)],
-        }
-        self.baseline.save(folder)
-        if moved:
-            replace(self.baseline, readings=current.readings, fits=current.fits).save(folder / CURRENT_FILE)
-        write_atomically(folder / STATE_FILE, json.dumps(state, allow_nan=False).encode())
+        state = GuardState(
+            baseline=self.baseline,
+            current=current,
+            losses=tuple(self._losses),
+            outputs_stale=self._assessor.is_stale,
+            steps=(*self._resumed, *(evidence.step_json(step) for step in self._history)),
+            policy_digest=self.policy.digest,
+        )
+        with self.processes.together("saving the guard's state"):
+            if self.processes.is_main:
+                state.save(Path(folder))
 
     def load_state(self, folder: Path | str) -> None:
         """Continue from sidecar files, after proving that the weights are those they describe.
 
         Later edits are still judged against the baseline of the first session, so that many small harms add up.
+        The run may have had another number of processes when the files were written.
 
         Raises:
             BaselineError: If the files are missing, altered, or the model's weights differ.
         """
-        path = Path(folder) / STATE_FILE
-        try:
-            state = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise BaselineError(f"no usable guard state at {path} ({error})") from error
-        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-            raise BaselineError(f"{path} is no guard state that this version reads (format {STATE_FORMAT})")
-        if state.get("policy_digest") != self.policy.digest:
+        state = self._from_main("the guard's state", lambda: GuardState.load(Path(folder)))
+        if state.policy_digest != self.policy.digest and self.processes.is_main:
             logger.warning("the run resumes under another policy (%s) than it was begun with", self.policy.name)
-        saved = Baseline.load(folder)
-        current = Baseline.load(Path(folder) / CURRENT_FILE) if state.get("moved") else saved
-        current.require_same_model(read_tensors(self.model, {}, ()))
-        self.baseline = saved
-        self._held, self._current = None, State(current.readings, current.fits)
-        self._losses = list(state["losses"])
-        self._resumed = list(state["steps"])
-        if state.get("outputs_stale", True):
+        readings = read_tensors(self.model, {}, (), self.processes)
+        Baseline(state.current.readings, {}, {}, "").require_same_model(readings)
+        self.baseline = state.baseline
+        self._held, self._current = None, state.current
+        self._losses = list(state.losses)
+        self._resumed = list(state.steps)
+        if state.outputs_stale:
             self._assessor.outputs_moved()
         else:
             self._assessor.capture_outputs()
@@ -526,37 +603,10 @@ class GuardSession:
             self._last_good = None
         for tracker in self.trackers:
             tracker.close()
-
-
-def _world_size(accelerator: Any) -> int:
-    """Processes of this run, whoever launched them."""
-    distributed = torch.distributed
-    launched = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    return max(launched, 1 if accelerator is None else accelerator.num_processes)
+        self.processes.close()
 
 
 def _is_quiet(step: Step) -> bool:
     """Whether a step is a window of training that was kept without a warning: the event log suffices for it."""
     decision = step.decision
     return step.kind.name == "train" and decision is not None and decision.action is Action.KEEP and not decision.warned
-
-
-def _parse_targets(targets: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    """One glob or several as a tuple; None where nothing was declared."""
-    if targets is None or isinstance(targets, str):
-        return None if targets is None else (targets,)
-    found: tuple[object, ...] = tuple(targets) if isinstance(targets, Iterable) else (targets,)
-    names = tuple(target for target in found if isinstance(target, str))
-    if len(names) != len(found):
-        raise InputError(f"targets must be a glob or a list of globs such as 'model.layers.*', not {targets!r}")
-    return names
-
-
-def _require_finite(tensors: dict[str, TensorReading] | Any) -> None:
-    broken = [reading for reading in tensors.values() if reading.num_nonfinite and not reading.is_infinite_by_design]
-    if broken:
-        shown = ", ".join(f"{reading.name} ({reading.num_nonfinite})" for reading in broken[:3])
-        raise BaselineError(
-            f"the baseline itself holds NaN or inf in {len(broken)} tensors: {shown}. Nothing can be certified "
-            "against a broken model: repair or reload it first"
-        )

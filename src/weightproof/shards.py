@@ -76,7 +76,7 @@ class Shard:
 
 
 # What an item of dealt work consists of: whole here (or fetched so, on its owner alone), sharded, or not there.
-Part = Tensor | Callable[[], Tensor] | Shard | None
+Part = Tensor | Callable[[], Tensor | None] | Shard | None
 
 
 def shard_of(tensor: Tensor) -> Shard | None:
@@ -303,8 +303,8 @@ def dealt(  # noqa: PLR0913 - what is done, of what parts, at what cost
         for turn in _turns(owners, costs, processes.size):
             wanted = {index: [part(items[index]) for part in parts] for index in turn}
             mine = _brought_together(processes, operation, wanted, owners)
-            for index, wholes in mine.items():
-                done[index] = work(items[index], *wholes)
+            for index in list(mine):
+                done[index] = work(items[index], *mine.pop(index))  # let go of the parts before the next come
     results = {index: result for ranks in processes.gather(operation, done) for index, result in ranks.items()}
     return [results[index] for index in range(len(items))]
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from weightproof.errors import InputError, RestoreError, SnapshotError
+from weightproof.shards import Shard
 from weightproof.tensor_store import (
     FolderStore,
     MemoryStore,
@@ -187,13 +188,16 @@ class Snapshot:
         self.nbytes = store.nbytes
 
     @classmethod
-    def capture(cls, model: nn.Module, directory: Path | str | None = None) -> Snapshot:
+    def capture(
+        cls, model: nn.Module, directory: Path | str | None = None, companions: Mapping[str, torch.Tensor] | None = None
+    ) -> Snapshot:
         """Copy every parameter and buffer, and note the module graph.
 
         Args:
             model: Any module; DDP and torch.compile wrappers are looked through.
             directory: Keep the copies in a fresh sub-folder of this folder (safetensors, verified
                 when read back); None: in memory, each on its tensor's device.
+            companions: Other live tensors, kept and restored with the model.
 
         Raises:
             SnapshotError: If there is no room, or a tensor cannot be copied bit for bit (sharded,
@@ -247,6 +251,10 @@ class Snapshot:
         tensor_name, select = found
         kept, alias = self.original(tensor_name), self._records[tensor_name].holders[0].alias
         return select(kept if alias.is_contiguous() else _strided_like(kept, alias))
+
+    def original_shard(self, matrix: WeightMatrix) -> torch.Tensor | Shard | None:
+        """The original of a matrix: whole where it is whole here, else this process's part."""
+        return self.original_matrix(matrix)
 
     def changed_names(self) -> tuple[str, ...]:
         """Public names of tensors whose bits, dtype or shape differ now, or that were added or removed.
@@ -379,6 +387,11 @@ def write_matrix(matrix: WeightMatrix, values: torch.Tensor) -> None:
         raise InputError(f"{matrix.name}: {values.dtype} values cannot be written into {target.dtype} weights")
     with torch.no_grad():
         target.copy_(values.detach().to(device=target.device, dtype=target.dtype))
+
+
+def write_part(matrix: WeightMatrix, part: torch.Tensor) -> None:
+    """Write this process's part of a sharded matrix."""
+    write_matrix(matrix, part)
 
 
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter)

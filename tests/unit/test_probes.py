@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from weightproof import BaselineError, GuardSession
-from weightproof.probes import ChangeScope, count_nonfinite, read_change, read_state, relative_delta
+from weightproof.probes import ChangeScope, read_change, read_state, relative_delta
 from weightproof.snapshot import Snapshot
+from weightproof.tensor_readings import count_nonfinite
 
 TRAINED = "0.weight"
 
@@ -27,7 +28,7 @@ def read_after(model, change):
     with torch.no_grad():
         change(model[0].weight)
     scope = ChangeScope(lambda _: 0.1, lambda _family, _count: 0, None, frozenset([TRAINED]))
-    return state, read_change(model, snapshot, state, state, scope)
+    return state, read_change(model, snapshot, state, state, scope).state
 
 
 def test_a_bulk_that_is_not_noise_stays_trained_after_a_tiny_change():

@@ -1,0 +1,75 @@
+"""The sidecar files of a checkpoint: history, the baseline, and the present readings where they differ.
+
+They describe whole tensors and matrices, so that a run may resume with another number of processes.
+The baseline's outputs are not kept: after a resume outputs are compared with those of the resumed weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from weightproof.baseline import Baseline
+from weightproof.errors import BaselineError
+from weightproof.files import write_atomically
+from weightproof.probes import State
+
+STATE_FILE = "guard_state.json"
+STATE_FORMAT = "weightproof-state-v1"
+CURRENT_FILE = "guard_current.safetensors"
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What a session must remember to go on in another process."""
+
+    baseline: Baseline
+    current: State
+    losses: tuple[float, ...]
+    outputs_stale: bool
+    steps: tuple[Any, ...]
+    policy_digest: str
+
+    def save(self, folder: Path) -> None:
+        """Write the files; the JSON file, which refers to the others, comes last."""
+        moved = self.current.readings.model_digest != self.baseline.model_digest
+        content = {
+            "format": STATE_FORMAT,
+            "model_digest": self.current.readings.model_digest,
+            "policy_digest": self.policy_digest,
+            "losses": list(self.losses),
+            "moved": moved,
+            "outputs_stale": self.outputs_stale,
+            "steps": list(self.steps),
+        }
+        self.baseline.save(folder)
+        if moved:
+            replace(self.baseline, readings=self.current.readings, fits=self.current.fits).save(folder / CURRENT_FILE)
+        write_atomically(folder / STATE_FILE, json.dumps(content, allow_nan=False).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> GuardState:
+        """Read the files back.
+
+        Raises:
+            BaselineError: If one is missing, torn, altered, or of another format.
+        """
+        path = folder / STATE_FILE
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise BaselineError(f"no usable guard state at {path} ({error})") from error
+        if not isinstance(content, dict) or content.get("format") != STATE_FORMAT:
+            raise BaselineError(f"{path} is no guard state that this version reads (format {STATE_FORMAT})")
+        saved = Baseline.load(folder)
+        current = Baseline.load(folder / CURRENT_FILE) if content.get("moved") else saved
+        return cls(
+            baseline=saved,
+            current=State(current.readings, current.fits),
+            losses=tuple(content["losses"]),
+            outputs_stale=bool(content.get("outputs_stale", True)),
+            steps=tuple(content["steps"]),
+            policy_digest=content.get("policy_digest", ""),
+        )

@@ -1,0 +1,102 @@
+"""What a guard session accepts from its caller, and the sentences it refuses the rest with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from weightproof.baseline import Baseline
+from weightproof.collective import Processes
+from weightproof.errors import BaselineError, InputError
+from weightproof.types import TensorReading
+
+
+def processes_of(accelerator: Any, timeout: float) -> Processes:
+    """The processes of this run, whoever launched them."""
+    processes = Processes.join(timeout)
+    expected = processes.size if accelerator is None else accelerator.num_processes
+    if expected != processes.size:
+        raise InputError(
+            f"the accelerator has {expected} processes and torch.distributed {processes.size}: make the Accelerator "
+            "before the guard session, in every process"
+        )
+    return processes
+
+
+def require_same_settings(processes: Processes, ours: Mapping[str, str]) -> None:
+    """Refuse processes that would judge by different rules, or look at different data.
+
+    Args:
+        processes: Who takes part.
+        ours: What this process was given, in words.
+
+    Raises:
+        InputError: On every process, naming two ranks and what differs between them.
+    """
+    every = processes.gather("settings of the guard", dict(ours))
+    for rank, theirs in enumerate(every):
+        for what, value in theirs.items():
+            if value != every[0][what]:
+                raise InputError(
+                    f"the {what} differs between processes: rank 0 has {every[0][what]}, rank {rank} has {value}. "
+                    "Give every process the same (retain data before it is sharded over processes, for example)"
+                )
+
+
+def loaded(given: Baseline | Path | str) -> Baseline:
+    """A baseline as given, or read from its file."""
+    return given if isinstance(given, Baseline) else Baseline.load(given)
+
+
+def as_losses(raw_losses: Sequence[float] | None) -> tuple[float, ...] | None:
+    """The losses as numbers."""
+    try:
+        return None if raw_losses is None else tuple(float(loss) for loss in raw_losses)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"raw_losses must be one number a step: {error}") from error
+
+
+def common_losses(ours: tuple[float, ...] | None, processes: Processes) -> tuple[float, ...] | None:
+    """The mean over processes of the loss of each step; None where no process saw one.
+
+    Raises:
+        InputError: If processes give losses of different numbers of steps.
+    """
+    every = processes.gather("raw losses", ours)
+    seen = [losses for losses in every if losses is not None]
+    if not any(seen):
+        return seen[0] if len(seen) == len(every) else None
+    if len({len(losses or ()) for losses in every}) > 1:
+        counts = ", ".join(f"rank {rank}: {len(losses or ())}" for rank, losses in enumerate(every))
+        raise InputError(f"every process must give the losses of the same steps, not {counts}")
+    return tuple(sum(of_step) / len(of_step) for of_step in zip(*seen, strict=True))
+
+
+def parse_targets(targets: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """One glob or several as a tuple; None where nothing was declared."""
+    if targets is None or isinstance(targets, str):
+        return None if targets is None else (targets,)
+    found: tuple[object, ...] = tuple(targets) if isinstance(targets, Iterable) else (targets,)
+    names = tuple(target for target in found if isinstance(target, str))
+    if len(names) != len(found):
+        raise InputError(f"targets must be a glob or a list of globs such as 'model.layers.*', not {targets!r}")
+    return names
+
+
+def require_sound(tensors: Mapping[str, TensorReading]) -> None:
+    """Refuse a model that is broken, or not one model: a parameter of which processes hold different copies."""
+    torn = [reading for reading in tensors.values() if reading.differing_ranks and not reading.is_buffer]
+    if torn:
+        shown = "; ".join(f"{one.name} on rank {', '.join(map(str, one.differing_ranks))}" for one in torn[:3])
+        raise BaselineError(
+            f"the processes do not hold the same model: {len(torn)} tensors differ from those of rank 0: {shown}. Load "
+            "the same weights on every rank, or prepare the model (accelerator.prepare, DDP) before it is guarded"
+        )
+    broken = [reading for reading in tensors.values() if reading.num_nonfinite and not reading.is_infinite_by_design]
+    if broken:
+        shown = ", ".join(f"{reading.name} ({reading.num_nonfinite})" for reading in broken[:3])
+        raise BaselineError(
+            f"the baseline itself holds NaN or inf in {len(broken)} tensors: {shown}. Nothing can be certified "
+            "against a broken model: repair or reload it first"
+        )

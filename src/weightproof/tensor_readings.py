@@ -1,0 +1,218 @@
+"""Exact facts about every parameter and buffer, over all processes of a run.
+
+A tensor that every process holds whole is read by each from its own copy: replicas that drifted
+apart are found, by rank and name. A sharded one is counted and hashed where its parts lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from weightproof.collective import Processes
+from weightproof.errors import BaselineError, InputError
+from weightproof.placements import local_of, refusal_of, settle
+from weightproof.shards import dealt, shard_of
+from weightproof.snapshot import Snapshot
+from weightproof.tensor_store import model_digest, tensor_digest
+from weightproof.types import NamedTensor, StructureReading, TensorReading
+from weightproof.weights import iter_tensors, read_structure
+
+
+def count_nonfinite(tensor: torch.Tensor) -> int:
+    """Number of NaN and inf elements; one read when there are none."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return 0
+    if tensor.itemsize == 1:
+        tensor = tensor.to(torch.bfloat16)  # holds every 8-bit float; those have no arithmetic of their own
+    low, high = torch.aminmax(tensor) if not tensor.is_complex() else torch.aminmax(torch.view_as_real(tensor))
+    if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+        return 0
+    return int(tensor.numel() - torch.isfinite(tensor).sum())
+
+
+def read_tensors(
+    model: torch.nn.Module,
+    known: Mapping[str, TensorReading],
+    changed: Collection[str],
+    processes: Processes | None = None,
+) -> dict[str, TensorReading]:
+    """Read every tensor that is in `changed` or not in `known`; reuse the readings of the rest.
+
+    Args:
+        model: The model; every process calls this for its own part of it.
+        known: Readings to reuse, the same on every process.
+        changed: Names that changed on any process.
+        processes: Who takes part; None: this process alone.
+
+    Raises:
+        BaselineError: If a tensor has no values in memory (meta device), is not dense, or is sharded in a way
+            that cannot be read.
+    """
+    processes = processes or Processes.alone()
+    settle(model)
+    present = list(iter_tensors(model))
+    stale = [named for named in present if named.name not in known or named.name in changed]
+    found: dict[str, TensorReading] = {}
+    parts: dict[str, torch.Tensor] = {}
+    with processes.together("reading the tensors"):
+        for named in stale:
+            _require_readable(named)
+            if shard_of(named.tensor) is None:
+                found[named.name] = _whole(named)
+            else:
+                parts[named.name] = named.tensor
+    found |= _sharded({named.name: named for named in stale if named.name in parts}, processes)
+    fresh = {named.name: found[named.name] for named in stale}
+    return _merged(fresh, known, sorted(known.keys() - {named.name for named in present}), processes)
+
+
+def digest_of(tensors: Mapping[str, TensorReading]) -> str:
+    """Digest of the model that these readings describe."""
+    return model_digest({name: reading.digest for name, reading in tensors.items()})
+
+
+def tensor_digests_of(processes: Processes, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """`tensor_digest` of sharded tensors, each hashed whole by its owner."""
+    items = [(name, shard_of(tensor)) for name, tensor in tensors.items()]
+    digests = dealt(
+        processes,
+        items,
+        cost=lambda item: float(tensors[item[0]].numel()),
+        parts=(lambda item: item[1],),
+        work=lambda _item, whole: tensor_digest(whole),
+        operation="digests of sharded tensors",
+    )
+    return dict(zip(tensors, digests, strict=True))
+
+
+def digests_at(snapshot: Snapshot, model: torch.nn.Module, processes: Processes) -> dict[str, str]:
+    """Digest of every tensor in a snapshot just taken of `model`; of sharded ones, over the parts of all processes."""
+    sharded = {named.name: named.tensor for named in iter_tensors(model) if shard_of(named.tensor) is not None}
+    return {**snapshot.digests, **tensor_digests_of(processes, sharded)}
+
+
+def common_structure(model: torch.nn.Module, before: StructureReading | None, processes: Processes) -> StructureReading:
+    """The structure of the model; where processes differ, the first that is not as `before`."""
+    ours = read_structure(model)
+    theirs = processes.gather("the model's structure", None if ours == before else ours)
+    return next((structure for structure in theirs if structure is not None), ours)
+
+
+def _require_readable(named: NamedTensor) -> None:
+    tensor = named.tensor.detach()
+    refusal = refusal_of(named.tensor)
+    if refusal is not None:
+        raise BaselineError(f"{named.name} cannot be read: {refusal}")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise BaselineError(
+            f"{named.name} holds no dense values ({tensor.device}, {tensor.layout}): load the weights into memory, "
+            "as dense tensors, before they are guarded"
+        )
+
+
+def _whole(named: NamedTensor) -> TensorReading:
+    tensor = local_of(named.tensor).detach()
+    num_nonfinite = count_nonfinite(tensor)
+    return TensorReading(
+        name=named.name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        storage=_storage(named),
+        is_buffer=named.is_buffer,
+        num_nonfinite=num_nonfinite,
+        digest=tensor_digest(tensor),
+        num_nan=int(torch.isnan(tensor).sum()) if num_nonfinite else 0,
+    )
+
+
+def _storage(named: NamedTensor) -> str:
+    """Class of the tensor as one process would hold it: sharding is not a change of storage."""
+    if local_of(named.tensor) is named.tensor:
+        return type(named.tensor).__name__
+    return "Tensor" if named.is_buffer else "Parameter"
+
+
+def _sharded(stale: Mapping[str, NamedTensor], processes: Processes) -> dict[str, TensorReading]:
+    """Readings of sharded tensors, from the parts of every process."""
+    everywhere = processes.gather("names of sharded tensors", sorted(stale))
+    for rank, names in enumerate(everywhere):
+        odd = sorted(set(names) ^ set(everywhere[0]))
+        if odd:
+            raise InputError(
+                f"{odd[0]} is sharded on one of the ranks 0 and {rank} and not on the other: wrap and edit the model "
+                "alike on every rank"
+            )
+    if not everywhere[0]:
+        return {}
+    counts = torch.zeros(len(stale), 2, dtype=torch.float64)
+    for row, name in enumerate(sorted(stale)):
+        local = local_of(stale[name].tensor).detach()
+        counts[row, 0] = count_nonfinite(local)
+        counts[row, 1] = int(torch.isnan(local).sum()) if counts[row, 0] else 0
+    (counts,) = processes.sum("non-finite elements", [counts])
+    digests = tensor_digests_of(processes, {name: stale[name].tensor for name in sorted(stale)})
+    return {
+        name: _of_shard(stale[name], digests[name], int(counts[row, 0]), int(counts[row, 1]))
+        for row, name in enumerate(sorted(stale))
+    }
+
+
+def _of_shard(named: NamedTensor, digest: str, num_nonfinite: int, num_nan: int) -> TensorReading:
+    shard = shard_of(named.tensor)
+    assert shard is not None  # only sharded tensors come here
+    return TensorReading(
+        name=named.name,
+        dtype=str(shard.dtype).removeprefix("torch."),
+        shape=tuple(shard.shape),
+        storage=_storage(named),
+        is_buffer=named.is_buffer,
+        num_nonfinite=num_nonfinite,
+        digest=digest,
+        num_nan=num_nan,
+    )
+
+
+def _merged(
+    fresh: Mapping[str, TensorReading],
+    known: Mapping[str, TensorReading],
+    missing: Sequence[str],
+    processes: Processes,
+) -> dict[str, TensorReading]:
+    """One reading of each tensor from those of all ranks; what nobody read anew stays as it was known.
+
+    Known tensors come first, in their order, then those that are new: the same order on every rank.
+    """
+    by_rank = processes.gather("readings of the tensors", (dict(fresh), tuple(missing)))
+    renewed = {name for read, gone in by_rank for name in (*read, *gone)}
+    merged: dict[str, TensorReading] = {}
+    for name in dict.fromkeys([*known, *(name for read, _ in by_rank for name in read)]):
+        if name not in renewed:
+            merged[name] = known[name]
+            continue
+        found = _common([None if name in gone else read.get(name, known.get(name)) for read, gone in by_rank])
+        if found is not None:
+            merged[name] = found
+    return merged
+
+
+def _common(readings: Sequence[TensorReading | None]) -> TensorReading | None:
+    """The reading of the lowest rank that is not finite, else of the first; with the ranks that differ from rank 0."""
+    there = [reading for reading in readings if reading is not None]
+    if not there:
+        return None
+    chosen = next((reading for reading in there if reading.num_nonfinite), there[0])
+    first = readings[0]
+    differing = tuple(
+        rank
+        for rank, reading in enumerate(readings)
+        if (reading is None) != (first is None)
+        or (reading is not None and first is not None and _identity(reading) != _identity(first))
+    )
+    return replace(chosen, differing_ranks=differing)
+
+
+def _identity(reading: TensorReading) -> tuple[str, str, tuple[int, ...]]:
+    return reading.digest, reading.dtype, reading.shape
