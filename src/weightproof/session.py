@@ -279,6 +279,19 @@ class GuardSession:
             self._last_good.snapshot.discard()
         self._last_good = self._safe_point()
 
+    def has_changed(self) -> bool:
+        """Whether any tensor, on any process, is not as it was in the last good state (`watch` keeps one).
+
+        Raises:
+            InputError: Nobody watches.
+        """
+        with self.processes.together("comparing with the last good state"):
+            if self._last_good is None:
+                raise InputError("has_changed needs a last good state: call session.watch() when training begins")
+            settle(self.model)
+            ours = bool(self._last_good.snapshot.changed_names())
+        return any(self.processes.gather("changed since the last good state", ours))
+
     def check_window(
         self,
         *,
