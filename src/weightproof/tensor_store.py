@@ -1,8 +1,11 @@
 """Copies of tensors kept in memory or in a folder, and the digests that prove them.
 
 A digest covers dtype, shape and the bytes in row-major order, so NaN payloads and the sign of zero
-count, and memory layout does not. A folder holds one safetensors file and a manifest of digests
-that is written last; both appear by rename after fsync, so a reader finds all of it or nothing.
+count, and memory layout does not. It is a digest of the digests of rows: whoever holds a row can hash
+it where it lies, and a tensor has the same digest however it is sharded.
+
+A folder holds one safetensors file and a manifest of digests that is written last; both appear by
+rename after fsync, so a reader finds all of it or nothing.
 """
 
 from __future__ import annotations
@@ -25,28 +28,54 @@ from safetensors.torch import save_file
 
 from weightproof.errors import RestoreError, SnapshotError, WeightproofError
 from weightproof.files import sync_folder, write_atomically
+from weightproof.shards import whole_here
 
 TENSORS_FILE = "tensors.safetensors"
 MANIFEST_FILE = "manifest.json"
 
 # hashlib releases the GIL; one thread is left for everything else on the smallest machines.
-_HASH_THREADS = 2
+HASH_THREADS = 2
 # Room for the header and the manifest beside the tensors.
 _SPARE_BYTES = 1 << 20
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 (hex) over dtype, shape and the bytes of a tensor in row-major order."""
-    found = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".encode())
-    if tensor.numel():
-        found.update(as_bits(tensor.detach().cpu().contiguous()).reshape(-1).view(torch.uint8).numpy().data)
+    """SHA-256 (hex) over dtype and shape, then the SHA-256 of each leaf in row-major order.
+
+    A leaf is `tensor[i]` where there are two or more dimensions, else the whole tensor.
+
+    Raises:
+        InputError: If it is sharded (see `weightproof.digests`).
+    """
+    return digest_of_leaves(tensor.dtype, tensor.shape, leaf_digests(whole_here(tensor)))
+
+
+def digest_of_leaves(dtype: torch.dtype, shape: Iterable[int], leaves: bytes) -> str:
+    """The digest (hex) of a tensor from those of its leaves, 32 bytes each."""
+    found = hashlib.sha256(f"{str(dtype).removeprefix('torch.')}{list(shape)}".encode())
+    found.update(leaves)
     return found.hexdigest()
+
+
+def leaf_digests(tensor: torch.Tensor) -> bytes:
+    """SHA-256 of the row-major bytes of each leaf of a plain tensor, 32 bytes each, one after the other."""
+    raw, sha256 = _raw(tensor), hashlib.sha256
+    if tensor.ndim < 2:
+        return sha256(raw).digest()
+    step = len(raw) // max(tensor.shape[0], 1)
+    return b"".join([sha256(raw[row * step : (row + 1) * step]).digest() for row in range(tensor.shape[0])])
+
+
+def _raw(tensor: torch.Tensor) -> bytes | memoryview:
+    if tensor.numel() == 0:  # has strides that cannot be viewed as bytes
+        return b""
+    return as_bits(tensor.detach().cpu().contiguous()).reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """`tensor_digest` of each, hashed by a few threads."""
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
         return dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
 
 
