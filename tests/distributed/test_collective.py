@@ -543,6 +543,25 @@ def test_the_death_of_the_host_of_the_store_while_the_payload_moves():
     assert all("rank 0, which hosts it, has probably ended" in message for message in messages[1:])
 
 
+def death_of_a_sender(rank: int, size: int) -> str:
+    rendezvous.SIGNS_OF_LIFE_SECONDS = 1.0
+    processes = joined(size, 20.0)
+    if rank == 1:
+        dist.batch_isend_irecv = lambda *_, **__: os._exit(1)
+    sends, receives = ([(2, torch.ones(9))] if rank == 1 else []), ([(1, torch.ones(9))] if rank == 2 else [])
+    if rank == 0:
+        processes.exchange("payload", sends, receives)
+        time.sleep(2.5)
+        return str(caught(lambda: processes.gather("next", rank)))
+    return str(caught(lambda: processes.exchange("payload", sends, receives)))
+
+
+def test_a_rank_that_has_its_payload_and_is_busy_is_not_accused():
+    messages = run_world(death_of_a_sender, 3, expect_dead={1})
+    assert messages[0] == messages[2]
+    assert "(no sign of life from rank 1)" in messages[0]
+
+
 def payload_breaks(rank: int, size: int) -> None:
     processes = joined(size, 5.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -212,6 +213,35 @@ def test_a_lost_payload_names_who_gives_no_sign_of_life(stores: list[Store]):
     assert error.ranks == (1,)
     assert not error.timed_out
     assert str(error) == "payload: the connection between ranks broke (no sign of life from rank 1): connection closed"
+
+
+def test_an_interrupt_after_the_meeting_took_place_is_met_at_the_next_one(stores: list[Store]):
+    def life(meetings: Rendezvous) -> Any:
+        if meetings.rank == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(meetings, "_forget_older", lambda: signal.default_int_handler(signal.SIGINT, None))
+                with pytest.raises(KeyboardInterrupt):
+                    meetings.meet("first")
+        else:
+            assert meetings.meet("first") == ["", "", ""]
+            with pytest.raises(CollectiveError, match="rank 1 failed in first: KeyboardInterrupt"):
+                meetings.meet("second")
+        return meetings.meet("third", str(meetings.rank))
+
+    assert everywhere(stores, 20.0, life) == [["0", "1", "2"]] * 3
+
+
+def test_a_payload_that_broke_because_a_rank_left_it_is_lost(stores: list[Store]):
+    def life(meetings: Rendezvous) -> Any:
+        meetings.meet("payload")
+        if meetings.rank == 1:
+            meetings.tell("edit", PolicyError("no such tier"))
+            return True
+        with pytest.raises(PolicyError, match="rank 1: no such tier"):
+            raise meetings.lose("payload", RuntimeError("connection closed"))
+        return meetings.lost is not None
+
+    assert everywhere(stores, 0.5, life) == [True] * 3
 
 
 def test_a_store_that_does_not_answer_is_given_up_at_the_limit():
