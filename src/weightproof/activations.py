@@ -143,7 +143,7 @@ def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Mode
     except _FORWARD_ERRORS as error:
         first = str(error).strip().splitlines() or [""]
         raise InputError(
-            f"{type(model).__name__}.forward failed on inputs {', '.join(sorted(batch))} "
+            f"{_class_name(model)}.forward failed on inputs {', '.join(sorted(batch))} "
             f"({type(error).__name__}: {first[0]}): give windows that this model accepts"
         ) from error
     kind, scores = _comparable(output, model)
@@ -155,6 +155,11 @@ def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Mode
     if not isinstance(pooled, torch.Tensor) or pooled.ndim != 2 or pooled.shape[-1] == 1:
         return ModelOutput(kind, scores, real)
     return ModelOutput(kind, scores, real, whole(pooled))
+
+
+def _class_name(model: nn.Module) -> str:
+    """The class that the user knows: `fully_shard` puts a subclass of the same name with a prefix on top."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not hasattr(kind, "_get_fsdp_state"))
 
 
 def _switches(model: nn.Module) -> dict[str, bool]:
@@ -190,7 +195,7 @@ def _comparable(output: Any, model: nn.Module) -> tuple[str, torch.Tensor]:
     if isinstance(hidden, torch.Tensor) and hidden.ndim:
         return ("hidden" if hidden.shape[-1] > 1 else "values"), hidden
     raise InputError(
-        f"{type(model).__name__} returns neither logits nor a last hidden state (but {_describe(output)}): "
+        f"{_class_name(model)} returns neither logits nor a last hidden state (but {_describe(output)}): "
         "outputs cannot be compared"
     )
 

@@ -12,8 +12,9 @@ import torch
 from architectures import ARCHITECTURES, build
 from torch import nn
 
+from weightproof import windows as windows_module
 from weightproof.activations import calibration_windows, random_windows
-from weightproof.distributions import Tally, compare, keep, kl_terms, normalise
+from weightproof.distributions import Tally, compare, keep, kl_terms, merged, normalise
 from weightproof.divergence import capture_outputs, forward_digest, locate_damage, measure_divergence
 from weightproof.errors import BaselineError, InputError
 from weightproof.families import blocks
@@ -85,6 +86,19 @@ def test_kl_equals_the_float64_oracle(case):
     )
     assert tally.max_kl == pytest.approx(worst, rel=1e-5, abs=1e-11)
     assert tally.flips == int(base.argmax(-1).ne(now.argmax(-1)).sum())
+
+
+def test_sums_over_batches_are_those_over_everything():
+    base, now = _logits("moderate")
+    whole, parts = _compare(base, now), []
+    for start in (0, 10, 20):  # 4 windows of 10 tokens: one, one and two of them
+        end = start + 10 if start < 20 else 40
+        parts.append(_compare(base[start:end], now[start:end]))
+        assert set(parts[-1].tokens) == set(range((end - start) // 10))
+    found = merged(parts)
+    assert (found.kl, found.tokens, found.flips, found.finite) == (whole.kl, whole.tokens, whole.flips, True)
+    assert merged([*parts, Tally(finite=False)]).finite is False
+    assert merged([Tally(squares=(1.0, 4.0)), Tally(squares=(3.0, 0.0))]).relative_change == 1.0
 
 
 @pytest.mark.parametrize("case", ["moderate", "far", "sharp", "tiny", "extreme"])
@@ -180,6 +194,23 @@ def test_kl_of_a_model_equals_the_oracle_and_the_top_k_is_below():
     assert torch.cat([batch[0].values for batch in small.scores[0]]).shape == (496, 11)
     assert sum(batch[0].nbytes for batch in small.scores[0]) <= 496 * 100 + 8 * 496
     assert 0 < bound.kl <= full.kl
+
+
+def test_the_size_of_batches_changes_no_digest_and_no_reading(monkeypatch):
+    readings = []
+    for rows in (1, 2, 8):
+        monkeypatch.setattr(windows_module, "_MAX_ROWS", rows)
+        model = build("llama")
+        cache = _capture(model)
+        assert {len(batch["input_ids"]) for batch in cache.windows[0].batches} == {rows}
+        _perturb(model, 0.05)
+        readings.append((cache, measure_divergence(model, cache).divergence[0]))
+    (cache, first), *others = readings
+    for other, reading in others:
+        assert (other.windows[0].digest, other.forward_digest) == (cache.windows[0].digest, cache.forward_digest)
+        assert other.second_moments == pytest.approx(cache.second_moments, rel=1e-5)
+        assert (reading.num_tokens, reading.windows_digest) == (first.num_tokens, first.windows_digest)
+        assert (reading.kl, reading.kl_max) == pytest.approx((first.kl, first.kl_max), rel=1e-4)
 
 
 def test_padded_positions_are_not_scored():
