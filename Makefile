@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 WORKERS ?= 2
+ZERO := .venv-zero/bin
+ZERO_STAMP := .venv-zero/.installed
 
-.PHONY: demo test test-slow lint format benchmark clean
+.PHONY: demo test test-slow test-zero lint format benchmark clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -23,6 +25,15 @@ test: $(STAMP)            ## every test that fits in minutes
 test-slow: $(STAMP)       ## the long ones: more seeds, longer training
 	$(BIN)/python -m pytest -m slow
 
+$(ZERO_STAMP): pyproject.toml constraints.txt tests/zero/constraints.txt
+	test -x $(ZERO)/python || $(PYTHON) -m venv .venv-zero
+	$(ZERO)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(ZERO)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c tests/zero/constraints.txt -e '.[dev]' deepspeed
+	@touch $@
+
+test-zero: $(ZERO_STAMP)  ## DeepSpeed ZeRO-1/2/3 in two processes; needs a C++ compiler, which DeepSpeed calls once
+	PATH="$(CURDIR)/$(ZERO):$$PATH" $(ZERO)/python -m pytest tests/zero
+
 lint: $(STAMP)            ## ruff, pyright, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +48,4 @@ benchmark: $(STAMP)       ## speed ratios measured in one run, one thread
 	$(BIN)/python benchmarks/speed.py
 
 clean:
-	rm -rf .venv .cache weightproof-demo
+	rm -rf .venv .venv-zero .cache weightproof-demo

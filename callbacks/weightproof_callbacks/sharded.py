@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from weightproof.errors import InputError
 from weightproof.tensor_store import same_bits
-from weightproof.weights import iter_tensors
+from weightproof.weights import iter_tensors, unwrap
 
-__all__ = ["ZeroMasters", "find_masters"]
+__all__ = ["ZeroMasters", "clear_moments", "find_masters"]
 
 # What marks the optimizers: the list of flat masters that each of them keeps.
 _STAGE_3 = "fp32_partitioned_groups_flat"
@@ -115,18 +115,6 @@ class ZeroMasters:
             if not same_bits(fragment.master.to(fragment.weight.dtype), fragment.weight)
         )
 
-    def clear_moments(self) -> int:
-        """Forget the optimizer's moments of this process's part; returns how many flat masters had some.
-
-        They begin again at the next step, as at the start of training.
-        """
-        state = self._optimizer.optimizer.state
-        # Stage 3 shows its parameter groups a flat master only while it steps: the groups are empty here.
-        cleared = sum(state.pop(flat, None) is not None for flat in _flat_masters(self._optimizer))
-        if hasattr(self._optimizer, "_hp_optimizer_states_linked"):
-            self._optimizer._hp_optimizer_states_linked = False  # checkpoints link each weight to its moments anew
-        return cleared
-
     def _trained(self) -> list[Any]:
         """Every parameter that the optimizer trains, on whichever process its master lies."""
         groups = next(
@@ -207,6 +195,25 @@ def find_masters(accelerator: Any, model: nn.Module | None, optimizer: Any) -> Z
     return ZeroMasters(trained, found)
 
 
+def clear_moments(optimizer: Any) -> int | None:
+    """Forget the moments of a ZeRO optimizer; they begin again at its next step, as at the start of training.
+
+    Args:
+        optimizer: The optimizer, as `prepare` returned it or unwrapped.
+
+    Returns:
+        How many of this process's flat masters had some; None if this is no ZeRO optimizer.
+    """
+    found = _zero_optimizer(optimizer)
+    if found is None or not _flat_masters(found):
+        return None
+    # Stage 3 puts the flat masters into the parameter groups only while it steps: the groups are empty here.
+    cleared = sum(found.optimizer.state.pop(flat, None) is not None for flat in _flat_masters(found))
+    if hasattr(found, "_hp_optimizer_states_linked"):
+        found._hp_optimizer_states_linked = False  # so that checkpoints link each weight to its moments anew
+    return cleared
+
+
 def _zero_optimizer(optimizer: Any) -> Any:
     """The DeepSpeed optimizer with masters inside accelerate's wrappers, or None."""
     marks = (_STAGE_3, *_STAGES_1_AND_2, *_WHOLE_MASTERS)
@@ -218,10 +225,11 @@ def _zero_optimizer(optimizer: Any) -> Any:
 
 
 def _engine_of(accelerator: Any, model: Any) -> Any:
-    """The DeepSpeed engine: the model itself, or the one that `prepare` made last."""
+    """The DeepSpeed engine: the model itself, or the one that `prepare` made of it."""
     if _inside_engine(model) is not model:
         return model
-    return getattr(getattr(accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+    engine = getattr(getattr(accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+    return engine if model is None or unwrap(_inside_engine(engine)) is unwrap(model) else None
 
 
 def _inside_engine(model: Any) -> Any:
@@ -236,13 +244,13 @@ def _refusal_of(optimizer: Any) -> str | None:
         return "it updates its masters beside the training loop, so that no moment is safe to read them"
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
         return "weights or masters are offloaded to NVMe: offload to the CPU, or not at all"
-    if hasattr(optimizer, _STAGE_3) or any(hasattr(optimizer, name) for name in _STAGES_1_AND_2):
-        return None
-    return "it keeps whole fp32 masters without ZeRO: choose ZeRO stage 1, 2 or 3"
+    return None if _flat_masters(optimizer) else "it keeps whole fp32 masters without ZeRO: choose ZeRO stage 1, 2 or 3"
 
 
 def _flat_masters(optimizer: Any) -> list[Tensor]:
-    return next(getattr(optimizer, name) for name in (_STAGE_3, *_STAGES_1_AND_2) if hasattr(optimizer, name))
+    """This process's flat masters; none where they are not flat."""
+    kept = (getattr(optimizer, name, None) for name in (_STAGE_3, *_STAGES_1_AND_2))
+    return next((masters for masters in kept if masters is not None), [])
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:

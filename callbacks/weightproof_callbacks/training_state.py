@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from weightproof.steps import Step
+from weightproof_callbacks.sharded import clear_moments
 
 
 def forget_moments(step: Step, optimizer: Any) -> int:
@@ -27,8 +28,12 @@ def forget_moments(step: Step, optimizer: Any) -> int:
 def clear_optimizer_state(optimizer: Any) -> int:
     """Forget the per-parameter state (moments, step counts) of every parameter; returns how many had one.
 
-    Torch optimizers rebuild it at their next step, as at the start of training.
+    Torch optimizers rebuild it at their next step, as at the start of training. Of DeepSpeed's ZeRO it is
+    kept for flat masters, which are counted instead.
     """
+    flat = clear_moments(optimizer)
+    if flat is not None:
+        return flat
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the torch optimizer
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     return sum(inner.state.pop(parameter, None) is not None for parameter in parameters)
