@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from weightproof.calibration import calibration_windows
 from weightproof.errors import InputError
 from weightproof.families import taps, unwrap
-from weightproof.passes import in_step, whole
+from weightproof.passes import CONNECTION_ERRORS, in_step, whole
 from weightproof.placements import settle
 from weightproof.rng import preserved_rng
 from weightproof.windows import Windows, forward_names, random_windows
@@ -40,8 +40,8 @@ __all__ = [
     "undisturbed",
 ]
 
-# What a broken or ill-fed model raises in forward. Anything else propagates, and so does a want of memory (a
-# RuntimeError): it says nothing about the model.
+# What a broken or ill-fed model raises in forward. Anything else propagates, and so do a want of memory and a broken
+# connection (RuntimeErrors): they say nothing about the model.
 _FORWARD_ERRORS = (
     RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError,
 )  # fmt: skip
@@ -138,7 +138,7 @@ def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Mode
     try:
         with in_step(model):
             output = model(**inputs, **_switches(model))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, *CONNECTION_ERRORS):
         raise
     except _FORWARD_ERRORS as error:
         first = str(error).strip().splitlines() or [""]

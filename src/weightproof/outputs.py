@@ -17,7 +17,7 @@ from weightproof.activations import TapMoments, TapSums, forward_outputs, tap_mo
 from weightproof.collective import Processes
 from weightproof.errors import BaselineError, InputError, WeightproofError
 from weightproof.families import unwrap
-from weightproof.passes import share_inputs, skip_pass
+from weightproof.passes import CONNECTION_ERRORS, share_inputs, skip_pass
 from weightproof.windows import Windows
 
 R = TypeVar("R")
@@ -121,6 +121,8 @@ def _read_share(
                 raised[index] = error
                 taps.take()
                 continue
+            except CONNECTION_ERRORS:
+                raise
             except Exception:
                 for _ in turns[turn + 1 :]:
                     skip_pass(unwrap(model))

@@ -19,6 +19,10 @@ from torch import nn
 
 from weightproof.placements import settle
 
+# Nothing is wrong with the model then, and there is nobody to keep step with. (gloo raises plain RuntimeErrors: where
+# a process died, the next meeting of all says so.)
+CONNECTION_ERRORS: tuple[type[Exception], ...] = (dist.DistError,) if dist.is_available() else ()
+
 # The order in which the sharded modules of a model were entered in its last whole pass.
 _ORDERS: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 
@@ -60,9 +64,10 @@ def in_step(model: nn.Module) -> Iterator[None]:
         yield
         if modules:
             _ORDERS[model] = tuple(entered)
-    except Exception as error:
-        if not isinstance(error, dist.DistError):  # then there is nobody to keep step with
-            _finish(model, modules, entered)
+    except CONNECTION_ERRORS:
+        raise
+    except Exception:
+        _finish(model, modules, entered)
         raise
     finally:
         for handle in handles:

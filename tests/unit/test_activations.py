@@ -356,6 +356,18 @@ def test_a_forward_that_fails_says_so():
         forward_outputs(model, {"input_ids": torch.full((1, 4), VOCAB + 5)})
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.distributed.DistBackendError])
+def test_what_says_nothing_about_the_model_passes_through(error):
+    model = build("llama")
+
+    def hook(*_: object) -> None:
+        raise error("on purpose")
+
+    model.model.layers[1].register_forward_pre_hook(hook)
+    with undisturbed(model), pytest.raises(error, match="on purpose"):
+        forward_outputs(model, {"input_ids": torch.full((1, 4), 5)})
+
+
 def test_outputs_that_cannot_be_compared_are_refused():
     class Strings(nn.Module):
         def forward(self, x: torch.Tensor) -> str:
