@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 
 from weightproof.collective import Processes
+from weightproof.digests import tensor_digests_of
 from weightproof.errors import BaselineError, InputError
-from weightproof.placements import local_of, refusal_of, settle
-from weightproof.shards import dealt, shard_of
+from weightproof.placements import is_dtensor, local_of, refusal_of, settle, shape_of
+from weightproof.shards import shard_of
 from weightproof.snapshot import Snapshot
 from weightproof.tensor_store import model_digest, tensor_digest
 from weightproof.types import NamedTensor, StructureReading, TensorReading
@@ -48,23 +49,24 @@ def read_tensors(
         processes: Who takes part; None: this process alone.
 
     Raises:
-        BaselineError: If a tensor has no values in memory (meta device), is not dense, or is sharded in a way
-            that cannot be read.
+        BaselineError: If a tensor has no values in memory (meta device), is not dense, or its values cannot be
+            told apart from their storage (flattened by FSDP 1).
     """
     processes = processes or Processes.alone()
     settle(model)
     present = list(iter_tensors(model))
     stale = [named for named in present if named.name not in known or named.name in changed]
     found: dict[str, TensorReading] = {}
-    parts: dict[str, torch.Tensor] = {}
+    cut: dict[str, NamedTensor] = {}
     with processes.together("reading the tensors"):
         for named in stale:
             _require_readable(named)
-            if shard_of(named.tensor) is None:
-                found[named.name] = _whole(named)
+            if _is_cut(named.tensor):
+                cut[named.name] = named
             else:
-                parts[named.name] = named.tensor
-    found |= _sharded({named.name: named for named in stale if named.name in parts}, processes)
+                found[named.name] = _whole(named)
+    _require_alike(processes, cut)
+    found |= _of_parts(cut, processes)
     fresh = {named.name: found[named.name] for named in stale}
     return _merged(fresh, known, sorted(known.keys() - {named.name for named in present}), processes)
 
@@ -74,24 +76,15 @@ def digest_of(tensors: Mapping[str, TensorReading]) -> str:
     return model_digest({name: reading.digest for name, reading in tensors.items()})
 
 
-def tensor_digests_of(processes: Processes, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """`tensor_digest` of sharded tensors, each hashed whole by its owner."""
-    items = [(name, shard_of(tensor)) for name, tensor in tensors.items()]
-    digests = dealt(
-        processes,
-        items,
-        cost=lambda item: float(tensors[item[0]].numel()),
-        parts=(lambda item: item[1],),
-        work=lambda _item, whole: tensor_digest(whole),
-        operation="digests of sharded tensors",
-    )
-    return dict(zip(tensors, digests, strict=True))
-
-
 def digests_at(snapshot: Snapshot, model: torch.nn.Module, processes: Processes) -> dict[str, str]:
     """Digest of every tensor in a snapshot just taken of `model`; of sharded ones, over the parts of all processes."""
-    sharded = {named.name: named.tensor for named in iter_tensors(model) if shard_of(named.tensor) is not None}
-    return {**snapshot.digests, **tensor_digests_of(processes, sharded)}
+    cut = {named.name: named.tensor for named in iter_tensors(model) if _is_cut(named.tensor)}
+    return {**snapshot.digests, **tensor_digests_of(processes, cut)}
+
+
+def _is_cut(tensor: torch.Tensor) -> bool:
+    """Whether this process holds a part of a tensor, or holds it in a way that cannot be read as a whole."""
+    return refusal_of(tensor) is not None or shard_of(tensor) is not None
 
 
 def common_structure(model: torch.nn.Module, before: StructureReading | None, processes: Processes) -> StructureReading:
@@ -104,7 +97,7 @@ def common_structure(model: torch.nn.Module, before: StructureReading | None, pr
 def _require_readable(named: NamedTensor) -> None:
     tensor = named.tensor.detach()
     refusal = refusal_of(named.tensor)
-    if refusal is not None:
+    if refusal is not None and not is_dtensor(named.tensor):
         raise BaselineError(f"{named.name} cannot be read: {refusal}")
     if tensor.is_meta or tensor.layout != torch.strided:
         raise BaselineError(
@@ -135,44 +128,45 @@ def _storage(named: NamedTensor) -> str:
     return "Tensor" if named.is_buffer else "Parameter"
 
 
-def _sharded(stale: Mapping[str, NamedTensor], processes: Processes) -> dict[str, TensorReading]:
-    """Readings of sharded tensors, from the parts of every process."""
-    everywhere = processes.gather("names of sharded tensors", sorted(stale))
+def _require_alike(processes: Processes, cut: Mapping[str, NamedTensor]) -> None:
+    """Refuse a model that is sharded on one rank and whole on another: its parts belong to nothing."""
+    everywhere = processes.gather("names of sharded tensors", sorted(cut))
     for rank, names in enumerate(everywhere):
         odd = sorted(set(names) ^ set(everywhere[0]))
         if odd:
             raise InputError(
-                f"{odd[0]} is sharded on one of the ranks 0 and {rank} and not on the other: wrap and edit the model "
+                f"{odd[0]} is sharded on one of the ranks 0 and {rank} and whole on the other: wrap and edit the model "
                 "alike on every rank"
             )
-    if not everywhere[0]:
+
+
+def _of_parts(cut: Mapping[str, NamedTensor], processes: Processes) -> dict[str, TensorReading]:
+    """Readings of sharded tensors, counted and hashed where their parts lie.
+
+    Of parts that cannot be joined (`refusal_of`) it is known whether they are finite and whether they changed.
+    """
+    if not cut:
         return {}
-    counts = torch.zeros(len(stale), 2, dtype=torch.float64)
-    for row, name in enumerate(sorted(stale)):
-        local = local_of(stale[name].tensor).detach()
+    digests = tensor_digests_of(processes, {name: named.tensor for name, named in cut.items()})
+    counts = torch.zeros(len(cut), 2, dtype=torch.float64)
+    for row, named in enumerate(cut.values()):
+        local = local_of(named.tensor)
         counts[row, 0] = count_nonfinite(local)
         counts[row, 1] = int(torch.isnan(local).sum()) if counts[row, 0] else 0
     (counts,) = processes.sum("non-finite elements", [counts])
-    digests = tensor_digests_of(processes, {name: stale[name].tensor for name in sorted(stale)})
     return {
-        name: _of_shard(stale[name], digests[name], int(counts[row, 0]), int(counts[row, 1]))
-        for row, name in enumerate(sorted(stale))
+        name: TensorReading(
+            name=name,
+            dtype=str(local_of(named.tensor).dtype).removeprefix("torch."),
+            shape=shape_of(named.tensor),
+            storage=_storage(named),
+            is_buffer=named.is_buffer,
+            num_nonfinite=int(counts[row, 0]),
+            digest=digests[name],
+            num_nan=int(counts[row, 1]),
+        )
+        for row, (name, named) in enumerate(cut.items())
     }
-
-
-def _of_shard(named: NamedTensor, digest: str, num_nonfinite: int, num_nan: int) -> TensorReading:
-    shard = shard_of(named.tensor)
-    assert shard is not None  # only sharded tensors come here
-    return TensorReading(
-        name=named.name,
-        dtype=str(shard.dtype).removeprefix("torch."),
-        shape=tuple(shard.shape),
-        storage=_storage(named),
-        is_buffer=named.is_buffer,
-        num_nonfinite=num_nonfinite,
-        digest=digest,
-        num_nan=num_nan,
-    )
 
 
 def _merged(
