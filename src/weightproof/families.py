@@ -215,7 +215,8 @@ _MOE_BLOCKS = frozenset({"mlp", "block_sparse_moe", "feed_forward", "moe"})
 
 
 def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    # A partition of DeepSpeed ZeRO-3 holds no elements of its own; `ds_numel` counts the whole.
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 def _is_trunk_list(name: str, module: nn.Module) -> bool:
