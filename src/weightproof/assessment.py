@@ -136,10 +136,11 @@ class Assessor:
     def _error_on(self, windows: Windows) -> str | None:
         """Why the model cannot run on windows, on any process."""
         ours = None
-        try:
-            forward_digest(self.model, (windows,))
-        except InputError as error:
-            ours = _brief(error)
+        with self.processes.together("a first forward pass"):
+            try:
+                forward_digest(self.model, (windows,))
+            except InputError as error:
+                ours = _brief(error)
         return next((error for error in self.processes.gather("a first forward pass", ours) if error), None)
 
     @property
@@ -169,7 +170,8 @@ class Assessor:
         now = self.forward_digest()
         if not any(self.processes.gather("outputs after the restore", now != expected)):
             return
-        if now != expected and now == self.forward_digest():
+        again = self.forward_digest()  # where weights are sharded, all must run it
+        if now != expected and now == again:
             raise RestoreError(
                 "every tensor was restored, yet the model's outputs differ from those before the change: something "
                 "outside its parameters and buffers was changed (a hook, a config value, a cached table)"

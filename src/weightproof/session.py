@@ -34,7 +34,6 @@ from weightproof.baseline import Baseline
 from weightproof.certificate import Certificate
 from weightproof.errors import (
     BaselineError,
-    CollectiveError,
     EditRejectedError,
     InputError,
     RestoreError,
@@ -52,7 +51,7 @@ from weightproof.session_checks import (
     loaded,
     parse_targets,
     processes_of,
-    require_same_settings,
+    require_same,
     require_sound,
 )
 from weightproof.snapshot import Snapshot, model_digest
@@ -140,9 +139,11 @@ class GuardSession:
         self._closed = False
         self._picture: bytes | None = None
         self._resumed: list[Any] = []
-        require_same_settings(self.processes, self._settings())
+        advice = "Give every process the same (retain data before it is sharded over processes, for example)"
+        require_same(self.processes, "settings of the guard", self._settings(), advice)
         started = time.perf_counter()
-        self.baseline = self._capture_baseline(baseline)
+        with self.processes.together("capturing the baseline"):
+            self.baseline = self._capture_baseline(baseline)
         self._current = State(self.baseline.readings, self.baseline.fits)
         self.cost.baseline_seconds = time.perf_counter() - started
         self.cost.baseline_bytes = evidence.baseline_bytes(self.baseline, self._assessor.cache)
@@ -236,6 +237,7 @@ class GuardSession:
         with self._begun(name, kind, on_violation, step) as handle:
             with self.processes.together(f"targets of {name!r}"):
                 declared = parse_targets(targets)
+            self._require_same_call(handle, on_violation, targets=declared)
             self._refresh_baseline()
             point = self._safe_point()
             subject = Subject(handle.name, handle.kind, declared)
@@ -258,13 +260,15 @@ class GuardSession:
         Raises:
             InputError: If the edit selects no matrix of this model.
         """
-        selected = [m for m in iter_weight_matrices(self.model) if m.refusal is None and edit.selects(m)]
-        if not selected:
-            families = sorted({matrix.family for matrix in iter_weight_matrices(self.model) if matrix.refusal is None})
-            raise InputError(
-                f"edit {edit.name!r} selects no weight matrix of this model: check include= and exclude= (its matrices "
-                f"are of the families {', '.join(families) or '(none)'}; a family is chosen by its exact name)"
-            )
+        with self.processes.together("selecting the matrices of an edit"):
+            readable = [matrix for matrix in iter_weight_matrices(self.model) if matrix.refusal is None]
+            selected = [matrix for matrix in readable if edit.selects(matrix)]
+            if not selected:
+                families = ", ".join(sorted({matrix.family for matrix in readable})) or "(none)"
+                raise InputError(
+                    f"edit {edit.name!r} selects no weight matrix of this model: check include= and exclude= (its "
+                    f"matrices are of the families {families}; a family is chosen by its exact name)"
+                )
         targets = sorted({matrix.tensor_name for matrix in selected})
         with self.edit(edit.name, edit.kind, targets, on_violation, step=step) as handle:
             planned = rewrite(self.processes, edit.name, selected, lambda matrix: edit.plan(matrix, self))
@@ -323,6 +327,7 @@ class GuardSession:
                 if (point := self._last_good) is None:
                     raise InputError("check_window needs a last good state: call session.watch() when training begins")
                 ours = as_losses(raw_losses)
+            self._require_same_call(handle, on_violation, in_warmup=in_warmup)
             losses = common_losses(ours, self.processes)
             spike = None if losses is None else is_loss_spike(self._losses, losses)
             subject = Subject(name, handle.kind, None, raw_losses=losses, loss_spike=spike, in_warmup=in_warmup)
@@ -349,10 +354,28 @@ class GuardSession:
                 handle = Step(name, len(self._history) + 1 if step is None else step, kinds.parse_kind(kind))
                 handle.monitor = on_violation == "monitor"
                 self._open = handle
-            yield handle
+            # Whatever is raised on one process before the step is over, an interrupt too, is told to the others.
+            with self.processes.together(f"step {name!r}"):
+                yield handle
         finally:
             if self._open is handle:
                 self._open = None
+
+    def _require_same_call(self, handle: Step, on_violation: str, **declared: object) -> None:
+        """Refuse processes that declare a step differently: they would judge it, or carry the verdict out, differently.
+
+        Raises:
+            InputError: On every process, naming two ranks and what differs between them.
+        """
+        ours = {
+            "kind": f"{handle.kind.name} {handle.kind.params() or ''}".strip(),
+            "step number": str(handle.step),
+            "on_violation": on_violation,
+            **{what: str(value) for what, value in declared.items()},
+        }
+        named = {f"{what} of {handle.name!r}": value for what, value in ours.items()}
+        advice = "Make the same call on every process"
+        require_same(self.processes, f"declaration of {handle.name!r}", named, advice)
 
     @property
     def _present(self) -> State:
@@ -361,10 +384,10 @@ class GuardSession:
 
     def _safe_point(self) -> SafePoint:
         started = time.perf_counter()
-        # The forward pass comes first: some models rewrite a buffer in it (rotary tables that follow the length).
-        forward = self._assessor.forward_digest()
-        settle(self.model)
         with self.processes.together("taking a snapshot"):
+            # The forward pass comes first: some models rewrite a buffer in it (rotary tables that follow the length).
+            forward = self._assessor.forward_digest()
+            settle(self.model)
             kept = self.masters.tensors() if self.masters is not None else {}
             snapshot = Snapshot.capture(self.model, self.snapshot_dir, kept)
         point = SafePoint(snapshot, forward)
@@ -492,10 +515,10 @@ class GuardSession:
     def _restore(self, point: SafePoint) -> None:
         """Put this process's part back; proven by digests, and by a forward pass while the others are there."""
         if self.processes.lost:
-            point.snapshot.restore()
+            _put_back(point)
             return
         with self.processes.together("restoring the snapshot"):
-            point.snapshot.restore()
+            _put_back(point)
         with self.processes.together("proving the restore"):
             self._assessor.prove_forward(point.forward)
 
@@ -504,14 +527,13 @@ class GuardSession:
     def _publish(self, handle: Step) -> None:
         """Record a judged step: history, then the certificate file, then the trackers."""
         self._history.append(handle)
-        try:
-            with self.processes.together("writing the evidence"):
+        with self.processes.together("writing the evidence"):
+            try:
                 self._write_evidence(handle)
-        except CollectiveError:
-            raise
-        except (OSError, WeightproofError) as error:
-            # The verdict stands and was carried out: a full disk may not undo it, nor hide it behind another error.
-            logger.error("the evidence of step %d, %s, could not be written: %s", handle.step, handle.name, error)
+            except (OSError, WeightproofError) as error:
+                # The verdict stands and was carried out: a full disk may not undo it, nor hide it behind another
+                # error, nor end the run of the processes that do not write.
+                logger.error("the evidence of step %d, %s, could not be written: %s", handle.step, handle.name, error)
 
     def _write_evidence(self, handle: Step) -> None:
         picture, self._picture = self._picture, None
@@ -617,6 +639,15 @@ class GuardSession:
         for tracker in self.trackers:
             tracker.close()
         self.processes.close()
+
+
+def _put_back(point: SafePoint) -> None:
+    """Restore the snapshot; one interrupt does not leave the model half restored."""
+    try:
+        point.snapshot.restore()
+    except KeyboardInterrupt:
+        point.snapshot.restore()
+        raise
 
 
 def _is_quiet(step: Step) -> bool:

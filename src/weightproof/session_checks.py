@@ -24,23 +24,25 @@ def processes_of(accelerator: Any, timeout: float) -> Processes:
     return processes
 
 
-def require_same_settings(processes: Processes, ours: Mapping[str, str]) -> None:
-    """Refuse processes that would judge by different rules, or look at different data.
+def require_same(processes: Processes, operation: str, ours: Mapping[str, str], advice: str) -> None:
+    """Refuse processes that were given different things: they would judge by other rules, look at other data.
 
     Args:
         processes: Who takes part.
+        operation: What is compared, in errors of the comparison itself.
         ours: What this process was given, in words.
+        advice: What to do about a difference.
 
     Raises:
         InputError: On every process, naming two ranks and what differs between them.
     """
-    every = processes.gather("settings of the guard", dict(ours))
+    every = processes.gather(operation, dict(ours))
     for rank, theirs in enumerate(every):
         for what, value in theirs.items():
             if value != every[0][what]:
                 raise InputError(
                     f"the {what} differs between processes: rank 0 has {every[0][what]}, rank {rank} has {value}. "
-                    "Give every process the same (retain data before it is sharded over processes, for example)"
+                    f"{advice}"
                 )
 
 
