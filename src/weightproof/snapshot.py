@@ -5,6 +5,8 @@ module, parameter and buffer object sits where, and the storage behind each. Res
 objects back and writes into the same storage, so that ties, optimizer references and DDP buckets
 survive, whatever the edit did (in-place writes, `model.to(dtype)`, replaced modules, parametrizations).
 
+Of a sharded model each process keeps, restores and proves its own part, and waits for no other.
+
 A module's own notes (flags, numbers, small lists, such as PEFT's `merged_adapters`) go back with its
 weights, and so do those of its `config` (a number of layers, a vocabulary size). Not covered: train or
 eval mode, gradients' values, optimizer state, other objects (a generation config, for example), and
@@ -13,15 +15,18 @@ hooks on modules whose tensors and children stayed the same objects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from weightproof.errors import InputError, RestoreError, SnapshotError
-from weightproof.shards import Shard
+from weightproof.module_state import ModuleState, configs_of
+from weightproof.placements import is_dtensor, is_zero3, local_of, refusal_of, settle, shape_of
+from weightproof.shards import Shard, shard_of
 from weightproof.tensor_store import (
     FolderStore,
     MemoryStore,
@@ -36,25 +41,15 @@ from weightproof.tensor_store import (
 from weightproof.types import WeightMatrix
 from weightproof.weights import clean_name, iter_tensors, iter_weight_matrices, storage_identity, unwrap
 
-__all__ = ["Snapshot", "model_digest", "tensor_digest", "write_matrix"]
+__all__ = ["Snapshot", "model_digest", "tensor_digest", "write_matrix", "write_part"]
 
-_TABLES = ("_modules", "_parameters", "_buffers")
-_HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
-# What torch keeps in every module, and the types that a module's own notes are made of.
-_MODULE_OWN = frozenset(vars(nn.Module()))
-_SIMPLE = (bool, int, float, str, tuple, type(None), torch.dtype, torch.device)
+# Keys of what is kept beside the model's own tensors; no parameter has such a name.
+_COMPANION = "companion:"
 
 
 @dataclass(slots=True)
 class _Holder:
-    """A tensor object, with an alias of the storage that was behind it and what belongs to it."""
+    """A tensor object, with an alias of the plain storage that was behind it and what belongs to it."""
 
     holder: torch.Tensor
     alias: torch.Tensor
@@ -62,7 +57,12 @@ class _Holder:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Holder:
-        return cls(tensor, tensor.data, tensor.requires_grad)
+        alias = local_of(tensor) if is_dtensor(tensor) else tensor.data
+        return cls(tensor, alias, tensor.requires_grad)
+
+    def memory(self) -> torch.Tensor:
+        """The storage that holds the values; DeepSpeed moves its partitions about."""
+        return local_of(self.holder) if is_zero3(self.holder) else self.alias
 
     def put_back(self) -> None:
         """Give the object its original storage and flag; a gradient follows the dtype."""
@@ -77,94 +77,48 @@ class _Holder:
 
 
 @dataclass(slots=True)
-class _Notes:
-    """The flags, numbers and small containers among an object's attributes, and what was in them."""
+class _ShardedHolder(_Holder):
+    """A DTensor, with what is needed to make it anew around its part."""
 
-    owner: object
-    kept: dict[str, tuple[object, object]]
-
-    @classmethod
-    def of(cls, owner: object) -> _Notes:
-        own = vars(owner)
-        return cls(owner, {key: (value, _copy(value)) for key, value in own.items() if _is_bookkeeping(key, value)})
-
-    def put_back(self) -> None:
-        own = vars(self.owner)
-        for key, (value, content) in self.kept.items():
-            _refill(value, content)
-            if key not in own or own[key] is not value:
-                own[key] = value
-
-
-@dataclass(slots=True)
-class _ModuleState:
-    """One module object: its class, its tables, its bookkeeping, and what an edit may hang onto it.
-
-    `visible` are the names in the tables that no plain attribute of the instance hides.
-    """
-
-    module: nn.Module
-    kind: type[nn.Module]
-    tables: dict[str, dict[str, object]]
-    visible: tuple[str, ...]
-    non_persistent: set[str]
-    hooks: dict[str, dict[int, object]]
-    notes: _Notes
-    forward: object
+    placed: dict[str, Any]
 
     @classmethod
-    def of(cls, module: nn.Module) -> _ModuleState:
-        own = vars(module)
-        return cls(
-            module=module,
-            kind=type(module),
-            tables={table: dict(own[table]) for table in _TABLES},
-            visible=tuple(name for table in _TABLES for name in own[table] if name not in own),
-            non_persistent=set(own["_non_persistent_buffers_set"]),
-            hooks={table: dict(own[table]) for table in _HOOK_TABLES},
-            notes=_Notes.of(module),
-            forward=own.get("forward"),
-        )
-
-    def is_changed(self) -> bool:
-        """Whether the class, a table or the instance's `forward` is not what it was."""
-        own = vars(self.module)
-        return (
-            type(self.module) is not self.kind
-            or own.get("forward") is not self.forward
-            or own["_non_persistent_buffers_set"] != self.non_persistent
-            or any(not _same_objects(own[table], kept) for table, kept in self.tables.items())
-            or any(name in own for name in self.visible)
-        )
+    def of(cls, tensor: torch.Tensor) -> _ShardedHolder:
+        found: Any = tensor
+        placed = {"device_mesh": found.device_mesh, "placements": found.placements}
+        placed |= {"shape": tensor.shape, "stride": tensor.stride()}
+        return cls(tensor, local_of(tensor), tensor.requires_grad, placed)
 
     def put_back(self) -> None:
-        """Restore bookkeeping, and of a changed module the tables, in place, and the hooks beside them."""
-        if self.is_changed():
-            self._put_structure_back()
-        self.notes.put_back()
+        """Assigning `data` of a DTensor does nothing: one made around the old part takes over the object."""
+        if not _same_memory(self.holder, self.alias):
+            kind: Any = type(self.holder)
+            grad, self.holder.grad = self.holder.grad, None
+            fresh = kind.from_local(self.alias, run_check=False, **self.placed)
+            fresh = nn.Parameter(fresh, self.requires_grad) if isinstance(self.holder, nn.Parameter) else fresh
+            vars(fresh).update(vars(self.holder))
+            torch.utils.swap_tensors(self.holder, fresh)
+            self.holder.grad = None if grad is None else grad.to(self.alias.dtype)
+        _Holder.put_back(self)  # the flag; `super` does not know classes with slots
 
-    def _put_structure_back(self) -> None:
-        module, own = self.module, vars(self.module)
-        module.__class__ = self.kind
-        for table, kept in (*self.tables.items(), *self.hooks.items()):
-            own[table].clear()
-            own[table].update(kept)
-        for name in self.visible:
-            own.pop(name, None)  # a plain attribute left by a reparametrization would hide the tensor
-        own["_non_persistent_buffers_set"].clear()
-        own["_non_persistent_buffers_set"].update(self.non_persistent)
-        own.pop("forward", None)
-        if self.forward is not None:
-            own["forward"] = self.forward
+
+def _holder_of(tensor: torch.Tensor) -> _Holder:
+    return _ShardedHolder.of(tensor) if is_dtensor(tensor) else _Holder.of(tensor)
 
 
 @dataclass(slots=True)
 class _Record:
-    """One distinct tensor: its public names, and every object that holds its storage."""
+    """One distinct tensor: its public names, what part of it is here, and every object that holds its storage."""
 
     name: str
     names: tuple[str, ...]
+    placement: object
+    shard: Shard | None
     holders: list[_Holder] = field(default_factory=list)
+
+    def memory(self) -> torch.Tensor:
+        """The storage that holds the values."""
+        return self.holders[0].memory()
 
 
 class Snapshot:
@@ -176,40 +130,47 @@ class Snapshot:
         nbytes: Size of the copies, in memory or on disk.
     """
 
-    def __init__(self, model: nn.Module, store: Store, records: dict[str, _Record]) -> None:
+    def __init__(
+        self, model: nn.Module, store: Store, records: dict[str, _Record], companions: dict[str, torch.Tensor]
+    ) -> None:
         self._model = model
         self._store: Store | None = store
         self._records = records
-        self._modules = [_ModuleState.of(module) for module in model.modules()]
-        self._configs = _configs(model)
+        self._companions = companions
+        self._modules = [ModuleState.of(module) for module in model.modules()]
+        self._configs = configs_of(model)
         self._paths = dict(model.named_modules(remove_duplicate=False))
         self._registered = _registered(model)
-        self._selectors = _selectors(model)
+        self._matrices = _matrices(model)
         self.nbytes = store.nbytes
 
     @classmethod
     def capture(
         cls, model: nn.Module, directory: Path | str | None = None, companions: Mapping[str, torch.Tensor] | None = None
     ) -> Snapshot:
-        """Copy every parameter and buffer, and note the module graph.
+        """Copy every parameter and buffer, or this process's part of it, and note the module graph.
 
         Args:
-            model: Any module; DDP and torch.compile wrappers are looked through.
+            model: Any module; DDP and torch.compile wrappers are looked through. Parameters that FSDP
+                or ZeRO-3 left gathered are brought back to their sharded form (see `settle`).
             directory: Keep the copies in a fresh sub-folder of this folder (safetensors, verified
                 when read back); None: in memory, each on its tensor's device.
-            companions: Other live tensors, kept and restored with the model.
+            companions: Other plain tensors by name that belong to the weights (the fp32 masters of an
+                optimizer, for example): the same objects are written to when the model is restored.
 
         Raises:
-            SnapshotError: If there is no room, or a tensor cannot be copied bit for bit (sharded,
-                quantized subclass, meta, sparse). The model is untouched.
+            SnapshotError: If there is no room, or a tensor cannot be copied bit for bit (quantized
+                subclass, meta, sparse, shards of FSDP version 1). The model is untouched.
         """
         model = unwrap(model)
-        for raw, tensor in _registered(model).items():
-            _require_plain(clean_name(raw), tensor)
+        settle(model)
+        beside = {f"{_COMPANION}{name}": tensor for name, tensor in (companions or {}).items()}
+        for raw, tensor in (_registered(model) | beside).items():
+            _require_copyable(clean_name(raw), tensor)
         records = _records(model)
-        originals = {name: record.holders[0].alias for name, record in records.items()}
+        originals = {name: record.memory() for name, record in records.items()} | beside
         store = MemoryStore(originals) if directory is None else FolderStore(originals, Path(directory))
-        return cls(model, store, records)
+        return cls(model, store, records, beside)
 
     @property
     def names(self) -> frozenset[str]:
@@ -218,8 +179,8 @@ class Snapshot:
 
     @property
     def digests(self) -> Mapping[str, str]:
-        """SHA-256 of every tensor at capture, by public name."""
-        return self._held().digests
+        """SHA-256 of every tensor at capture, by public name; of a sharded one, of the part that lies here."""
+        return {name: digest for name, digest in self._held().digests.items() if name in self._records}
 
     @property
     def model_digest(self) -> str:
@@ -228,6 +189,8 @@ class Snapshot:
 
     def original(self, tensor_name: str) -> torch.Tensor:
         """The kept copy of a tensor, by any of its public names; do not write to it.
+
+        Of a sharded tensor it is the part that lies here.
 
         Raises:
             InputError: If the model had no such tensor.
@@ -244,24 +207,34 @@ class Snapshot:
         """What `matrix.load()` gave at capture, (d_out, d_in); None for a matrix that was not there.
 
         The orientation is the one the matrix had at capture, whatever replaced it since.
+
+        Raises:
+            InputError: If it was sharded (see `original_shard`).
         """
-        found = self._selectors.get(matrix.name)
-        if found is None:
-            return None
-        tensor_name, select = found
-        kept, alias = self.original(tensor_name), self._records[tensor_name].holders[0].alias
-        return select(kept if alias.is_contiguous() else _strided_like(kept, alias))
+        original = self.original_shard(matrix)
+        if isinstance(original, Shard):
+            raise InputError(f"{matrix.name} was sharded when the snapshot was taken: no process has all of it")
+        return original
 
     def original_shard(self, matrix: WeightMatrix) -> torch.Tensor | Shard | None:
-        """The original of a matrix: whole where it is whole here, else this process's part."""
-        return self.original_matrix(matrix)
+        """The original of a matrix, as `original_matrix` where it was whole here, else the part that lay here."""
+        known = self._matrices.get(matrix.name)
+        if known is None or known.select is None:
+            return None
+        record, kept = self._records[known.tensor_name], self.original(known.tensor_name)
+        if record.shard is not None and known.select_shard is not None:
+            return known.select_shard(replace(record.shard, local=kept))
+        alias = record.memory()
+        return known.select(kept if alias.is_contiguous() else _strided_like(kept, alias))
 
     def changed_names(self) -> tuple[str, ...]:
         """Public names of tensors whose bits, dtype or shape differ now, or that were added or removed.
 
-        Compared bit for bit (NaN equals NaN, 0.0 differs from -0.0), without hashing. A tensor with
-        several names is given once, unless only some of its names changed.
+        Compared bit for bit (NaN equals NaN, 0.0 differs from -0.0), without hashing; of sharded tensors
+        the parts that lie here. A tensor with several names is given once, unless only some of its names
+        changed.
         """
+        settle(self._model)
         now = {name: named.tensor for named in iter_tensors(self._model) for name in (named.name, *named.tied_names)}
         changed: list[str] = []
         for record in self._records.values():
@@ -276,7 +249,8 @@ class Snapshot:
         for name in record.names:
             tensor = now.get(name)
             if tensor is not None and id(tensor) not in equal:
-                equal[id(tensor)] = type(tensor) in _PLAIN_TYPES and same_bits(tensor, kept)
+                alike = _is_copyable(tensor) and _placement(tensor) == record.placement
+                equal[id(tensor)] = alike and same_bits(local_of(tensor), kept)
         return [name for name in record.names if name not in now or not equal[id(now[name])]]
 
     def replaced_modules(self) -> tuple[str, ...]:
@@ -295,7 +269,7 @@ class Snapshot:
         return tuple(sorted(clean_name(path) for path in topmost))
 
     def restore(self) -> str:
-        """Put every object, tie and value back, and prove it.
+        """Put every object, tie and value back, and prove it. Waits for no other process.
 
         The copies that will be written are checked against their digests before anything is
         touched. A gradient follows its parameter back to the original dtype.
@@ -306,30 +280,48 @@ class Snapshot:
         Raises:
             RestoreError: Naming the tensor. Do not use the model: it may be partly restored.
         """
-        digests = self.digests
+        digests = self._held().digests
         try:
+            settle(self._model)
             differing = self._verified_differences(digests)
             for state in self._modules:
                 state.put_back()
             for owner, name, notes in self._configs:
                 vars(owner)[name] = notes.owner
                 notes.put_back()
-            for record in self._records.values():
-                for holder in record.holders:
-                    holder.put_back()
-                if record.name in differing:
-                    _write(record.holders[0].alias, self._held().read(record.name))
+            self._put_holders_back()
+            for name, memory in self._memories().items():
+                if name in differing:
+                    _write(memory, self._held().read(name))
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, OSError) as error:
             raise RestoreError(f"restoring failed midway, do not use the model: {error}") from error
         self._prove(digests)
-        return model_digest(digests)
+        return self.model_digest
+
+    def _memories(self) -> dict[str, torch.Tensor]:
+        """The storage behind everything that was kept."""
+        return {name: record.memory() for name, record in self._records.items()} | {
+            name: tensor.detach() for name, tensor in self._companions.items()
+        }
+
+    def _put_holders_back(self) -> None:
+        holders = [holder for record in self._records.values() for holder in record.holders]
+        moved = [h for h in holders if isinstance(h, _ShardedHolder) and not _same_memory(h.holder, h.alias)]
+        for holder in holders:
+            holder.put_back()
+        if moved:
+            # FSDP keeps a padded alias of each part of its own, and looks for the part again after a load.
+            self._model.load_state_dict({}, strict=False)
+        for holder in moved:
+            holder.alias = local_of(holder.holder)
 
     def _verified_differences(self, digests: Mapping[str, str]) -> frozenset[str]:
-        """Names of tensors whose storage no longer holds the original, their copies proven intact."""
+        """Names of what no longer holds the original, the copies proven intact."""
         differing = []
-        for name, record in self._records.items():
-            kept = self._held().read(name)
-            if not all(same_bits(holder.alias, kept) for holder in record.holders):
+        for name, memory in self._memories().items():
+            kept, record = self._held().read(name), self._records.get(name)
+            places = [memory] if record is None else [holder.memory() for holder in record.holders]
+            if not all(same_bits(place, kept) for place in places):
                 if tensor_digest(kept) != digests[name]:
                     raise RestoreError(f"the kept copy of {name} was altered: nothing was restored")
                 differing.append(name)
@@ -348,7 +340,7 @@ class Snapshot:
             for holder in record.holders:
                 if not _same_memory(holder.holder, holder.alias):
                     raise RestoreError(f"{record.name} is not in its original storage: do not use the model")
-        found = tensor_digests({name: record.holders[0].alias for name, record in self._records.items()})
+        found = tensor_digests(self._memories())
         wrong = [name for name in digests if found[name] != digests[name]]
         if wrong:
             raise RestoreError(
@@ -372,29 +364,46 @@ def write_matrix(matrix: WeightMatrix, values: torch.Tensor) -> None:
     """Write new (d_out, d_in) values into the live storage of a matrix, cast once to its dtype.
 
     Raises:
-        InputError: If the matrix is refused, is not a view of live storage, or has another shape.
+        InputError: If the matrix is refused, sharded, is not a view of live storage, or has another shape.
     """
-    if matrix.refusal is not None:
-        raise InputError(f"{matrix.name} cannot be written: {matrix.refusal}")
-    if not matrix.is_view:
-        raise InputError(f"{matrix.name} cannot be written: it is a copy, not a view of the model's storage")
+    _require_writable(matrix)
     target = matrix.load()
     if values.shape != target.shape:
         raise InputError(
             f"{matrix.name} has shape {list(target.shape)} (d_out, d_in), the new values {list(values.shape)}"
         )
+    _overwrite(matrix, target, values)
+
+
+def write_part(matrix: WeightMatrix, part: torch.Tensor) -> None:
+    """Write this process's part of a sharded matrix, laid out as `matrix.shard.local`, cast once to its dtype.
+
+    Raises:
+        InputError: If the matrix is refused, not sharded, is not on live storage, or the part has another shape.
+    """
+    _require_writable(matrix)
+    if matrix.shard is None:
+        raise InputError(f"{matrix.name} is not sharded: write it whole (write_matrix)")
+    target = matrix.shard.local
+    if part.shape != target.shape:
+        raise InputError(
+            f"this process holds {list(target.shape)} of {matrix.name}, the new part is {list(part.shape)}"
+        )
+    _overwrite(matrix, target, part)
+
+
+def _require_writable(matrix: WeightMatrix) -> None:
+    if matrix.refusal is not None:
+        raise InputError(f"{matrix.name} cannot be written: {matrix.refusal}")
+    if not matrix.is_view:
+        raise InputError(f"{matrix.name} cannot be written: it is a copy, not a view of the model's storage")
+
+
+def _overwrite(matrix: WeightMatrix, target: torch.Tensor, values: torch.Tensor) -> None:
     if not target.is_floating_point() or not values.is_floating_point():
         raise InputError(f"{matrix.name}: {values.dtype} values cannot be written into {target.dtype} weights")
     with torch.no_grad():
         target.copy_(values.detach().to(device=target.device, dtype=target.dtype))
-
-
-def write_part(matrix: WeightMatrix, part: torch.Tensor) -> None:
-    """Write this process's part of a sharded matrix."""
-    write_matrix(matrix, part)
-
-
-_PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 
 
 def _write(target: torch.Tensor, kept: torch.Tensor) -> None:
@@ -428,87 +437,54 @@ def _records(model: nn.Module) -> dict[str, _Record]:
     records: dict[str, _Record] = {}
     by_memory: dict[object, _Record] = {}
     for named in iter_tensors(model):
-        record = _Record(named.name, (named.name, *named.tied_names))
-        records[named.name] = by_memory[storage_identity(named.tensor)] = record
+        tensor = named.tensor
+        shard = shard_of(tensor) if refusal_of(tensor) is None else None
+        record = _Record(named.name, (named.name, *named.tied_names), _placement(tensor), shard)
+        records[named.name] = by_memory[storage_identity(tensor)] = record
     seen: set[int] = set()
     for tensor in _registered(model).values():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            by_memory[storage_identity(tensor)].holders.append(_Holder.of(tensor))
+            by_memory[storage_identity(tensor)].holders.append(_holder_of(tensor))
     return records
 
 
-def _selectors(model: nn.Module) -> dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
-    """How each matrix is selected from its stored tensor, by matrix name."""
-    return {
-        matrix.name: (matrix.tensor_name, matrix.select)
-        for matrix in iter_weight_matrices(model)
-        if matrix.select is not None and matrix.refusal is None
-    }
+def _matrices(model: nn.Module) -> dict[str, WeightMatrix]:
+    """The matrices that are measured, by name."""
+    return {matrix.name: matrix for matrix in iter_weight_matrices(model) if matrix.refusal is None}
 
 
-def _require_plain(name: str, tensor: torch.Tensor) -> None:
-    """Refuse what cannot be copied and restored bit for bit."""
-    reason = None
-    if type(tensor) not in _PLAIN_TYPES or type(tensor.data) is not torch.Tensor:
-        reason = f"it is a {type(tensor).__name__}, and sharded or quantized tensors are not supported yet"
-    elif tensor.is_meta:
+def _placement(tensor: Any) -> object:
+    """How a tensor is spread over processes, in a form that can be compared; None for a plain one."""
+    if is_dtensor(tensor):
+        return tensor.device_mesh, tensor.placements, tuple(tensor.shape)
+    return shape_of(tensor) if is_zero3(tensor) else None
+
+
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter)
+
+
+def _is_copyable(tensor: torch.Tensor) -> bool:
+    """Whether the values are those of a plain tensor, or of a plain part."""
+    return type(local_of(tensor)) is torch.Tensor and (type(tensor) in _PLAIN_TYPES or is_dtensor(tensor))
+
+
+def _require_copyable(name: str, tensor: torch.Tensor) -> None:
+    """Refuse what cannot be copied and restored bit for bit. Of DTensors any placement can."""
+    local = local_of(tensor)
+    reason = None if is_dtensor(tensor) else refusal_of(tensor)
+    if local.is_meta:
         reason = "it is on the meta device and has no values here: load the weights into memory first"
-    elif tensor.layout != torch.strided or tensor.is_quantized:
-        reason = f"its layout {tensor.layout} is not supported yet"
+    elif reason is None and not _is_copyable(tensor):
+        reason = f"it is a {type(tensor).__name__}, and quantized tensors are not supported yet"
+    elif reason is None and (local.layout != torch.strided or local.is_quantized):
+        reason = f"its layout {local.layout} is not supported yet"
     if reason:
         raise SnapshotError(f"no snapshot can be taken of {name}: {reason}. The model is untouched")
 
 
 def _same_memory(tensor: torch.Tensor, alias: torch.Tensor) -> bool:
-    if tensor.numel() == 0:
-        return tensor.shape == alias.shape and tensor.dtype == alias.dtype and tensor.device == alias.device
+    memory = local_of(tensor) if is_dtensor(tensor) else tensor
+    if memory.numel() == 0:
+        return memory.shape == alias.shape and memory.dtype == alias.dtype and memory.device == alias.device
     return storage_identity(tensor) == storage_identity(alias)
-
-
-def _same_objects(now: Mapping[str, object], kept: Mapping[str, object]) -> bool:
-    return list(now) == list(kept) and all(now[name] is kept[name] for name in kept)
-
-
-def _configs(model: nn.Module) -> list[tuple[object, str, _Notes]]:
-    """Every `config` of a module, and every configuration within one: its owner, its name there, its notes."""
-    waiting: list[tuple[object, str]] = [(module, "config") for module in model.modules()]
-    found: list[tuple[object, str, _Notes]] = []
-    expanded: set[int] = set()
-    while waiting:
-        owner, name = waiting.pop()
-        config = vars(owner).get(name)
-        if isinstance(config, (nn.Module, type, dict)) or not hasattr(config, "__dict__"):
-            continue
-        found.append((owner, name, _Notes.of(config)))
-        if id(config) not in expanded:
-            expanded.add(id(config))
-            waiting += [(config, key) for key, value in vars(config).items() if hasattr(value, "to_dict")]
-    return found
-
-
-def _is_bookkeeping(key: str, value: object) -> bool:
-    """Whether an attribute is a flag, a number or a small list of such, set by the module's own code.
-
-    PEFT, for example, notes in `merged_adapters` that a delta has gone into the weights: weights
-    and notes must go back together. Train or eval mode is nobody's weight and stays as it is.
-    """
-    if key in _MODULE_OWN:
-        return False
-    if isinstance(value, (list, set, dict)):
-        members = [*value, *value.values()] if isinstance(value, dict) else list(value)
-        return len(members) <= 256 and all(isinstance(member, _SIMPLE) for member in members)
-    return isinstance(value, _SIMPLE)
-
-
-def _copy(value: object) -> object:
-    return value.copy() if isinstance(value, (list, set, dict)) else value
-
-
-def _refill(value: object, content: object) -> None:
-    """Give a container the members it had."""
-    if isinstance(value, list) and isinstance(content, list) and value != content:
-        value[:] = content
-    elif isinstance(value, (set, dict)) and isinstance(content, (set, dict)) and value != content:
-        value.clear()
-        value |= content  # pyright: ignore[reportOperatorIssue] - content is a copy of value

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -190,7 +191,7 @@ class FolderStore:
     @staticmethod
     def _fresh_folder(directory: Path) -> Path:
         try:
-            return Path(tempfile.mkdtemp(prefix="snapshot-", dir=directory))
+            return Path(tempfile.mkdtemp(prefix=f"snapshot-{_rank()}", dir=directory))
         except OSError as error:
             raise SnapshotError(f"cannot write to {directory}: {error.strerror or error}") from error
 
@@ -228,6 +229,11 @@ class FolderStore:
         """Remove the folder; this also happens when the store is collected or the process ends."""
         self._last_read = None
         self._remove()
+
+
+def _rank() -> str:
+    """So that people know whose folder it is; that no two ranks share one is the operating system's promise."""
+    return f"rank{dist.get_rank()}-" if dist.is_available() and dist.is_initialized() else ""
 
 
 def _remove_folder(folder: Path, owner: int) -> None:
