@@ -26,11 +26,19 @@ class RawLossRecorder:
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._micro_batches: list[torch.Tensor] = []
         self._divided_by_items = False
+        self._shares = 1
         self._steps: list[torch.Tensor] = []
 
-    def attach(self, model: nn.Module) -> None:
-        """Install the hook on `model`, replacing an earlier one."""
+    def attach(self, model: nn.Module, *, shares: int = 1) -> None:
+        """Install the hook on `model`, replacing an earlier one.
+
+        Args:
+            model: The model that returns the loss.
+            shares: Over how many processes `num_items_in_batch` was added up. Each of them then returns
+                its share of the loss, and the mean over processes of `shares` times that is the whole.
+        """
         self.detach()
+        self._shares = shares
         # Not traced: under torch.compile a growing list would cause a recompilation at every step.
         hook: Any = torch.compiler.disable(self._record)
         self._handle = model.register_forward_hook(hook, with_kwargs=True)
@@ -57,7 +65,7 @@ class RawLossRecorder:
         if self._micro_batches:
             device = self._micro_batches[0].device
             losses = torch.stack([loss.to(device) for loss in self._micro_batches])
-            self._steps.append(losses.sum() if self._divided_by_items else losses.mean())
+            self._steps.append(losses.sum() * self._shares if self._divided_by_items else losses.mean())
             self._micro_batches.clear()
 
     def drain(self) -> tuple[float, ...] | None:

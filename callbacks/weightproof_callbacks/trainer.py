@@ -17,25 +17,26 @@ The guard draws no random numbers from the run's generators, calls no `Trainer` 
 event (`Trainer.log` inside a step would clear the control flags, and with them the loss row). It is
 no `ExportableState`: that would re-create the callback on resume and crash on older checkpoints.
 
-With `accelerate launch` or `torchrun` every process runs the callback; the sessions meet at each event,
-so that all processes take one decision and set the same control flags. Rank 0 writes the files.
+With `accelerate launch` or `torchrun` every process runs the callback. They meet at each event, so that
+all take one decision and set the same control flags, and what fails on one process ends the training on
+all of them. Rank 0 reads and writes the files and speaks for all.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from weightproof.errors import InputError, WeightproofError
+from weightproof.errors import InputError
 from weightproof.policy import Policy, load_policy
 from weightproof.session import STATE_FILE, GuardSession
 from weightproof.steps import Step
@@ -44,10 +45,14 @@ from weightproof_callbacks.raw_loss import RawLossRecorder
 from weightproof_callbacks.sharded import find_masters
 from weightproof_callbacks.trainer_checks import (
     checked_edits,
+    known_to_all,
+    require_all_processes,
     require_edits_that_apply,
     require_positive,
+    require_same_flags,
+    require_same_schedule,
 )
-from weightproof_callbacks.training_state import clear_optimizer_state
+from weightproof_callbacks.training_state import forget_moments
 from weightproof_callbacks.wandb_tracker import live_run
 
 if TYPE_CHECKING:
@@ -56,7 +61,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("weightproof.trainer")
 
 ON_VIOLATION = ("rollback", "monitor", "stop")
-T = TypeVar("T")
 
 
 class GuardCallback(TrainerCallback):
@@ -77,14 +81,15 @@ class GuardCallback(TrainerCallback):
             is open or `report_to` names it.
         output_dir: Folder for certificate and log; by default `weightproof` in `args.output_dir`.
         snapshot_dir: Keep snapshots in this folder instead of in memory.
-        timeout: Seconds that a process waits for the others before the run ends with an error.
+        timeout: Seconds that a process waits for the others before the run ends with an error. Rank 0 saves
+            checkpoints while the others wait: give it more than that takes.
 
     Attributes:
         session: The `GuardSession` of the present (or last) training; None before the first.
 
     Raises:
-        InputError: An argument is out of its range (at construction).
-        CollectiveError: Another process failed or did not come within `timeout`.
+        InputError: An argument is out of its range (at construction), or differs between processes.
+        CollectiveError: Another process failed, or did not come within `timeout`; the message names its rank.
         BaselineError: The model holds NaN or inf when training begins, or the sidecar files belong
             to other weights.
         RestoreError: A restore could not be proven exact. Training ends with it and saves nothing.
@@ -132,48 +137,51 @@ class GuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Capture the baseline, or continue from the sidecar files of the resumed checkpoint."""
-        self._guarded(control, lambda: self._begin(args, state, kwargs["model"], kwargs.get("optimizer")))
+        with self._ending_the_run(control):
+            self._open_session(args, kwargs["model"], kwargs.get("optimizer"))
+        self._guarded("the beginning of the training", control, lambda: self._begin(args, state, kwargs["model"]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Judge the window if one is due, then apply the edit scheduled for this step."""
         self._recorder.end_step()
-        edit = self.edits.get(state.global_step)
-        due = edit is not None or state.global_step % self.every == 0
+        due = state.global_step in self.edits or state.global_step % self.every == 0
         if due or control.should_evaluate or control.should_save:
-            self._guarded(control, lambda: self._check(state, control, kwargs["optimizer"]))
-        if edit is not None and not self._stopped:
-            self._guarded(control, lambda: self._apply(edit, state, control))
+            where = f"step {state.global_step}"
+            self._guarded(where, control, lambda: self._step(where, state, control, kwargs["optimizer"]))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Judge what an "epoch" strategy is about to evaluate or save; veto saves after a stop."""
         if (control.should_evaluate or control.should_save) and state.global_step != self._judged_at:
-            self._guarded(control, lambda: self._check(state, control, kwargs["optimizer"]))
+            where = f"the end of the epoch, step {state.global_step}"
+            self._guarded(where, control, lambda: self._judge(where, state, control, kwargs["optimizer"]))
         if self._stopped:
             control.should_save = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the sidecar files into the checkpoint that was just saved."""
-        self._guarded(control, lambda: self._save(args, state, control, kwargs["optimizer"]))
+        where = f"the save at step {state.global_step}"
+        self._guarded(where, control, lambda: self._save(args, state, control, kwargs["optimizer"]))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Judge the last window, write the certificate, remove the hook, free the snapshot."""
-        self._guarded(control, lambda: self._end(args, state, control, kwargs["optimizer"]))
+        self._guarded("the end of the training", control, lambda: self._end(args, state, control, kwargs["optimizer"]))
+        self._required_session.close()
+        if self._is_main:
+            tqdm.write(_cost_line(self._required_session, state.global_step), file=sys.stderr)
 
     # -- what they do --------------------------------------------------------------------------
 
-    def _begin(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, optimizer: Any) -> None:
-        require_edits_that_apply(self.edits, model)
-        if self.session is not None:
-            self.session.close()
-        self._stopped = False
-        self._warned.clear()
-        self._judged_at = state.global_step
-        self._warmup_steps = args.get_warmup_steps(state.max_steps)
-        self._warn_of_unreached_edits(state)
+    def _open_session(self, args: TrainingArguments, model: torch.nn.Module, optimizer: Any) -> None:
+        with known_to_all(self.timeout):
+            require_all_processes(args)
+            require_edits_that_apply(self.edits, model)
+            masters = find_masters(None, model, optimizer)
+            if self.session is not None:
+                self.session.close()
         folder = Path(self.output_dir) if self.output_dir is not None else Path(str(args.output_dir)) / "weightproof"
         self.session = GuardSession(
             model,
@@ -183,12 +191,23 @@ class GuardCallback(TrainerCallback):
             output_dir=folder,
             snapshot_dir=self.snapshot_dir,
             timeout=self.timeout,
-            masters=find_masters(None, model, optimizer),
+            masters=masters,
         )
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
+        session = self._required_session
+        settings = {"guard's every": self.every, "guard's on_violation": self.on_violation}
+        require_same_schedule(session.processes, args, state, self.edits, settings)
+        self._stopped = False
+        self._warned.clear()
+        self._judged_at = state.global_step
+        self._warmup_steps = args.get_warmup_steps(state.max_steps)
+        self._warn_of_unreached_edits(state)
         if state.global_step > 0:
             self._resume(args, state)
-        self.session.watch()
-        self._recorder.attach(model)
+        session.watch()
+        # Trainer divides by the items of all processes, and multiplies again where this hook has passed.
+        self._recorder.attach(model, shares=args.world_size if args.average_tokens_across_devices else 1)
 
     def _tracker_names(self, args: TrainingArguments) -> Sequence[Tracker | str]:
         if self.trackers is not None:
@@ -211,6 +230,17 @@ class GuardCallback(TrainerCallback):
         else:
             session.load_state(found)
 
+    def _step(self, where: str, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
+        self._judge(where, state, control, optimizer)
+        edit = self.edits.get(state.global_step)
+        if edit is not None and not self._stopped:
+            step = self._required_session.apply(edit, on_violation=self._session_mode, step=state.global_step)
+            self._report(step, control)
+
+    def _judge(self, where: str, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
+        require_same_flags(self._required_session.processes, where, control)
+        self._check(state, control, optimizer)
+
     def _check(self, state: TrainerState, control: TrainerControl, optimizer: Any) -> Step:
         """Judge the window that ends now; on a violation clear the moments, and stop if asked to."""
         losses = self._recorder.drain()
@@ -226,26 +256,18 @@ class GuardCallback(TrainerCallback):
         self._judged_at = state.global_step
         self._report(step, control)
         if step.applied == "restored":
-            cleared = clear_optimizer_state(optimizer)
-            if step.record is not None:
-                params = {**step.record.params, "optimizer_states_cleared": cleared}
-                step.record = replace(step.record, params=params)
-            logger.warning(
-                "step %d: the last good weights are restored and the optimizer state of %d parameters is cleared",
-                state.global_step,
-                cleared,
+            cleared = forget_moments(step, optimizer)
+            self._warn(
+                f"step {state.global_step}: the last good weights are restored and the optimizer state of {cleared} "
+                "parameters is cleared"
             )
         return step
-
-    def _apply(self, edit: Any, state: TrainerState, control: TrainerControl) -> None:
-        step = self._required_session.apply(edit, on_violation=self._session_mode, step=state.global_step)
-        self._report(step, control)
 
     def _report(self, step: Step, control: TrainerControl) -> None:
         decision = step.decision
         if decision is None or (decision.action is Action.KEEP and not decision.warned):
             return
-        logger.warning("step %d, %s: %s, %s: %s", step.step, step.name, decision.action, step.applied, decision.reason)
+        self._warn(f"step {step.step}, {step.name}: {decision.action}, {step.applied}: {decision.reason}")
         if decision.action is Action.HALT or (decision.action is Action.ROLLBACK and self.on_violation == "stop"):
             self._stop(control)
 
@@ -257,7 +279,8 @@ class GuardCallback(TrainerCallback):
         if state.global_step != self._judged_at:  # another callback asked for this save after us
             step = self._check(state, control, optimizer)
             if step.applied == "restored":
-                logger.error("%s was saved before it was judged and holds rejected weights: do not use it", folder)
+                if self._is_main:
+                    logger.error("%s was saved before it was judged and holds rejected weights: do not use it", folder)
                 return
         self._required_session.save_state(folder)
 
@@ -267,14 +290,11 @@ class GuardCallback(TrainerCallback):
         if state.global_step != self._judged_at or args.load_best_model_at_end:
             self._check(state, control, optimizer)
         self._recorder.detach()
-        if session.output_dir is not None and session.processes.is_main:
+        if session.output_dir is not None and self._is_main:
             path = session.certificate().save(session.output_dir / "certificate.json")
             actions = [step.decision.action for step in session.history if step.decision is not None]
             for tracker in session.trackers if actions else ():
                 tracker.log_certificate(path, action=actions[-1], step=state.global_step)
-        session.close()
-        if state.is_world_process_zero:
-            tqdm.write(_cost_line(session, state.global_step), file=sys.stderr)
 
     # -- helpers -------------------------------------------------------------------------------
 
@@ -288,16 +308,26 @@ class GuardCallback(TrainerCallback):
             raise InputError("the guard has no baseline: GuardCallback was added after training began; add it before")
         return self.session
 
+    @property
+    def _is_main(self) -> bool:
+        return self.session is None or self.session.processes.is_main
+
     def _stop(self, control: TrainerControl) -> None:
         self._stopped = True
         control.should_training_stop = True
         control.should_save = False
 
-    def _guarded(self, control: TrainerControl, act: Callable[[], T]) -> T:
-        """Run `act`; a guard's failure ends the training with it: on_train_end will not be called."""
+    def _guarded(self, where: str, control: TrainerControl, act: Callable[[], object]) -> None:
+        """Run `act` on all processes: it ends on all of them, or fails on all of them."""
+        with self._ending_the_run(control), self._required_session.processes.together(where):
+            act()
+
+    @contextmanager
+    def _ending_the_run(self, control: TrainerControl) -> Iterator[None]:
+        """A failure in the block ends the training with it: Trainer will not call on_train_end."""
         try:
-            return act()
-        except WeightproofError as error:
+            yield
+        except Exception as error:
             self._recorder.detach()
             self._stop(control)
             for tracker in self.session.trackers if self.session is not None else ():
@@ -313,8 +343,13 @@ class GuardCallback(TrainerCallback):
 
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self._warned:
-            logger.warning(message)
+            self._warn(message)
         self._warned.add(topic)
+
+    def _warn(self, message: str) -> None:
+        """Say it once, though every process knows it."""
+        if self._is_main:
+            logger.warning("%s", message)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from weightproof.errors import InputError
+import torch
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from weightproof.collective import Processes
+from weightproof.errors import InputError, WeightproofError
+from weightproof.session_checks import require_same
 from weightproof.weights import iter_weight_matrices
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 def require_positive(name: str, value: object) -> None:
@@ -42,3 +49,80 @@ def require_edits_that_apply(edits: Mapping[int, Any], model: nn.Module) -> None
             raise InputError(
                 f"edits[{step}] ({edit.name}) selects no weight matrix of this model: check its include= and exclude="
             )
+
+
+# ---- what must be the same on every process -------------------------------------------------------------------------
+
+
+@contextmanager
+def known_to_all(timeout: float) -> Iterator[None]:
+    """Work before the processes meet in a session: who fails in it tells the others, who wait there.
+
+    Args:
+        timeout: Seconds to wait for processes that have not come to their session yet.
+    """
+    try:
+        yield
+    except Exception as error:
+        # What the meeting itself raises here matters less than what went wrong on this process.
+        with suppress(WeightproofError), Processes.join(timeout).together("preparing the guard"):
+            raise error
+        raise
+
+
+def require_all_processes(args: TrainingArguments) -> None:
+    """Refuse processes of which each would train a model of its own, over the checkpoints of the others."""
+    distributed = torch.distributed
+    joined = distributed.is_available() and distributed.is_initialized()
+    launched = distributed.get_world_size() if joined else 1
+    if args.world_size != launched:
+        raise InputError(
+            f"{launched} processes were launched but TrainingArguments sees {args.world_size}: each would train a "
+            "model of its own. On a machine without GPU pass use_cpu=True, or export ACCELERATE_USE_CPU=true"
+        )
+
+
+def require_same_schedule(
+    processes: Processes,
+    args: TrainingArguments,
+    state: TrainerState,
+    edits: Mapping[int, Any],
+    settings: Mapping[str, object],
+) -> None:
+    """Refuse processes that would come to the guard at different steps, and wait there for the others.
+
+    Args:
+        processes: Who takes part.
+        args: As Trainer gives it to a callback.
+        state: Likewise, when training begins.
+        edits: The schedule of edits.
+        settings: Further settings of the callback, by name.
+
+    Raises:
+        InputError: On every process, naming two ranks and what differs between them.
+    """
+    ours = {
+        **settings,
+        "schedule of edits": ", ".join(f"{step}: {edits[step].name}" for step in sorted(edits)) or "none",
+        "step at which training begins": state.global_step,
+        "step at which training ends": state.max_steps,
+        "schedule of evaluations": f"{IntervalStrategy(args.eval_strategy).value} {state.eval_steps}",
+        "schedule of saves": f"{SaveStrategy(args.save_strategy).value} {state.save_steps}",
+        "load_best_model_at_end": args.load_best_model_at_end,
+    }
+    in_words = {name: str(value) for name, value in ours.items()}
+    advice = "Start every process with the same arguments, from the same checkpoint"
+    require_same(processes, "schedule of the guard", in_words, advice)
+
+
+def require_same_flags(processes: Processes, where: str, control: TrainerControl) -> None:
+    """Refuse control flags that differ between processes: some would save or evaluate, and wait there for the others.
+
+    Raises:
+        InputError: On every process, naming the flag and two ranks.
+    """
+    flags = {
+        f"flag {name} at {where}": str(value) for name, value in vars(control).items() if name.startswith("should_")
+    }
+    advice = "A callback that asks Trainer for something must ask on every process"
+    require_same(processes, f"control flags at {where}", flags, advice)
