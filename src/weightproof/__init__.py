@@ -11,8 +11,9 @@ A tour, in the order in which a change travels:
 - `session` binds these into a transaction: snapshot, change, measure, judge, keep or restore.
 - `certificate` and `trackers` carry the evidence to files, W&B and people.
 
-`GuardCallback` (the Hugging Face Trainer adapter) lives in `weightproof_callbacks` and is loaded
-on first use: importing weightproof imports neither transformers nor wandb.
+`GuardCallback` (for a Hugging Face Trainer) and `attach` (for a loop of your own on Accelerate) live
+in `weightproof_callbacks` and are loaded on first use: importing weightproof imports neither
+transformers nor wandb.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ if TYPE_CHECKING:
     from weightproof.spectrum import measure_spectrum
     from weightproof.types import Action, BulkFit, Decision, Outcome, Spectrum, Verdict, WeightMatrix
     from weightproof.weights import iter_weight_matrices
+    from weightproof_callbacks.accelerator import attach
     from weightproof_callbacks.trainer import GuardCallback
 
 _HOMES = {
     "GuardCallback": "weightproof_callbacks.trainer",
+    "attach": "weightproof_callbacks.accelerator",
     "GuardSession": "weightproof.session",
     "Baseline": "weightproof.baseline",
     "Certificate": "weightproof.certificate",
@@ -75,6 +78,7 @@ __all__ = [  # noqa: RUF022 - grouped by what a reader is looking for
     # guard a model
     "GuardCallback",
     "GuardSession",
+    "attach",
     "Baseline",
     "Certificate",
     # policy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate import Accelerator
 from torch import nn
 
 from weightproof_callbacks.training_state import clear_optimizer_state
@@ -31,7 +31,7 @@ def test_step_after_clearing_equals_a_first_step(name, wrapped):
     torch.manual_seed(0)
     used, fresh = nn.Linear(4, 3), nn.Linear(4, 3)
     inner = OPTIMIZERS[name](used.parameters())
-    optimizer = AcceleratedOptimizer(inner) if wrapped else inner
+    optimizer = Accelerator(cpu=True).prepare(inner) if wrapped else inner
     step(used, optimizer, seed=1)
     fresh.load_state_dict(used.state_dict())
     assert clear_optimizer_state(optimizer) == 2

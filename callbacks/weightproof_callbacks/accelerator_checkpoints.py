@@ -1,0 +1,121 @@
+"""What a guard adds to `accelerator.save_state` and asks of `accelerator.load_state`.
+
+Accelerate calls three things, in this order: when saving, the pre-hook (the weights of plain and DDP
+models are collected but not written) and `state_dict` of every registered object; when loading, the
+pre-hook, and after models and optimizers are loaded `load_state_dict` of every registered object.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+
+from weightproof.errors import EditRejectedError, InputError
+from weightproof.session import STATE_FILE, GuardSession
+from weightproof.steps import Step
+
+STATE_FORMAT = "weightproof-attached-v1"
+CERTIFICATE_FILE = "certificate.json"
+
+
+class Guarded(Protocol):
+    """What checkpoints need of the guard that they belong to."""
+
+    session: GuardSession
+    step: int
+
+    def judge_rest(self) -> Step | None:
+        """Judge what changed since the last check; None if nothing did."""
+        ...
+
+    def resume(self, folder: Path, step: int) -> None:
+        """Continue from the guard's files in `folder`."""
+        ...
+
+
+class GuardedCheckpoints:
+    """Hooks into the checkpoints of one `Accelerator`, and the object that is registered with it.
+
+    Args:
+        accelerator: The run's `Accelerator`.
+        guard: The guard whose state travels with the checkpoints.
+    """
+
+    guards_checkpoints = True
+
+    def __init__(self, accelerator: Accelerator, guard: Guarded) -> None:
+        self._accelerator = accelerator
+        self._guard = guard
+        self._folder: Path | None = None
+        self._handles = (
+            accelerator.register_save_state_pre_hook(self._before_save),
+            accelerator.register_load_state_pre_hook(self._before_load),
+        )
+        accelerator.register_for_checkpointing(self)
+
+    def remove(self) -> None:
+        """Take the hooks and the registered object away: later checkpoints are accelerate's own."""
+        for handle in self._handles:
+            handle.remove()
+        held = self._accelerator._custom_objects
+        held[:] = [one for one in held if one is not self]
+
+    # -- what accelerate calls -----------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count of steps; everything else is in the guard's own files."""
+        return {"format": STATE_FORMAT, "step": self._guard.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Prove that the weights just loaded are those of the guard's files, and continue from there.
+
+        Raises:
+            InputError: If the state is not this guard's.
+            BaselineError: If the weights differ, or a file is missing or altered.
+        """
+        folder, self._folder = self._folder, None
+        with self._guard.session.processes.together("load_state: prove the weights"):
+            if folder is None or not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+                raise InputError(
+                    "the state that accelerate loads for the guard is another object's: attach the guard and call "
+                    "register_for_checkpointing in the same order as in the run that saved the checkpoint"
+                )
+            self._guard.resume(folder, int(state["step"]))
+
+    def _before_save(self, models: list[torch.nn.Module], weights: list[dict[str, Any]], output_dir: str) -> None:
+        session, folder = self._guard.session, Path(output_dir)
+        judged = self._guard.judge_rest()
+        if judged is not None and judged.applied == "restored":
+            self._collect_again(models, weights, folder, judged)
+        session.save_state(folder)
+        certificate = session.certificate()
+        with session.processes.together("save_state: write the certificate"):
+            if session.processes.is_main:
+                certificate.save(folder / CERTIFICATE_FILE)
+
+    def _collect_again(
+        self, models: list[torch.nn.Module], weights: list[dict[str, Any]], folder: Path, judged: Step
+    ) -> None:
+        """Replace the weights that accelerate collected before the rollback: copies would be rejected ones."""
+        if len(weights) != len(models):
+            reason = "" if judged.decision is None else f" ({judged.decision.reason})"
+            raise EditRejectedError(
+                f"{folder} holds rejected weights: do not use it. {self._accelerator.distributed_type.value} writes "
+                f"weights before the guard is asked, and the window up to step {judged.step} was rolled back{reason}. "
+                "The weights in memory are the last good ones. Call guard.check() before accelerator.save_state()"
+            )
+        for model, held in zip(models, weights, strict=True):
+            held.update(self._accelerator.get_state_dict(model, unwrap=False))
+
+    def _before_load(self, models: list[torch.nn.Module], input_dir: str) -> None:
+        folder, processes = Path(input_dir), self._guard.session.processes
+        with processes.together("load_state: find the guard's files"):
+            if processes.is_main and not (folder / STATE_FILE).is_file():
+                raise InputError(
+                    f"{folder} was saved without a guard: it has no {STATE_FILE}, so nothing proves its weights. To "
+                    "start guarding from it, call accelerator.load_state() first and weightproof.attach() after it"
+                )
+        self._folder = folder

@@ -1,0 +1,68 @@
+"""When an optimizer step is over: the moment at which a guard may read the weights, and take them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from weightproof_callbacks.accelerator_checks import engine_of, torch_optimizer
+
+
+class StepTrigger:
+    """Calls `act` once after every optimizer step that changed weights.
+
+    A torch optimizer calls its post-hook inside `step()`, after the last parameter is written; steps
+    that gradient accumulation or a gradient scaler leave out do not call it. A DeepSpeed engine steps
+    by itself, part by part, so there the next forward pass in training mode is the first moment at
+    which a step is known to be over; `catch_up()` looks before anything else is judged or saved.
+
+    Args:
+        model: The model, as `accelerator.prepare` returned it.
+        optimizer: The optimizer, as `prepare` returned it, or None: then nothing is triggered.
+        act: What to do after each step. What it raises leaves `optimizer.step()`.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: Any, act: Callable[[], None]) -> None:
+        self._act = act
+        self._optimizer = optimizer
+        self._engine = None if optimizer is None else engine_of(model)
+        self._seen = 0 if self._engine is None else self._engine.global_steps
+        self._handle: Any = None
+        if self._engine is not None:
+            self._handle = self._engine.register_forward_pre_hook(self._before_forward)
+        elif optimizer is not None:
+            self._handle = torch_optimizer(optimizer).register_step_post_hook(self._after_step)
+
+    def catch_up(self) -> None:
+        """Act for a step that is over but was not noticed yet."""
+        while self._engine is not None and self._seen < self._engine.global_steps:
+            self._seen += 1
+            self._act()
+
+    def forget(self) -> None:
+        """Take the engine's present count of steps as noticed (it was loaded from a checkpoint)."""
+        if self._engine is not None:
+            self._seen = self._engine.global_steps
+
+    def remove(self) -> None:
+        """Take the hook away."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _before_forward(self, module: torch.nn.Module, _args: Any) -> None:
+        if module.training:
+            self.catch_up()
+
+    def _after_step(self, *_: Any) -> None:
+        try:
+            self._act()
+        except BaseException:
+            # The error skips the scaler's update, without which the next step would take gradients as
+            # unscaled that are not. The step itself is over.
+            scaler = getattr(self._optimizer, "scaler", None)
+            if scaler is not None:
+                scaler.update()
+            raise
