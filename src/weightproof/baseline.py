@@ -26,7 +26,7 @@ from weightproof.snapshot import tensor_digest
 from weightproof.types import BulkFit, BulkReading, MatrixReading, Readings, StructureReading, TensorReading
 
 FILE_NAME = "guard_baseline.safetensors"
-_FORMAT = "weightproof-baseline-v1"
+_FORMAT = "weightproof-baseline-v2"
 _FIT_TENSORS = ("singular_values", "row_scale", "col_scale")
 
 
@@ -165,9 +165,8 @@ def _decode(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path
 
 
 def _decode_tensor(found: Mapping[str, Any]) -> TensorReading:
-    return TensorReading(
-        **{**found, "shape": tuple(found["shape"]), "differing_ranks": tuple(found.get("differing_ranks", ()))}
-    )
+    lists = {name: tuple(found.get(name, ())) for name in ("shape", "differing_ranks", "nonfinite_ranks")}
+    return TensorReading(**{**found, **lists})
 
 
 def _decode_fit(name: str, scalars: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> BulkFit:
