@@ -100,7 +100,12 @@ class JsonlTracker:
 
     def log_picture(self, key: str, png: bytes, step: int) -> None:
         """Write the picture beside the log and append its name."""
-        path = self.path.with_name(f"{key.replace('/', '-')}-{step}.png")
+        stem = f"{key.replace('/', '-')}-{step}"
+        path = self.path.with_name(f"{stem}.png")
+        number = 1
+        while path.exists():  # several edits may share a step, and no earlier line may lose its picture
+            number += 1
+            path = self.path.with_name(f"{stem}-{number}.png")
         write_atomically(path, png)
         self._write({"type": "picture", "key": key, "step": step, "path": path.name})
 

@@ -63,6 +63,15 @@ def test_jsonl_lines_parse_even_with_values_that_are_not_finite(tmp_path):
     assert (tmp_path / "log" / rows[1]["path"]).read_bytes() == b"png"
 
 
+def test_two_pictures_of_one_step_are_both_kept(tmp_path):
+    tracker = JsonlTracker(tmp_path / "events.jsonl")
+    for content in (b"int8", b"int2"):
+        tracker.log_picture("guard/spectrum", content, 100)
+    rows = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == ["guard-spectrum-100.png", "guard-spectrum-100-2.png"]
+    assert [(tmp_path / row["path"]).read_bytes() for row in rows] == [b"int8", b"int2"]
+
+
 def test_unwritable_log_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot open the event log"):
