@@ -6,7 +6,7 @@ apart are found, by rank and name. A sharded one is counted and hashed where its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -148,12 +148,13 @@ def _of_parts(cut: Mapping[str, NamedTensor], processes: Processes) -> dict[str,
     if not cut:
         return {}
     digests = tensor_digests_of(processes, {name: named.tensor for name, named in cut.items()})
-    counts = torch.zeros(len(cut), 2, dtype=torch.float64)
-    for row, named in enumerate(cut.values()):
+    ours: dict[str, tuple[int, int]] = {}
+    for name, named in cut.items():
         local = local_of(named.tensor)
-        counts[row, 0] = count_nonfinite(local)
-        counts[row, 1] = int(torch.isnan(local).sum()) if counts[row, 0] else 0
-    (counts,) = processes.sum("non-finite elements", [counts])
+        if num_nonfinite := count_nonfinite(local):
+            ours[name] = num_nonfinite, int(torch.isnan(local).sum())
+    by_rank = processes.gather("non-finite elements", ours)
+    counts = {name: [theirs.get(name, (0, 0)) for theirs in by_rank] for name in cut}
     return {
         name: TensorReading(
             name=name,
@@ -161,12 +162,19 @@ def _of_parts(cut: Mapping[str, NamedTensor], processes: Processes) -> dict[str,
             shape=shape_of(named.tensor),
             storage=_storage(named),
             is_buffer=named.is_buffer,
-            num_nonfinite=int(counts[row, 0]),
+            num_nonfinite=sum(num_nonfinite for num_nonfinite, _ in counts[name]),
             digest=digests[name],
-            num_nan=int(counts[row, 1]),
+            num_nan=sum(num_nan for _, num_nan in counts[name]),
+            nonfinite_ranks=_unless_all(num_nonfinite > 0 for num_nonfinite, _ in counts[name]),
         )
-        for row, (name, named) in enumerate(cut.items())
+        for name, named in cut.items()
     }
+
+
+def _unless_all(flags: Iterable[bool]) -> tuple[int, ...]:
+    """The ranks of which something is true, unless it is true of every one."""
+    by_rank = list(flags)
+    return () if all(by_rank) else tuple(rank for rank, flag in enumerate(by_rank) if flag)
 
 
 def _merged(
@@ -205,7 +213,8 @@ def _common(readings: Sequence[TensorReading | None]) -> TensorReading | None:
         if (reading is None) != (first is None)
         or (reading is not None and first is not None and _identity(reading) != _identity(first))
     )
-    return replace(chosen, differing_ranks=differing)
+    broken = _unless_all(reading is not None and reading.num_nonfinite > 0 for reading in readings)
+    return replace(chosen, differing_ranks=differing, nonfinite_ranks=broken or chosen.nonfinite_ranks)
 
 
 def _identity(reading: TensorReading) -> tuple[str, str, tuple[int, ...]]:

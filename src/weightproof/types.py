@@ -155,7 +155,8 @@ class TensorReading:
     """Exact facts about one parameter or buffer. `num_nonfinite` counts NaN and inf, `num_nan` NaN alone.
 
     Of a tensor that every process holds whole, the facts are those of the lowest rank where it is not finite,
-    else of rank 0; `differing_ranks` are the ranks whose copy is not that of rank 0 bit for bit.
+    else of rank 0; `differing_ranks` are the ranks whose copy is not that of rank 0 bit for bit. `nonfinite_ranks`
+    are those whose copy or part is not finite, where that is not every rank.
     """
 
     name: str
@@ -167,6 +168,7 @@ class TensorReading:
     digest: str
     num_nan: int | None = None
     differing_ranks: tuple[int, ...] = ()
+    nonfinite_ranks: tuple[int, ...] = ()
 
     @property
     def is_infinite_by_design(self) -> bool:

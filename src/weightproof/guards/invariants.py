@@ -67,6 +67,7 @@ def _judge_finite(before: Readings, after: Readings) -> Iterator[Measurement]:
             then = before.tensors.get(name)
             reference = None if then is None else float(then.num_nonfinite)
             reason = f"NaN or infinite elements in a {'buffer' if tensor.is_buffer else 'parameter'}"
+            reason += f", on rank {', '.join(map(str, tensor.nonfinite_ranks))} only" if tensor.nonfinite_ranks else ""
             reason += "; the baseline itself is broken" if reference else ""
             yield _broken(name, "num_nonfinite", float(tensor.num_nonfinite), reference, reason)
     for name, tensor in before.tensors.items():
@@ -79,15 +80,21 @@ def _judge_finite(before: Readings, after: Readings) -> Iterator[Measurement]:
 
 
 def _judge_replicas(before: Readings, after: Readings) -> Iterator[Measurement]:
-    """Processes that hold a tensor whole hold the same bits; buffers that differed at baseline are reported."""
+    """Processes that hold a tensor whole hold the same bits.
+
+    Only reported: buffers that differed before, and those that training moves. Batch normalisation has every
+    process count its own share of the data; DDP makes the copies equal again at its next forward pass.
+    """
+    training = after.edit is not None and after.edit.kind == "train"
     for name, tensor in after.tensors.items():
         if not tensor.differing_ranks:
             continue
         ranks = ", ".join(map(str, tensor.differing_ranks))
         then = before.tensors.get(name)
         count = float(len(tensor.differing_ranks))
-        if tensor.is_buffer and then is not None and then.differing_ranks:
-            reason = f"this buffer differed at baseline already (rank {ranks})"
+        if tensor.is_buffer and (training or (then is not None and then.differing_ranks)):
+            why = "processes train on data of their own" if training else "it differed at baseline already"
+            reason = f"a buffer of which the copy of rank {ranks} is not that of rank 0: {why}"
             yield Measurement("invariants", name, "differing_replicas", count, None, None, reason=reason)
         else:
             yield _broken(name, "differing_replicas", count, 0.0, f"the copy of rank {ranks} is not that of rank 0")

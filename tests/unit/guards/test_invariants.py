@@ -51,6 +51,33 @@ def test_broken_invariant_fails_for_every_kind(change, said, kind):
     assert said in found.reason
 
 
+@pytest.mark.parametrize("kind", ["unknown", "train", "quantize"])
+def test_copies_of_a_parameter_that_differ_between_processes_fail(kind):
+    found = judge(with_tensor(after(kind), UP, differing_ranks=(1, 3)))
+    assert found.outcome is Outcome.FAIL
+    assert f"{UP}: differing_replicas = 2 (limit 0), the copy of rank 1, 3 is not that of rank 0" in found.reason
+
+
+@pytest.mark.parametrize(("kind", "outcome"), [("train", Outcome.PASS), ("quantize", Outcome.FAIL)])
+def test_copies_of_a_buffer_may_differ_only_by_training(kind, outcome):
+    found = judge(with_tensor(after(kind), "bn.running_mean", differing_ranks=(1,)))
+    assert found.outcome is outcome
+    (reported,) = [m for m in found.measurements if m.statistic == "differing_replicas"]
+    assert (reported.target, reported.value) == ("bn.running_mean", 1.0)
+
+
+def test_a_buffer_that_differed_before_an_edit_is_reported():
+    before = with_tensor(baseline(), "bn.running_mean", differing_ranks=(1,))
+    found = judge(with_tensor(after("quantize"), "bn.running_mean", differing_ranks=(1,)), before)
+    assert found.outcome is Outcome.PASS
+    assert "it differed at baseline already" in str([m.reason for m in found.measurements])
+
+
+def test_the_processes_that_are_not_finite_are_named():
+    found = judge(with_tensor(after(), UP, num_nonfinite=3, nonfinite_ranks=(1,), differing_ranks=(1,)))
+    assert f"{UP}: num_nonfinite = 3 (limit 0), NaN or infinite elements in a parameter, on rank 1 only" in found.reason
+
+
 def test_a_larger_tie_group_keeps_the_tie():
     wider = frozenset({("embed.weight", "encoder.embed.weight", "head.weight")})
     assert judge(with_structure(after(), ties=wider)).outcome is Outcome.PASS
