@@ -43,4 +43,4 @@ def test_a_part_written_after_settling_is_what_the_next_forward_uses(setup):
         assert one["on their way"] if setup.prefetch else len(one["gathered"]) == 21
         assert one["gathered after"] == []
         assert one["unused"] == []
-        assert 4.0 < one["loss"] < 5.0
+        assert 3.0 < one["loss"] < 4.5

@@ -9,7 +9,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-VOCAB = 96
+VOCAB = 40
 
 
 @dataclass(frozen=True)
