@@ -34,6 +34,11 @@ GRAM_CHUNK_ELEMENTS = 1 << 20
 NUMERICAL_ZERO = 1e-6
 
 
+def needs_float64(side: int, length: int, dtype: torch.dtype) -> bool:
+    """Whether float32 is not tried on a matrix of these two sides (shorter first), stored in `dtype`."""
+    return dtype == torch.float64 or side <= SMALL_SIDE or side > SQUARE_ASPECT * length
+
+
 def gram(
     matrix: torch.Tensor,
     dtype: torch.dtype,
@@ -138,8 +143,7 @@ def exact_singular_values(
         squares = _eigenvalues(product).flip(0).cpu().double().clamp(min=0.0)
         return squares.sqrt() / factor
 
-    careful = matrix.dtype == torch.float64 or side <= SMALL_SIDE or side > SQUARE_ASPECT * length
-    if not (careful or force_float64):
+    if not (force_float64 or needs_float64(side, length, matrix.dtype)):
         values = values_in(torch.float32)
         if values[-1] >= FLOAT32_FLOOR * values[0]:
             return values, torch.float32

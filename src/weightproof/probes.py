@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from weightproof.collective import Processes
 from weightproof.contracts import relative_change
+from weightproof.gram import needs_float64
 from weightproof.kinds import Kind, Plain
 from weightproof.lockstep import Screened, ScreenRequest, screen
 from weightproof.matrix_readings import (
@@ -98,8 +99,14 @@ class Change:
 
 
 def exact_cost(matrix: WeightMatrix) -> float:
-    """Work of an exact spectrum: the Gram matrix and its eigenvalues are of order m n min(m, n)."""
-    return float(matrix.d_out) * matrix.d_in * min(matrix.d_out, matrix.d_in)
+    """Work of an exact spectrum, in multiplications of the Gram matrix in float32.
+
+    The eigenvalues cost as much as five Gram matrices of a square one, and float64 costs twice. Measured
+    on a CPU (docs/scaling.md); where they cost more, on a GPU, sides and dtype still order the matrices.
+    """
+    side, length = sorted((matrix.d_out, matrix.d_in))
+    work = float(side) * side * length + 5.0 * side**3
+    return work * (2.0 if needs_float64(side, length, matrix.dtype) else 1.0)
 
 
 def screen_cost(matrix: WeightMatrix) -> float:
