@@ -1,8 +1,9 @@
 """What a guard adds to `accelerator.save_state` and asks of `accelerator.load_state`.
 
 Accelerate calls three things, in this order: when saving, the pre-hook (the weights of plain and DDP
-models are collected but not written) and `state_dict` of every registered object; when loading, the
-pre-hook, and after models and optimizers are loaded `load_state_dict` of every registered object.
+models are collected by then, those of FSDP and DeepSpeed are written) and `state_dict` of every
+registered object; when loading, the pre-hook, and after models and optimizers are loaded
+`load_state_dict` of every registered object.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, save_fsdp_model, save_fsdp_optimizer
 
 from weightproof.errors import EditRejectedError, InputError
 from weightproof.session import STATE_FILE, GuardSession
@@ -89,26 +91,34 @@ class GuardedCheckpoints:
         session, folder = self._guard.session, Path(output_dir)
         judged = self._guard.judge_rest()
         if judged is not None and judged.applied == "restored":
-            self._collect_again(models, weights, folder, judged)
+            self._save_again(models, weights, folder, judged)
         session.save_state(folder)
         certificate = session.certificate()
         with session.processes.together("save_state: write the certificate"):
             if session.processes.is_main:
                 certificate.save(folder / CERTIFICATE_FILE)
 
-    def _collect_again(
+    def _save_again(
         self, models: list[torch.nn.Module], weights: list[dict[str, Any]], folder: Path, judged: Step
     ) -> None:
-        """Replace the weights that accelerate collected before the rollback: copies would be rejected ones."""
-        if len(weights) != len(models):
+        """Replace what accelerate collected, or wrote, before the rollback."""
+        accelerator = self._accelerator
+        if accelerator.distributed_type == DistributedType.FSDP:
+            plugin = accelerator.state.fsdp_plugin
+            for index, model in enumerate(models):
+                save_fsdp_model(plugin, accelerator, model, str(folder), index)
+            for index, optimizer in enumerate(accelerator._optimizers):
+                save_fsdp_optimizer(plugin, accelerator, optimizer, models[index], str(folder), index)
+        elif len(weights) == len(models):
+            for model, held in zip(models, weights, strict=True):
+                held.update(accelerator.get_state_dict(model, unwrap=False))
+        else:
             reason = "" if judged.decision is None else f" ({judged.decision.reason})"
             raise EditRejectedError(
-                f"{folder} holds rejected weights: do not use it. {self._accelerator.distributed_type.value} writes "
-                f"weights before the guard is asked, and the window up to step {judged.step} was rolled back{reason}. "
-                "The weights in memory are the last good ones. Call guard.check() before accelerator.save_state()"
+                f"{folder} holds rejected weights: do not use it. {accelerator.distributed_type.value} writes weights "
+                f"before the guard is asked, and the window up to step {judged.step} was rolled back{reason}. The "
+                "weights in memory are the last good ones. Call guard.check() before accelerator.save_state()"
             )
-        for model, held in zip(models, weights, strict=True):
-            held.update(self._accelerator.get_state_dict(model, unwrap=False))
 
     def _before_load(self, models: list[torch.nn.Module], input_dir: str) -> None:
         folder, processes = Path(input_dir), self._guard.session.processes

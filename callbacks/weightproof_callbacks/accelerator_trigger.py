@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,9 @@ class StepTrigger:
         if module.training:
             self.catch_up()
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if _only_fills_its_state(optimizer):
+            return
         try:
             self._act()
         except BaseException:
@@ -66,3 +69,19 @@ class StepTrigger:
             if scaler is not None:
                 scaler.update()
             raise
+
+
+def _only_fills_its_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this step is the dry run by which torch's checkpoints fill the state of an optimizer that has none.
+
+    It is told by its caller: learning rates of 0 are also what many schedules begin with, and whether all
+    gradients are 0 is not for each process to say about its own part.
+    """
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    on_host = (rate for rate in rates if not isinstance(rate, torch.Tensor) or rate.device.type == "cpu")
+    if [float(rate) for rate in on_host] != [0.0] * len(rates):
+        return False
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back
+    return frame is not None

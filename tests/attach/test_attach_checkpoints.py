@@ -82,7 +82,7 @@ def test_also_where_accelerate_collected_copies(tmp_path, monkeypatch):
 
 
 def test_where_the_weights_are_written_before_the_guard_is_asked_a_rejected_folder_is_refused(tmp_path):
-    """As FSDP and DeepSpeed save: the pre-hook gets no weights, they are on disk already."""
+    """As DeepSpeed saves: the pre-hook gets no weights, they are on disk already, and cannot be written again."""
     loop = Loop()
     guard = attached(loop)
     (hook,) = loop.accelerator._save_model_state_pre_hook.values()

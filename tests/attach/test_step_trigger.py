@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from weightproof.errors import InputError
 from weightproof_callbacks.accelerator_trigger import StepTrigger
@@ -79,6 +80,19 @@ def test_a_skipped_step_of_a_scaler_is_no_step():
         scaler.step(optimizer)
         scaler.update()
     assert len(seen) == 1
+
+
+def test_the_dry_run_of_torchs_checkpoints_is_no_step_but_a_rate_of_zero_is_one():
+    model, seen = torch.nn.Linear(4, 4), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    StepTrigger(model, optimizer, lambda: seen.append(1))
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.state, "torch has filled it by a step"
+    assert seen == []
+    optimizer.param_groups[0]["lr"] = 0.0  # as warm-up schedules begin
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert seen == [1]
 
 
 def test_an_engine_is_asked_before_each_forward_pass_of_training_and_when_caught_up():
