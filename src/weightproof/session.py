@@ -60,7 +60,7 @@ from weightproof.steps import Cost, SafePoint, Step
 from weightproof.tensor_readings import digest_of, digests_at, read_tensors
 from weightproof.trackers import Tracker, open_trackers
 from weightproof.types import Action, WeightMatrix
-from weightproof.weights import iter_weight_matrices, unwrap
+from weightproof.weights import iter_tensors, iter_weight_matrices, unwrap
 
 logger = logging.getLogger("weightproof")
 
@@ -129,7 +129,8 @@ class GuardSession:
             self._take(model, policy, retain, target)
             self.output_dir = Path(output_dir) if output_dir is not None else None
             self.snapshot_dir = Path(snapshot_dir) if snapshot_dir is not None else None
-        self.masters = masters
+            self.masters = masters
+            settings = self._settings()
         self.cost = Cost()
         self._history: list[Step] = []
         self._losses: list[float] = []
@@ -140,7 +141,7 @@ class GuardSession:
         self._picture: bytes | None = None
         self._resumed: list[Any] = []
         advice = "Give every process the same (retain data before it is sharded over processes, for example)"
-        require_same(self.processes, "settings of the guard", self._settings(), advice)
+        require_same(self.processes, "settings of the guard", settings, advice)
         started = time.perf_counter()
         with self.processes.together("capturing the baseline"):
             self.baseline = self._capture_baseline(baseline)
@@ -167,6 +168,7 @@ class GuardSession:
             "policy": f"{self.policy.name} ({self.policy.digest[:12]})",
             "windows": ", ".join(f"{w.name} ({w.digest[:12]})" for w in self.windows) or "none",
             "model class": type(unwrap(self.model)).__name__,
+            "number of tensors": str(sum(1 for _ in iter_tensors(self.model))),
             "master weights": "none" if self.masters is None else type(self.masters).__name__,
         }
 

@@ -41,9 +41,13 @@ def require_same(processes: Processes, operation: str, ours: Mapping[str, str], 
         for what, value in theirs.items():
             if value != every[0][what]:
                 raise InputError(
-                    f"the {what} differs between processes: rank 0 has {every[0][what]}, rank {rank} has {value}. "
-                    f"{advice}"
+                    f"{what}: not the same on every process (rank 0 has {_short(every[0][what])}, rank {rank} has "
+                    f"{_short(value)}). {advice}"
                 )
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 200 else f"{value[:200]}..."
 
 
 def loaded(given: Baseline | Path | str) -> Baseline:
