@@ -12,6 +12,7 @@ where the shards lie (`lockstep`); else the parts of a matrix travel to its owne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -431,5 +432,6 @@ def looks_untrained(readings: Readings) -> bool:
 
 
 def relative_delta(after: torch.Tensor, before: torch.Tensor | None) -> float | None:
-    """||after - before||_F / ||before||_F; None when undefined (nothing to compare with, or all zeros)."""
-    return None if before is None or before.shape != after.shape else relative_change(before, after)
+    """||after - before||_F / ||before||_F; None when undefined (nothing to compare with, all zeros, NaN or inf)."""
+    found = None if before is None or before.shape != after.shape else relative_change(before, after)
+    return found if found is not None and math.isfinite(found) else None
