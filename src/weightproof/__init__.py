@@ -11,6 +11,9 @@ A tour, in the order in which a change travels:
 - `session` binds these into a transaction: snapshot, change, measure, judge, keep or restore.
 - `certificate` and `trackers` carry the evidence to files, W&B and people.
 
+One process and many take this one path: `collective` lets the processes of a run meet, `placements`
+and `shards` say which part of a sharded tensor lies where, `lockstep` screens matrices where they lie.
+
 `GuardCallback` (for a Hugging Face Trainer) and `attach` (for a loop of your own on Accelerate) live
 in `weightproof_callbacks` and are loaded on first use: importing weightproof imports neither
 transformers nor wandb.
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from weightproof.certificate import Certificate
     from weightproof.errors import (
         BaselineError,
+        CollectiveError,
         EditRejectedError,
         InputError,
         PolicyError,
@@ -65,6 +69,7 @@ _HOMES = {
             "SnapshotError",
             "RestoreError",
             "EditRejectedError",
+            "CollectiveError",
         ),
         "weightproof.errors",
     ),
@@ -101,6 +106,7 @@ __all__ = [  # noqa: RUF022 - grouped by what a reader is looking for
     "WeightMatrix",
     # errors
     "BaselineError",
+    "CollectiveError",
     "EditRejectedError",
     "InputError",
     "PolicyError",
