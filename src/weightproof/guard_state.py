@@ -23,7 +23,16 @@ CURRENT_FILE = "guard_current.safetensors"
 
 @dataclass(frozen=True)
 class GuardState:
-    """What a session must remember to go on in another process."""
+    """What a session must remember to go on in another process.
+
+    Attributes:
+        baseline: What edits are judged against.
+        current: Readings of the weights that the last judged change left.
+        losses: Raw losses of the last windows that were kept, oldest first.
+        outputs_stale: Whether training moved the model since its outputs were captured.
+        steps: Every judged step, as the certificate carries it.
+        policy_digest: Of the policy that judged them.
+    """
 
     baseline: Baseline
     current: State
@@ -54,7 +63,7 @@ class GuardState:
         """Read the files back.
 
         Raises:
-            BaselineError: If one is missing, torn, altered, or of another format.
+            BaselineError: If one is missing, torn, altered, of another format, or of another moment than the others.
         """
         path = folder / STATE_FILE
         try:
@@ -64,12 +73,19 @@ class GuardState:
         if not isinstance(content, dict) or content.get("format") != STATE_FORMAT:
             raise BaselineError(f"{path} is no guard state that this version reads (format {STATE_FORMAT})")
         saved = Baseline.load(folder)
-        current = Baseline.load(folder / CURRENT_FILE) if content.get("moved") else saved
-        return cls(
-            baseline=saved,
-            current=State(current.readings, current.fits),
-            losses=tuple(content["losses"]),
-            outputs_stale=bool(content.get("outputs_stale", True)),
-            steps=tuple(content["steps"]),
-            policy_digest=content.get("policy_digest", ""),
-        )
+        try:
+            current = Baseline.load(folder / CURRENT_FILE) if content["moved"] else saved
+            state = cls(
+                baseline=saved,
+                current=State(current.readings, current.fits),
+                losses=tuple(content["losses"]),
+                outputs_stale=content["outputs_stale"],
+                steps=tuple(content["steps"]),
+                policy_digest=content["policy_digest"],
+            )
+            is_of_these_files = content["model_digest"] == current.readings.model_digest
+        except (KeyError, TypeError) as error:
+            raise BaselineError(f"{path} was altered: {error} is missing or of another kind") from error
+        if not is_of_these_files:
+            raise BaselineError(f"{path} and the readings beside it are of different moments: was a save cut short?")
+        return state

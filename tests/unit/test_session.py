@@ -22,6 +22,7 @@ from weightproof import (
     tensor_readings,
     tensor_store,
 )
+from weightproof.guard_state import GuardState
 from weightproof.snapshot import tensor_digest
 from weightproof.types import Action, Outcome
 
@@ -514,6 +515,22 @@ class TestState:
         (tmp_path / "guard_state.json").write_text(content)
         with pytest.raises(BaselineError, match="no guard state that this version reads"):
             GuardSession(llama).load_state(tmp_path)
+
+    def test_state_that_lacks_a_field_is_refused(self, llama, tmp_path):
+        GuardSession(llama).save_state(tmp_path)
+        path = tmp_path / "guard_state.json"
+        content = json.loads(path.read_text())
+        for field in content.keys() - {"format"}:
+            path.write_text(json.dumps({key: value for key, value in content.items() if key != field}))
+            with pytest.raises(BaselineError, match=rf"guard_state\.json was altered: '{field}'"):
+                GuardState.load(tmp_path)
+
+    def test_state_beside_readings_of_another_moment_is_refused(self, llama, tmp_path):
+        GuardSession(llama).save_state(tmp_path)
+        scale(llama, DOWN, 1.01)
+        GuardSession(llama).baseline.save(tmp_path)  # a later save that ended before it wrote the JSON file
+        with pytest.raises(BaselineError, match="different moments"):
+            GuardState.load(tmp_path)
 
     def test_resume_under_another_policy_is_remarked(self, llama, tmp_path, caplog):
         GuardSession(llama).save_state(tmp_path)
