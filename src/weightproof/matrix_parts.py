@@ -19,6 +19,7 @@ from weightproof.errors import InputError
 from weightproof.lanczos import ROUNDING
 from weightproof.matrices import row_major
 from weightproof.norms import TINY_SQUARES, delta_dtype
+from weightproof.placements import COLUMNS, ROWS
 from weightproof.sharded_lanczos import LocalMatrix, paired_chunks
 from weightproof.shards import Shard
 from weightproof.spectrum import Energies, Profile, read_energies
@@ -63,16 +64,16 @@ class MatrixPart:
         scales: tuple[torch.Tensor | None, torch.Tensor | None],
         processes: Processes,
     ) -> None:
-        self.cut_dim = cut_dim(now, name)
-        if before is not None and _lie(before) != _lie(now):
-            raise InputError(f"{name!r} lies as {_lie(before)} before and as {_lie(now)} now; cut both alike.")
+        self._cut_dim = cut_dim(now, name)
+        if before is not None and _placed(before) != _placed(now):
+            raise InputError(f"{name!r} lies as {_placed(before)} before and as {_placed(now)} now; cut both alike.")
         self.shape, self.leads = (now.shape[0], now.shape[1]), processes.rank == 0
         self._now, self._turned = now.local.detach(), now.turned
         self._before = None if before is None else before.local.detach()
         self._rank, self._size = processes.rank, processes.size
         self._span = slice(*now.ranges[processes.rank])
         self._scales = self._local_scales(name, scales)
-        self.whitened = before is not None and any(scale is not None for scale in scales)
+        self._is_whitened = before is not None and any(scale is not None for scale in scales)
 
     def _local_scales(self, name: str, scales: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The scales of the stored dimensions; of the one that is cut, this process's part."""
@@ -80,29 +81,24 @@ class MatrixPart:
         for scale, side in zip(stored, self.shape, strict=True):
             if scale is not None and tuple(scale.shape) != (side,):
                 raise InputError(f"a scale of {name!r} has shape {tuple(scale.shape)}; give ({side},).")
-        cut = stored[self.cut_dim]
-        stored[self.cut_dim] = None if cut is None else cut[self._span]
+        cut = stored[self._cut_dim]
+        stored[self._cut_dim] = None if cut is None else cut[self._span]
         return stored
-
-    @property
-    def has_before(self) -> bool:
-        """Whether there is a state before."""
-        return self._before is not None
 
     def matrix(self) -> LocalMatrix:
         """The part as an operator on vectors."""
-        return LocalMatrix(self._now, cut_dim=self.cut_dim)
+        return LocalMatrix(self._now, cut_dim=self._cut_dim)
 
     def change(self) -> LocalMatrix:
         """The part of the change as an operator on vectors."""
         assert self._before is not None
-        return LocalMatrix(self._now, self._before, cut_dim=self.cut_dim)
+        return LocalMatrix(self._now, self._before, cut_dim=self._cut_dim)
 
     def whitened_change(self) -> LocalMatrix:
         """The part of diag(row_scale) change diag(col_scale) as an operator on vectors."""
         assert self._before is not None
-        cut, free = self._scales[self.cut_dim], self._scales[1 - self.cut_dim]
-        return LocalMatrix(self._now, self._before, cut_dim=self.cut_dim, cut_scale=cut, free_scale=free)
+        cut, free = self._scales[self._cut_dim], self._scales[1 - self._cut_dim]
+        return LocalMatrix(self._now, self._before, cut_dim=self._cut_dim, cut_scale=cut, free_scale=free)
 
     def readings(self) -> torch.Tensor:
         """(m + n + processes + 4,) float64, to be summed over the processes.
@@ -114,7 +110,7 @@ class MatrixPart:
         if self._now.numel():
             read = read_energies(self._now)
             for dim, energies in enumerate((read.rows, read.cols)):
-                sides[dim][self._span if dim == self.cut_dim else slice(None)] = energies
+                sides[dim][self._span if dim == self._cut_dim else slice(None)] = energies
             largest[self._rank], sums[0] = read.max_abs, read.num_nonfinite
             sums[1:] = self._squares()
         return torch.from_numpy(np.concatenate([*sides, largest, sums])).to(self._now.device)
@@ -144,8 +140,8 @@ class MatrixPart:
         nonfinite, change, whitened, size = numbers[-len(SUMS) :].tolist()
         return Facts(
             profile=Energies(rows, cols, largest, int(nonfinite)).profile(),
-            change=_rounded_up(change) if self.has_before else None,
-            whitened_change=_rounded_up(whitened) if self.whitened else None,
+            change=None if self._before is None else _rounded_up(change),
+            whitened_change=_rounded_up(whitened) if self._is_whitened else None,
             relative_change=math.sqrt(change / size) if size and math.isfinite(change / size) else None,
         )
 
@@ -156,15 +152,15 @@ def cut_dim(shard: Shard, name: str) -> int:
     Raises:
         InputError: no matrix, or cut otherwise than by rows or columns.
     """
-    if len(shard.shape) == 2 and shard.layout in ("rows", "columns"):
-        return 0 if shard.layout == "rows" else 1
+    if len(shard.shape) == 2 and shard.layout in (ROWS, COLUMNS):
+        return (ROWS, COLUMNS).index(shard.layout)
     raise InputError(
         f"{name!r} of shape {tuple(shard.shape)} is cut by {shard.layout}; a matrix is screened where it lies "
         "only when it is cut by rows or columns: assemble it on one process."
     )
 
 
-def _lie(shard: Shard) -> tuple[object, ...]:
+def _placed(shard: Shard) -> tuple[object, ...]:
     return tuple(shard.shape), shard.layout, tuple(shard.ranges), shard.turned
 
 
