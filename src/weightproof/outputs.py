@@ -123,7 +123,7 @@ def _read_share(
                 continue
             except CONNECTION_ERRORS:
                 raise
-            except Exception:
+            except BaseException:
                 for _ in turns[turn + 1 :]:
                     skip_pass(unwrap(model))
                 raise

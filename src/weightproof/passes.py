@@ -66,8 +66,9 @@ def in_step(model: nn.Module) -> Iterator[None]:
             _ORDERS[model] = tuple(entered)
     except CONNECTION_ERRORS:
         raise
-    except Exception:
+    except BaseException:  # an interrupt on one process, too: the others would wait in their all-gathers
         _finish(model, modules, entered)
+        _forget_gathered(modules)
         raise
     finally:
         for handle in handles:
@@ -104,6 +105,20 @@ def _finish(model: nn.Module, modules: dict[str, nn.Module], entered: Sequence[s
             _leave(modules[name])
         for name in is_open[:1]:
             _leave(modules[name])
+
+
+def _forget_gathered(modules: dict[str, nn.Module]) -> None:
+    """Let go of parts that came but could not be put in place: the next pass would take them for its own."""
+    for module in modules.values():
+        state = _state(module)
+        groups: list[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            gathered = getattr(group, "_all_gather_result", None)  # a module without parameters has no group
+            if gathered is not None:
+                group._wait_all_gather_streams_on_event(gathered.all_gather_event)
+                if gathered.all_gather_work is not None:
+                    gathered.all_gather_work.wait()
+                group._all_gather_result = None
 
 
 def _state(module: nn.Module) -> Any:
