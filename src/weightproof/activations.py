@@ -22,7 +22,7 @@ from weightproof.errors import InputError
 from weightproof.families import taps, unwrap
 from weightproof.passes import CONNECTION_ERRORS, in_step, whole
 from weightproof.placements import settle
-from weightproof.rng import preserved_rng
+from weightproof.rng import fix_rng, preserved_rng
 from weightproof.windows import Windows, forward_names, random_windows
 
 __all__ = [
@@ -55,15 +55,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     the random state (torch CPU and CUDA, NumPy, Python). Autocast is off inside, also where
     accelerate wrapped `forward` in it; the casts of an FSDP2 mixed-precision policy are part of the
     model. Gradients and hooks are not touched. Weights that an earlier pass left gathered are sharded
-    again first: the passes inside see the weights as they are stored.
+    again first: the passes inside see the weights as they are stored. A DDP somewhere inside the model
+    neither broadcasts its buffers nor forgets to at its next training pass.
 
     The flags are set directly, not through `eval()`: some adapters override `train()` and merge
     weights in it.
     """
     flags = [(module, module.training) for module in model.modules()]
+    replicated = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+    syncs = [module.require_forward_param_sync for module in replicated]
     mixed_precision = _swap_forward(unwrap(model))
     try:
         settle(model)
+        for module in replicated:
+            module.require_forward_param_sync = False
         for module, _ in flags:
             module.training = False
         with preserved_rng(), torch.no_grad(), _no_autocast():
@@ -71,6 +76,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in flags:
             module.training = was_training
+        for module, syncs_buffers in zip(replicated, syncs, strict=True):
+            module.require_forward_param_sync = syncs_buffers
         for module, wrapped in mixed_precision:
             module.__dict__["forward"] = wrapped
 
@@ -127,7 +134,8 @@ class ModelOutput:
 def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> ModelOutput:
     """One forward pass on one batch, past DDP and `torch.compile`; call it inside `undisturbed`.
 
-    Of a sharded model all processes make it together (`weightproof.passes`).
+    A model that draws random numbers even in eval mode draws the same ones in every pass, so that what
+    differs between two passes is the model. Of a sharded model all processes make it together (`weightproof.passes`).
 
     Raises:
         InputError: If the model's forward fails on these inputs, or gives nothing comparable.
@@ -135,6 +143,7 @@ def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Mode
     """
     model = unwrap(model)
     inputs = {key: _placed(value, model) for key, value in batch.items()}
+    fix_rng()
     try:
         with in_step(model):
             output = model(**inputs, **_switches(model))

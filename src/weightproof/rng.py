@@ -1,4 +1,4 @@
-"""Random number generators of the process, saved and put back."""
+"""Random number generators of the process: saved and put back, set to a fixed state."""
 
 from __future__ import annotations
 
@@ -29,3 +29,12 @@ def preserved_rng() -> Iterator[None]:
         torch.set_rng_state(cpu_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+def fix_rng() -> None:
+    """Set the same generators to a fixed state; use it inside `preserved_rng`."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - a model draws from the global generator if from any
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed a CUDA that is not in use yet
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
