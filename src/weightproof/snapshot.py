@@ -4,6 +4,8 @@ A snapshot keeps the values of every parameter and buffer, and the objects that 
 module, parameter and buffer object sits where, and the storage behind each. Restoring puts the same
 objects back and writes into the same storage, so that ties, optimizer references and DDP buckets
 survive, whatever the edit did (in-place writes, `model.to(dtype)`, replaced modules, parametrizations).
+One thing cannot be put back: autograd drops the hooks by which DDP averages gradients from a parameter
+that gets another dtype or device. A restore says so; the model must be wrapped again before it is trained.
 
 Of a sharded model each process keeps, restores and proves its own part, and waits for no other.
 
@@ -15,12 +17,14 @@ hooks on modules whose tensors and children stayed the same objects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from weightproof.errors import InputError, RestoreError, SnapshotError
@@ -42,6 +46,8 @@ from weightproof.types import WeightMatrix
 from weightproof.weights import clean_name, iter_tensors, iter_weight_matrices, storage_identity, unwrap
 
 __all__ = ["Snapshot", "model_digest", "tensor_digest", "write_matrix", "write_part"]
+
+logger = logging.getLogger("weightproof")
 
 # Keys of what is kept beside the model's own tensors; no parameter has such a name.
 _COMPANION = "companion:"
@@ -100,6 +106,22 @@ class _ShardedHolder(_Holder):
             torch.utils.swap_tensors(self.holder, fresh)
             self.holder.grad = None if grad is None else grad.to(self.alias.dtype)
         _Holder.put_back(self)  # the flag; `super` does not know classes with slots
+
+
+def _warn_of_lost_hooks(holders: Sequence[_Holder]) -> None:
+    """Say it where gradients are no longer averaged: the replicas would drift apart without an error."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    trained = [held for held in holders if held.requires_grad and type(held) is _Holder]
+    lost = sum(
+        1 for held in trained if (held.holder.dtype, held.holder.device) != (held.alias.dtype, held.alias.device)
+    )
+    if lost:
+        logger.warning(
+            "the change gave %d parameters another dtype or device. Their values are restored, but no "
+            "DistributedDataParallel averages their gradients any more: wrap the model again before training it on",
+            lost,
+        )
 
 
 def _holder_of(tensor: torch.Tensor) -> _Holder:
@@ -307,6 +329,7 @@ class Snapshot:
     def _put_holders_back(self) -> None:
         holders = [holder for record in self._records.values() for holder in record.holders]
         moved = [h for h in holders if isinstance(h, _ShardedHolder) and not _same_memory(h.holder, h.alias)]
+        _warn_of_lost_hooks(holders)
         for holder in holders:
             holder.put_back()
         if moved:
