@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -111,11 +112,34 @@ def is_lost(value: float, largest: float) -> bool:
     return not value > BREAKDOWN * largest or math.isinf(value)
 
 
+class Operand(Protocol):
+    """What Lanczos needs of a matrix that is not held as a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, columns)."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are computed."""
+        ...
+
+    def mv(self, vec: torch.Tensor, /) -> torch.Tensor:
+        """The product with a float32 vector, in float32."""
+        ...
+
+    def t(self) -> Operand:
+        """The transpose."""
+        ...
+
+
 class GolubKahan(Bidiagonal):
     """A growing bidiagonalisation of diag(row_scale) matrix diag(col_scale), never formed.
 
     Args:
         matrix: (d_out, d_in) floating point tensor; half precision and float64 are read as float32.
+            Or anything that can be multiplied like one.
         key: Salt of the start vector, for example (name, step).
         max_steps: The most steps that will be taken.
         row_scale: (d_out,) or None.
@@ -127,7 +151,7 @@ class GolubKahan(Bidiagonal):
 
     def __init__(
         self,
-        matrix: torch.Tensor,
+        matrix: torch.Tensor | Operand,
         *,
         key: object,
         max_steps: int,
@@ -135,8 +159,8 @@ class GolubKahan(Bidiagonal):
         col_scale: torch.Tensor | None = None,
     ) -> None:
         tall = matrix.shape[0] >= matrix.shape[1]
-        matrix = matrix.to(torch.float32)
-        self._matrix, self._matrix_t = (matrix, matrix.t()) if tall else (matrix.t(), matrix)
+        operand: Operand = matrix.to(torch.float32) if isinstance(matrix, torch.Tensor) else matrix
+        self._matrix, self._matrix_t = (operand, operand.t()) if tall else (operand.t(), operand)
         scales = (row_scale, col_scale) if tall else (col_scale, row_scale)
         self._long_scale, self._short_scale = (
             None if scale is None else scale.to(device=matrix.device, dtype=torch.float32) for scale in scales
@@ -188,13 +212,13 @@ class GolubKahan(Bidiagonal):
     def _forward(self, vector: torch.Tensor) -> torch.Tensor:
         if self._short_scale is not None:
             vector = vector * self._short_scale
-        product = torch.mv(self._matrix, vector)
+        product = self._matrix.mv(vector)
         return product if self._long_scale is None else product.mul_(self._long_scale)
 
     def _backward(self, vector: torch.Tensor) -> torch.Tensor:
         if self._long_scale is not None:
             vector = vector * self._long_scale
-        product = torch.mv(self._matrix_t, vector)
+        product = self._matrix_t.mv(vector)
         return product if self._short_scale is None else product.mul_(self._short_scale)
 
 

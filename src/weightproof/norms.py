@@ -22,7 +22,7 @@ import torch
 from weightproof.errors import InputError
 from weightproof.gram import NORM_ERROR, exact_singular_values
 from weightproof.lanczos import FAILURE_PROBABILITY, ROUNDING, GolubKahan
-from weightproof.matrices import as_matrix, check_finite, full_precision, max_abs, row_chunks, row_major
+from weightproof.matrices import CHUNK_ELEMENTS, as_matrix, check_finite, full_precision, max_abs, row_chunks, row_major
 
 DELTA_STEPS = 4
 SCREEN_STEPS = range(6, 25)
@@ -30,6 +30,10 @@ LIMIT_STEPS = (4, 8, 12, 24, 40)
 
 # Float32 sums of squares below this may have lost entries to underflow.
 TINY_SQUARES = 1e-24
+
+# A difference of this many elements (16 MiB of float32) is not held beside its two matrices; smaller
+# ones are, because products with them come from the cache.
+UNFORMED_ELEMENTS = 1 << 22
 
 # A norm beyond its limit is narrowed to this ratio of bounds: how far beyond decides what follows.
 BEYOND_TOLERANCE = 1.1
@@ -271,8 +275,11 @@ def _delta_frobenius(after: torch.Tensor, before: torch.Tensor, name: str, scale
     return math.sqrt(total) * (1.0 + ROUNDING)
 
 
-def _delta(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """The change; half precision is converted in chunks, so that only the result is held."""
+def _delta(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor | _Difference:
+    """The change, to be multiplied with vectors: whole only where it is small."""
+    if after.numel() >= UNFORMED_ELEMENTS:
+        stored, turned = row_major(after)
+        return _Difference(stored, before.t() if turned else before, turned=turned)
     dtype = delta_dtype(after, before)
     if after.dtype == before.dtype == dtype:
         return torch.sub(after, before)
@@ -280,6 +287,36 @@ def _delta(after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     for part in row_chunks(*after.shape):
         torch.sub(after[part].to(dtype), before[part].to(dtype), out=delta[part])
     return delta
+
+
+class _Difference:
+    """after - before, or its transpose, formed in chunks of rows in each product and never as a whole."""
+
+    def __init__(self, after: torch.Tensor, before: torch.Tensor, *, turned: bool) -> None:
+        self._after, self._before, self._turned = after, before, turned
+        self._dtype = delta_dtype(after, before)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._after.shape[::-1] if self._turned else self._after.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self._after.device
+
+    def t(self) -> _Difference:
+        return _Difference(self._after, self._before, turned=not self._turned)
+
+    def mv(self, vec: torch.Tensor, /) -> torch.Tensor:
+        height, width = self._after.shape
+        product = torch.zeros(self.shape[0], dtype=torch.float32, device=self.device)
+        for part in row_chunks(height, width, CHUNK_ELEMENTS if self.device.type == "cpu" else UNFORMED_ELEMENTS):
+            chunk = torch.sub(self._after[part].to(self._dtype), self._before[part].to(self._dtype)).to(torch.float32)
+            if self._turned:
+                product.addmv_(chunk.t(), vec[part])
+            else:
+                product[part] = torch.mv(chunk, vec)
+        return product
 
 
 def _delta_lanczos(after: torch.Tensor, before: torch.Tensor, key: object, scales: Scales = (None, None)) -> float:

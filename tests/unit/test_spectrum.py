@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from tests.oracles import spectra as oracle
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightproof import gram, lanczos, matrices
+from weightproof import gram, lanczos, matrices, norms
 from weightproof.errors import InputError
 from weightproof.matrices import seeded_generator
 from weightproof.spectrum import (
@@ -506,3 +507,32 @@ def test_delta_bound_holds_with_and_without_scales(form):
         bound = delta_norm_bound(after, before, key="w", **scales)
         assert np.linalg.norm(expected, 2) <= bound <= 1.0001 * np.linalg.norm(expected)
     assert delta_norm_bound(before, before, key="w") == 0.0
+
+
+class _Subtractions(TorchDispatchMode):
+    """Sizes of the differences that are formed."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.sub:
+            self.sizes.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", ["random tall", "random wide", "large wide"])
+def test_a_large_difference_is_bounded_without_being_held(form, case, monkeypatch):
+    before = FORMS[form](_case(case))
+    after = before * 1.01
+    scales = {"row_scale": torch.linspace(0.5, 2.0, before.shape[0]), "col_scale": torch.ones(before.shape[1])}
+    held = [delta_norm_bound(after, before, key="w"), delta_norm_bound(after, before, key="w", **scales)]
+    monkeypatch.setattr(norms, "UNFORMED_ELEMENTS", 1)
+    monkeypatch.setattr(norms, "row_chunks", lambda rows, cols, _=None: matrices.row_chunks(rows, cols, 1000))
+    with _Subtractions() as seen:
+        found = [delta_norm_bound(after, before, key="w"), delta_norm_bound(after, before, key="w", **scales)]
+    assert found == pytest.approx(held, rel=1e-4)
+    assert 0 < max(seen.sizes) <= 1000
