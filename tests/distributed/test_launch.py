@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from tests.support.launching import ROOT, launch
 from tests.support.wandb_records import read_offline_run
 
 import weightproof_recipes
 from weightproof import Certificate
 from weightproof.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CPU_CONFIGS = ("cpu_x2",)
 
@@ -49,34 +45,6 @@ from weightproof import attach
 accelerator = Accelerator()
 attach(accelerator, accelerator.prepare(torch.nn.Linear(2, 2)))
 """
-
-
-def launch(arguments, *, timeout):
-    """Run `accelerate launch` with a port of its own; every process is gone when this returns."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--main_process_port",
-        str(port),
-        *map(str, arguments),
-    ]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", "WANDB_SILENT": "true"}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
-    with subprocess.Popen(
-        command, cwd=ROOT, env={**environment, **settings}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        try:
-            output, errors = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, errors = process.communicate()
-            pytest.fail(f"not done within {timeout} s: {shlex.join(command)}\n{output}\n{errors}")
-    return process.returncode, output, errors
 
 
 # ---- configurations -------------------------------------------------------------------------------------------------
