@@ -22,7 +22,7 @@ from safetensors.torch import save as safetensors_bytes
 from weightproof.errors import BaselineError
 from weightproof.files import write_atomically
 from weightproof.jsonable import to_jsonable
-from weightproof.snapshot import tensor_digest
+from weightproof.tensor_store import tensor_digest
 from weightproof.types import BulkFit, BulkReading, MatrixReading, Readings, StructureReading, TensorReading
 
 FILE_NAME = "guard_baseline.safetensors"
@@ -129,6 +129,8 @@ def _differences(ours: Mapping[str, TensorReading], theirs: Mapping[str, TensorR
             yield f"{name} is {theirs[name].dtype}, the baseline {ours[name].dtype}"
         elif ours[name].digest != theirs[name].digest:
             yield f"{name} has other values"
+        elif theirs[name].differing_ranks and not theirs[name].is_buffer:  # the digest is that of rank 0
+            yield f"{name} has other values on rank {', '.join(map(str, theirs[name].differing_ranks))}"
 
 
 def _scalars(fit: BulkFit) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import torch
 
 from weightproof.collective import Processes, deal
 from weightproof.probes import screen_cost
-from weightproof.shards import Shard, assemble, distribute
-from weightproof.snapshot import tensor_digest, write_matrix, write_part
+from weightproof.shards import Shard, assemble, distribute, rounds
+from weightproof.snapshot import write_matrix, write_part
+from weightproof.tensor_store import tensor_digest
 from weightproof.types import WeightMatrix
 
 Plan = Callable[[WeightMatrix], torch.Tensor | None]
@@ -37,33 +38,23 @@ def rewrite(processes: Processes, operation: str, matrices: Sequence[WeightMatri
                 if values is not None:
                     planned[matrix.name] = tensor_digest(values.to(matrix.dtype))
                     write_matrix(matrix, values)
-    sharded = [matrix for matrix in matrices if matrix.shard is not None]
-    owners = deal([screen_cost(matrix) for matrix in sharded], processes.size)
-    for turn in _turns(sharded, owners, processes.size):
-        planned |= _rewrite_shards(processes, operation, turn, plan)
+    sharded = [(matrix, matrix.shard) for matrix in matrices if matrix.shard is not None]
+    costs = [screen_cost(matrix) for matrix, _ in sharded]
+    owners = deal(costs, processes.size)
+    for indices in rounds(owners, costs, processes.size):
+        planned |= _rewrite_shards(processes, operation, [(owners[index], *sharded[index]) for index in indices], plan)
     return planned
 
 
-def _turns(
-    matrices: Sequence[WeightMatrix], owners: Sequence[int], size: int
-) -> list[list[tuple[int, WeightMatrix, Shard]]]:
-    """At most one matrix for each owner at a time."""
-    queues: list[list[tuple[int, WeightMatrix, Shard]]] = [[] for _ in range(size)]
-    for owner, matrix in zip(owners, matrices, strict=True):
-        if matrix.shard is not None:
-            queues[owner].append((owner, matrix, matrix.shard))
-    longest = max(map(len, queues), default=0)
-    return [[queue[turn] for queue in queues if turn < len(queue)] for turn in range(longest)]
-
-
 def _rewrite_shards(
-    processes: Processes, operation: str, turn: Sequence[tuple[int, WeightMatrix, Shard]], plan: Plan
+    processes: Processes, operation: str, owned: Sequence[tuple[int, WeightMatrix, Shard]], plan: Plan
 ) -> dict[str, str]:
-    wholes = assemble(processes, operation, [(owner, shard) for owner, _, shard in turn])
-    new: list[torch.Tensor | None] = [None] * len(turn)
+    """One round of `rewrite`, at most one sharded matrix for each owner."""
+    wholes = assemble(processes, operation, [(owner, shard) for owner, _, shard in owned])
+    new: list[torch.Tensor | None] = [None] * len(owned)
     ours: dict[str, str] = {}
     with processes.together(operation):
-        for index, ((_, matrix, _), whole) in enumerate(zip(turn, wholes, strict=True)):
+        for index, ((_, matrix, _), whole) in enumerate(zip(owned, wholes, strict=True)):
             if whole is not None:
                 new[index] = _planned(matrix, whole, plan)
                 values = new[index]
@@ -74,7 +65,7 @@ def _rewrite_shards(
         planned |= theirs
     written = [
         (owner, matrix, shard, values)
-        for (owner, matrix, shard), values in zip(turn, new, strict=True)
+        for (owner, matrix, shard), values in zip(owned, new, strict=True)
         if matrix.name in planned
     ]
     parts = distribute(processes, operation, [(owner, shard, values) for owner, _, shard, values in written])

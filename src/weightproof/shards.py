@@ -27,24 +27,8 @@ from weightproof.placements import (
     local_of,
     part_shape,
     refusal_of,
-    settle,
     shape_of,
 )
-
-__all__ = [
-    "Shard",
-    "assemble",
-    "dealt",
-    "distribute",
-    "flat_kernels",
-    "local_of",
-    "refusal_of",
-    "settle",
-    "shape_of",
-    "shard_of",
-    "slab",
-    "whole_here",
-]
 
 Item = TypeVar("Item")
 R = TypeVar("R")
@@ -300,8 +284,8 @@ def dealt(  # noqa: PLR0913 - what is done, of what parts, at what cost
     owners = deal(costs, processes.size)
     done: dict[int, R] = {}
     with processes.together(operation):
-        for turn in _turns(owners, costs, processes.size):
-            wanted = {index: [part(items[index]) for part in parts] for index in turn}
+        for indices in rounds(owners, costs, processes.size):
+            wanted = {index: [part(items[index]) for part in parts] for index in indices}
             mine = _brought_together(processes, operation, wanted, owners)
             for index in list(mine):
                 done[index] = work(items[index], *mine.pop(index))  # let go of the parts before the next come
@@ -309,13 +293,13 @@ def dealt(  # noqa: PLR0913 - what is done, of what parts, at what cost
     return [results[index] for index in range(len(items))]
 
 
-def _turns(owners: Sequence[int], costs: Sequence[float], size: int) -> Iterator[list[int]]:
-    """Items of which each owner has at most one, the longest of all owners first."""
+def rounds(owners: Sequence[int], costs: Sequence[float], size: int) -> Iterator[list[int]]:
+    """Indices of the items that are worked on at the same time: at most one of each owner, its costliest first."""
     queues: list[list[int]] = [[] for _ in range(size)]
     for index in sorted(range(len(owners)), key=lambda index: -costs[index]):
         queues[owners[index]].append(index)
-    for turn in zip_longest(*queues):
-        yield [index for index in turn if index is not None]
+    for indices in zip_longest(*queues):
+        yield [index for index in indices if index is not None]
 
 
 def _brought_together(

@@ -19,19 +19,8 @@ from worlds import run_world
 
 from weightproof.collective import Processes
 from weightproof.errors import CollectiveError, InputError
-from weightproof.shards import (
-    assemble,
-    dealt,
-    distribute,
-    flat_kernels,
-    local_of,
-    refusal_of,
-    settle,
-    shape_of,
-    shard_of,
-    slab,
-    whole_here,
-)
+from weightproof.placements import local_of, refusal_of, settle, shape_of
+from weightproof.shards import assemble, dealt, distribute, flat_kernels, shard_of, slab, whole_here
 
 
 def values(*shape, dtype=torch.float32):
