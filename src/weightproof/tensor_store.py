@@ -38,6 +38,8 @@ MANIFEST_FILE = "manifest.json"
 HASH_THREADS = 2
 # Room for the header and the manifest beside the tensors.
 _SPARE_BYTES = 1 << 20
+# What does not lie in host memory row after row is copied in pieces of this size to be hashed.
+_COPIED_BYTES = 1 << 22
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -61,9 +63,15 @@ def digest_of_leaves(dtype: torch.dtype, shape: Iterable[int], leaves: bytes) ->
 
 def leaf_digests(tensor: torch.Tensor) -> bytes:
     """SHA-256 of the row-major bytes of each leaf of a plain tensor, 32 bytes each, one after the other."""
-    raw, sha256 = _raw(tensor), hashlib.sha256
     if tensor.ndim < 2:
-        return sha256(raw).digest()
+        return hashlib.sha256(_raw(tensor)).digest()
+    in_place = tensor.device.type == "cpu" and tensor.is_contiguous()
+    rows = max(1, tensor.shape[0] if in_place else _COPIED_BYTES * tensor.shape[0] // max(tensor.nbytes, 1))
+    return b"".join(_row_digests(part) for part in tensor.split(rows))
+
+
+def _row_digests(tensor: torch.Tensor) -> bytes:
+    raw, sha256 = _raw(tensor), hashlib.sha256
     step = len(raw) // max(tensor.shape[0], 1)
     return b"".join([sha256(raw[row * step : (row + 1) * step]).digest() for row in range(tensor.shape[0])])
 

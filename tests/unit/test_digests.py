@@ -10,6 +10,7 @@ import torch
 from sharded_models import partition
 from torch import nn
 
+from weightproof import tensor_store
 from weightproof.collective import Processes
 from weightproof.digests import tensor_digests_of
 from weightproof.errors import InputError
@@ -43,6 +44,18 @@ def test_the_digest_follows_its_definition_whatever_the_memory_layout(name):
     assert tensor_digest(torch.from_numpy(array)) == by_definition(array, dtype)
     turned = torch.from_numpy(array.T.copy()).permute(list(range(array.ndim))[::-1])
     assert tensor_digest(turned) == by_definition(array, dtype)
+
+
+def test_what_lies_otherwise_in_memory_is_copied_in_pieces(monkeypatch):
+    array, sizes = np.arange(60, dtype=np.float32).reshape(20, 3), []
+    turned = torch.from_numpy(array.T.copy()).T
+    monkeypatch.setattr("weightproof.tensor_store._COPIED_BYTES", 64)
+    raw = tensor_store._raw
+    monkeypatch.setattr(tensor_store, "_raw", lambda tensor: sizes.append(tensor.nbytes) or raw(tensor))
+    assert tensor_digest(turned) == by_definition(array, "float32")
+    assert sizes == [60, 60, 60, 60]
+    assert tensor_digest(torch.from_numpy(array)) == by_definition(array, "float32")
+    assert sizes[4:] == [240]
 
 
 def test_rows_and_shapes_cannot_be_mistaken_for_each_other():

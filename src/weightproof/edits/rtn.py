@@ -17,8 +17,8 @@ from weightproof.types import WeightMatrix
 # use are small or fragile, and quantizers leave them alone unless told otherwise.
 DEFAULT_FAMILIES = ("attn", "ffn", "expert")
 
-# Rows are handled in chunks so that only a few MiB exist beside the result.
-_CHUNK_ELEMENTS = 1 << 20
+# Rows are handled in chunks, a few of which fit a cache: a few MiB exist beside the result.
+_CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,12 @@ class RTN:
         weight = matrix.load()
         if weight.numel() == 0:
             return None
-        peak = weight.abs().amax() if self.granularity == "tensor" else None
+        peak = torch.stack(torch.aminmax(weight)).abs().max() if self.granularity == "tensor" else None
+        rounded = torch.empty_like(weight)
         step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-        return torch.cat([self._round_rows(rows, peak) for rows in weight.split(step)])
+        for start in range(0, weight.shape[0], step):
+            rounded[start : start + step] = self._round_rows(weight[start : start + step], peak)
+        return rounded
 
     def _round_rows(self, rows: torch.Tensor, peak: torch.Tensor | None) -> torch.Tensor:
         """Quantize some rows; `peak` is the matrix's largest magnitude for one scale per tensor."""
