@@ -80,11 +80,12 @@ class Processes:
         """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls.alone()
-        if not 0 < timeout < math.inf:
-            raise InputError(f"timeout must be a positive number of seconds, not {timeout}")
+        instance = next(_INSTANCES)  # counted here even where it fails here alone: all must come to the same one next
+        if not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
+            raise InputError(f"timeout must be a positive number of seconds, not {timeout!r}")
         from torch.distributed import distributed_c10d
 
-        store = distributed_c10d.PrefixStore(f"weightproof/{next(_INSTANCES)}", distributed_c10d._get_default_store())
+        store = distributed_c10d.PrefixStore(f"weightproof/{instance}", distributed_c10d._get_default_store())
         processes = cls(Rendezvous(store, dist.get_rank(), dist.get_world_size(), timeout), timeout)
         processes._connect("attaching the guard on every rank")
         return processes

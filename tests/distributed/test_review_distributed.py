@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from worlds import run_world
 
 from weightproof import GuardSession
-from weightproof.errors import CollectiveError
+from weightproof.collective import Processes
+from weightproof.errors import BaselineError, CollectiveError, InputError
 from weightproof.families import unwrap
 from weightproof.placements import local_of
 
@@ -212,3 +213,50 @@ def _nested(rank: int, size: int) -> Any:
 
 def test_a_guard_makes_no_ddp_inside_the_model_broadcast_its_buffers():
     assert run_world(_nested, 2, timeout=40) == [(True, True, True, 2)] * 2
+
+
+# ---------------------------------------------------------------- a replica that is not that of rank 0
+
+
+def _torn(rank: int, size: int, folder: str) -> Any:
+    assert dist.get_world_size() == size == 2
+    model = DistributedDataParallel(Net())
+    session = _session(model)
+    session.save_state(folder)
+    if rank == 1:
+        unwrap(model).get_parameter("first.bias").data[0] += 1.0
+    said = []
+    for load in (
+        lambda: session.load_state(folder),
+        lambda: GuardSession(model, retain=_retain(), timeout=TIMEOUT, baseline=folder),
+    ):
+        with pytest.raises(BaselineError) as raised:
+            load()
+        said.append(str(raised.value))
+    return said
+
+
+def test_weights_are_not_proven_where_one_process_holds_others(tmp_path):
+    for said in run_world(_torn, 2, str(tmp_path), timeout=40):
+        assert len(said) == 2
+        assert all("first.bias has other values on rank 1" in message for message in said)
+
+
+# ---------------------------------------------------------------- attaching again
+
+
+def _attached_again(rank: int, size: int) -> Any:
+    assert dist.get_world_size() == size == 2
+    wrong: Any = None if rank == 0 else 0.5
+    with pytest.raises((InputError, CollectiveError)) as raised:
+        Processes.join(wrong)
+    dist.barrier()
+    processes = Processes.join(TIMEOUT)
+    return raised.typename, str(raised.value), processes.gather("ranks", rank)
+
+
+def test_processes_meet_again_after_one_of_them_could_not_attach():
+    first, second = run_world(_attached_again, 2, timeout=40)
+    assert first[:2] == ("InputError", "timeout must be a positive number of seconds, not None")
+    assert second[0] == "CollectiveError"
+    assert first[2] == second[2] == [0, 1]
