@@ -230,8 +230,12 @@ class Rendezvous:
         places = dict(zip(known, self._places(known), strict=True))
         missing = tuple(rank for rank in ranks if rank not in places or places[rank].number < number)
         if not missing:
-            message = f"{operation}: all ranks came, but the last one ended before it could say so"
-            return Failure(operation, (), message, timed_out=True, lost=True)
+            others = tuple(rank for rank in ranks if rank != self.rank)
+            message = (
+                f"{operation}: all ranks came, but the last of them ({'one of ' * (len(others) > 1)}{named(others)}) "
+                f"did not say so within {self.timeout:g} s. Look at its log"
+            )
+            return Failure(operation, others, message, timed_out=True, lost=True)
         seen = "; ".join(
             f"rank {rank} was last seen at '{places[rank].operation}'" if rank in places else f"rank {rank} never came"
             for rank in missing

@@ -7,6 +7,7 @@ import math
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -196,6 +197,25 @@ def test_who_does_not_come_is_named(stores: list[Store]):
     assert {str(error) for error in errors} == {str(errors[0])}
     assert all(isinstance(error, CollectiveError) and error.timed_out and error.ranks == (2,) for error in errors)
     assert "rank 2 did not come to 'second' within 0.5 s (rank 2 was last seen at 'first')" in str(errors[0])
+
+
+def test_who_comes_last_and_stops_before_it_says_so_is_among_those_named(stores: list[Store]):
+    waiting = threading.Barrier(3)
+
+    def life(meetings: Rendezvous) -> Any:
+        waiting.wait(20.0)
+        if meetings.rank == 2:
+            time.sleep(0.2)
+            verdict = meetings._verdict
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(meetings, "_verdict", lambda at: (time.sleep(1.5), verdict(at))[1])
+                return meetings.meet("first")
+        return meetings.meet("first")
+
+    errors = everywhere(stores, 0.8, life)
+    assert {str(error) for error in errors} == {str(errors[0])}
+    assert all(isinstance(error, CollectiveError) and error.timed_out and 2 in error.ranks for error in errors)
+    assert "all ranks came, but the last of them (one of ranks " in str(errors[0])
 
 
 def test_a_lost_payload_names_who_gives_no_sign_of_life(stores: list[Store]):
