@@ -165,7 +165,13 @@ class AttachedGuard:
 
     def _hang_in(self, accelerator: Accelerator, model: torch.nn.Module) -> None:
         self._recorder.attach(self.session.model)
-        self._trigger = StepTrigger(model, self._optimizer, self._stepped)
+        self._trigger = StepTrigger(
+            model,
+            self._optimizer,
+            self._stepped,
+            stalled=self._stalled,
+            patience=self._every * accelerator.gradient_accumulation_steps,
+        )
         self._checkpoints = GuardedCheckpoints(accelerator, self)
 
     @property
@@ -193,17 +199,27 @@ class AttachedGuard:
         return self._check()
 
     def judge_rest(self) -> Step | None:
-        """Judge what changed since the last check; None if nothing did."""
+        """Judge what changed since the last check; the window that was taken back now, None if all was kept."""
+        before = len(self.history)
         self._notice_steps()
         if self._editing:
             raise InputError("the weights are being edited and not judged yet: save after the edit's block")
-        return self._check() if self.step > self._judged_at or self.session.has_changed() else None
+        if self.step > self._judged_at or self.session.has_changed():
+            self._check()
+        return next((step for step in self.history[before:] if step.applied == "restored"), None)
 
     def _stepped(self) -> None:
         self._require_going()
         self.step += 1
         self._recorder.end_step()
         if not self._editing and self.step % self._every == 0:
+            self._check()
+
+    def _stalled(self) -> None:
+        """The gradient scaler skips step after step: are the weights broken?"""
+        self._require_going()
+        if not self._editing:
+            self._recorder.end_step()
             self._check()
 
     def _check(self) -> Step:

@@ -30,7 +30,7 @@ class Guarded(Protocol):
     step: int
 
     def judge_rest(self) -> Step | None:
-        """Judge what changed since the last check; None if nothing did."""
+        """Judge what changed since the last check; the window that was taken back now, None if all was kept."""
         ...
 
     def resume(self, folder: Path, step: int) -> None:
@@ -89,9 +89,9 @@ class GuardedCheckpoints:
 
     def _before_save(self, models: list[torch.nn.Module], weights: list[dict[str, Any]], output_dir: str) -> None:
         session, folder = self._guard.session, Path(output_dir)
-        judged = self._guard.judge_rest()
-        if judged is not None and judged.applied == "restored":
-            self._save_again(models, weights, folder, judged)
+        rejected = self._guard.judge_rest()
+        if rejected is not None:
+            self._save_again(models, weights, folder, rejected)
         session.save_state(folder)
         certificate = session.certificate()
         with session.processes.together("save_state: write the certificate"):
@@ -99,7 +99,7 @@ class GuardedCheckpoints:
                 certificate.save(folder / CERTIFICATE_FILE)
 
     def _save_again(
-        self, models: list[torch.nn.Module], weights: list[dict[str, Any]], folder: Path, judged: Step
+        self, models: list[torch.nn.Module], weights: list[dict[str, Any]], folder: Path, rejected: Step
     ) -> None:
         """Replace what accelerate collected, or wrote, before the rollback."""
         accelerator = self._accelerator
@@ -113,10 +113,10 @@ class GuardedCheckpoints:
             for model, held in zip(models, weights, strict=True):
                 held.update(accelerator.get_state_dict(model, unwrap=False))
         else:
-            reason = "" if judged.decision is None else f" ({judged.decision.reason})"
+            reason = "" if rejected.decision is None else f" ({rejected.decision.reason})"
             raise EditRejectedError(
                 f"{folder} holds rejected weights: do not use it. {accelerator.distributed_type.value} writes weights "
-                f"before the guard is asked, and the window up to step {judged.step} was rolled back{reason}. The "
+                f"before the guard is asked, and the window up to step {rejected.step} was rolled back{reason}. The "
                 "weights in memory are the last good ones. Call guard.check() before accelerator.save_state()"
             )
 

@@ -19,22 +19,40 @@ class StepTrigger:
     by itself, part by part, so there the next forward pass in training mode is the first moment at
     which a step is known to be over; `catch_up()` looks before anything else is judged or saved.
 
+    Once weights are broken, a gradient scaler skips every step: no hook would ever be called again. So
+    where there is a scaler, `stalled` is called after `patience` forward passes without a step.
+
     Args:
         model: The model, as `accelerator.prepare` returned it.
         optimizer: The optimizer, as `prepare` returned it, or None: then nothing is triggered.
         act: What to do after each step. What it raises leaves `optimizer.step()`.
+        stalled: What to do when no step was done for long, before a forward pass.
+        patience: For how many forward passes in training mode.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: Any, act: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Any,
+        act: Callable[[], None],
+        *,
+        stalled: Callable[[], None] | None = None,
+        patience: int = 0,
+    ) -> None:
         self._act = act
+        self._stalled = stalled
+        self._patience = patience
+        self._passes = 0
         self._optimizer = optimizer
         self._engine = None if optimizer is None else engine_of(model)
         self._seen = 0 if self._engine is None else self._engine.global_steps
-        self._handle: Any = None
+        self._handles: list[Any] = []
         if self._engine is not None:
-            self._handle = self._engine.register_forward_pre_hook(self._before_forward)
+            self._handles.append(self._engine.register_forward_pre_hook(self._before_forward))
         elif optimizer is not None:
-            self._handle = torch_optimizer(optimizer).register_step_post_hook(self._after_step)
+            self._handles.append(torch_optimizer(optimizer).register_step_post_hook(self._after_step))
+            if stalled is not None and getattr(optimizer, "scaler", None) is not None:
+                self._handles.append(model.register_forward_pre_hook(self._count_pass))
 
     def catch_up(self) -> None:
         """Act for a step that is over but was not noticed yet."""
@@ -44,22 +62,31 @@ class StepTrigger:
 
     def forget(self) -> None:
         """Take the engine's present count of steps as noticed (it was loaded from a checkpoint)."""
+        self._passes = 0
         if self._engine is not None:
             self._seen = self._engine.global_steps
 
     def remove(self) -> None:
-        """Take the hook away."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
 
     def _before_forward(self, module: torch.nn.Module, _args: Any) -> None:
         if module.training:
             self.catch_up()
 
+    def _count_pass(self, module: torch.nn.Module, _args: Any) -> None:
+        if not module.training or self._stalled is None:
+            return
+        self._passes += 1
+        if self._passes > self._patience:
+            self._passes = 1
+            self._stalled()
+
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if _only_fills_its_state(optimizer):
             return
+        self._passes = 0
         try:
             self._act()
         except BaseException:

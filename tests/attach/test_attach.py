@@ -172,6 +172,36 @@ def test_a_gradient_scaler_goes_on_as_if_the_error_had_not_left_the_step():
     assert same(*ends)
 
 
+def test_broken_weights_are_found_though_the_scaler_skips_every_step_from_then_on():
+    loop = Loop(accumulation=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer = AcceleratedOptimizer(torch.optim.SGD(loop.plain.parameters(), lr=0.1), scaler=scaler)
+    batch = next(iter(loop.data))
+
+    def run(steps, lr=0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        for _ in range(2 * steps):
+            with loop.accelerator.accumulate(loop.model):
+                scaler.scale(loop.model(**batch).loss).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with attach(loop.accelerator, loop.model, optimizer, every=3) as guard:
+        run(3)
+        good = loop.weights()
+        run(1, lr=math.inf)
+        run(3)
+        assert [(step, action) for step, action, _ in windows(guard)] == [(3, "KEEP")], (
+            "3 skipped steps may be overflow"
+        )
+        assert guard.step == 4
+        loop.model(**batch)
+        assert windows(guard)[1:] == [(4, "ROLLBACK", "restored")]
+        assert same(loop.weights(), good)
+        run(2)
+        assert guard.step > 4, "it steps again"
+
+
 @pytest.mark.parametrize("what", ["window", "edit"])
 def test_a_halt_ends_the_run_with_the_weights_restored(monkeypatch, what):
     loop = Loop()
