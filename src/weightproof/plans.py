@@ -51,15 +51,15 @@ def _rewrite_shards(
 ) -> dict[str, str]:
     """One round of `rewrite`, at most one sharded matrix for each owner."""
     wholes = assemble(processes, operation, [(owner, shard) for owner, _, shard in owned])
-    new: list[torch.Tensor | None] = [None] * len(owned)
-    ours: dict[str, str] = {}
     with processes.together(operation):
-        for index, ((_, matrix, _), whole) in enumerate(zip(owned, wholes, strict=True)):
-            if whole is not None:
-                new[index] = _planned(matrix, whole, plan)
-                values = new[index]
-                if values is not None:
-                    ours[matrix.name] = tensor_digest(values)
+        new = [
+            None if whole is None else _planned(matrix, whole, plan)
+            for (_, matrix, _), whole in zip(owned, wholes, strict=True)
+        ]
+        del wholes  # what was planned is all that is needed of them
+        ours = {
+            m.name: tensor_digest(values) for (_, m, _), values in zip(owned, new, strict=True) if values is not None
+        }
     planned: dict[str, str] = {}
     for theirs in processes.gather(operation, ours):
         planned |= theirs
