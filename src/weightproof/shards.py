@@ -310,10 +310,20 @@ def _brought_together(
     arrived = iter(assemble(processes, operation, sharded))
     mine: dict[int, list[Tensor | None]] = {}
     for index, found in wanted.items():
-        wholes = [next(arrived) if isinstance(part, Shard) else part for part in found]
+        wholes = [_in_stored_order(next(arrived), part) if isinstance(part, Shard) else part for part in found]
         if owners[index] == processes.rank:
             mine[index] = [whole if whole is None or isinstance(whole, Tensor) else whole() for whole in wholes]
     return mine
+
+
+def _in_stored_order(whole: Tensor | None, shard: Shard) -> Tensor | None:
+    """The same in the memory order of one process: the last bits of what is read from a matrix depend on it.
+
+    Only what is cut by columns comes in another order; its owner holds it twice until the work begins.
+    """
+    if whole is None or shard.layout != COLUMNS:
+        return whole
+    return _oriented(_oriented(whole, shard).contiguous(), shard)
 
 
 def _require_alike(processes: Processes, operation: str, costs: Sequence[float]) -> None:
