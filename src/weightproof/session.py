@@ -125,12 +125,6 @@ class GuardSession:
         masters: MasterWeights | None = None,
     ) -> None:
         self.processes = processes_of(accelerator, timeout)
-        with self.processes.together("making the guard session"):
-            self._take(model, policy, retain, target)
-            self.output_dir = Path(output_dir) if output_dir is not None else None
-            self.snapshot_dir = Path(snapshot_dir) if snapshot_dir is not None else None
-            self.masters = masters
-            settings = self._settings()
         self.cost = Cost()
         self._history: list[Step] = []
         self._losses: list[float] = []
@@ -140,8 +134,24 @@ class GuardSession:
         self._closed = False
         self._picture: bytes | None = None
         self._resumed: list[Any] = []
-        advice = "Give every process the same (retain data before it is sharded over processes, for example)"
-        require_same(self.processes, "settings of the guard", settings, advice)
+        try:
+            with self.processes.together("making the guard session"):
+                self._take(model, policy, retain, target)
+                self.output_dir = Path(output_dir) if output_dir is not None else None
+                self.snapshot_dir = Path(snapshot_dir) if snapshot_dir is not None else None
+                self.masters = masters
+                settings = self._settings()
+            advice = "Give every process the same (retain data before it is sharded over processes, for example)"
+            require_same(self.processes, "settings of the guard", settings, advice)
+            self._begin(baseline, trackers, accelerator)
+        except BaseException:
+            self.processes.close()  # nobody holds this session: its connections and threads would stay
+            raise
+
+    def _begin(
+        self, baseline: Baseline | Path | str | None, trackers: Sequence[Tracker | str] | None, accelerator: Any
+    ) -> None:
+        """Read the baseline, open the trackers."""
         started = time.perf_counter()
         with self.processes.together("capturing the baseline"):
             self.baseline = self._capture_baseline(baseline)

@@ -17,6 +17,7 @@ def processes_of(accelerator: Any, timeout: float) -> Processes:
     processes = Processes.join(timeout)
     expected = processes.size if accelerator is None else accelerator.num_processes
     if expected != processes.size:
+        processes.close()
         raise InputError(
             f"the accelerator has {expected} processes and torch.distributed {processes.size}: make the Accelerator "
             "before the guard session, in every process"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,7 +244,33 @@ def test_weights_are_not_proven_where_one_process_holds_others(tmp_path):
         assert all("first.bias has other values on rank 1" in message for message in said)
 
 
-# ---------------------------------------------------------------- attaching again
+# ---------------------------------------------------------------- attaching in vain, and again
+
+
+def _in_vain(rank: int, size: int) -> Any:
+    assert dist.get_world_size() == size == 2
+    model = DistributedDataParallel(Net())
+
+    def attach() -> None:
+        policy = "balanced" if rank == 0 else "aggressive"
+        with pytest.raises(InputError, match="policy: not the same on every process"):
+            GuardSession(model, retain=_retain(), policy=policy, timeout=TIMEOUT)
+
+    def held() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    attach()
+    gc.collect()
+    before = held()
+    for _ in range(3):
+        attach()
+    gc.collect()
+    return held() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux shows them")
+def test_a_session_that_was_refused_leaves_no_connection_open():
+    assert run_world(_in_vain, 2, timeout=40) == [0, 0]
 
 
 def _attached_again(rank: int, size: int) -> Any:
