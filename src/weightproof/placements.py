@@ -123,17 +123,19 @@ def settle(model: nn.Module) -> None:
         # `reshard` does nothing for a group whose forward pass was cut short; a state dict always shards.
         if not all(is_dtensor(parameter) for parameter in module.parameters()):
             module.state_dict()
-    _settle_zero3([parameter for parameter in model.parameters() if is_zero3(parameter)])
+    _settle_zero3(list(model.parameters()))
 
 
 def _settle_zero3(parameters: list[Any]) -> None:
-    optimizer = next((parameter._z3_optimizer for parameter in parameters if hasattr(parameter, "_z3_optimizer")), None)
-    if optimizer is not None:
+    partitioned = [parameter for parameter in parameters if is_zero3(parameter)]
+    optimizers = [parameter._z3_optimizer for parameter in partitioned if hasattr(parameter, "_z3_optimizer")]
+    # An edit may have put in parameters that DeepSpeed does not know, and which a restore takes out again.
+    if optimizers and len(partitioned) == len(parameters):
         # DeepSpeed's own way also takes in what was gathered ahead for the next forward pass, which would
         # otherwise be used there with the values of before.
-        optimizer.empty_partition_cache()
+        optimizers[0].empty_partition_cache()
         return
-    for parameter in parameters:
+    for parameter in partitioned:
         if parameter.ds_status.name == "AVAILABLE":
             parameter.partition()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -11,12 +12,24 @@ from pathlib import Path
 import pytest
 import worlds
 
-# DeepSpeed asks for its accelerator when it is imported, and the processes inherit the answer.
+# DeepSpeed asks for its accelerator when it is imported, and the processes inherit the answer. It builds with the
+# ninja of this environment: another version of ninja would find nothing built, and begin anew.
 os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 HERE = Path(__file__).parent
+BUILD = (
+    "from deepspeed.accelerator import get_accelerator as get; get().create_op_builder('ShareMemCommBuilder').load()"
+)
 sys.path.insert(0, str(HERE))
 
 worlds.PRELOADED.append("deepspeed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operator_built():
+    """Build DeepSpeed's operator before the clock of any world runs: minutes at the first time, with a C++ compiler."""
+    done = subprocess.run([sys.executable, "-c", BUILD], capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.hookimpl(trylast=True)

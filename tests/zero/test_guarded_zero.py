@@ -55,23 +55,33 @@ def test_nothing_of_a_rejected_edit_comes_back_and_a_kept_one_stays(setup):
         assert one["stale"] == ()
         assert one["moved by a step at rate 0"] == []
         assert one["unlike the twin"] == {"after the rollback": [], "masters": [], "after training on": []}
-        # Two steps at 1e-4 move a weight by about 2e-4; INT2 had moved some by more than 0.1.
-        assert 0 < max(one["still int8"].values()) < 2e-3
+        # Two steps at 1e-4 move a weight by about 2e-4 (in bf16 by a unit in the last place, which is more). INT8
+        # itself had moved some by 1.5e-3, which would be gone.
+        assert 0 < max(one["still int8"].values()) < (3e-4 if setup.dtype is torch.float32 else 5e-3)
 
 
 @each_setup
-def test_every_other_ending_leaves_weights_and_masters_as_they_were(setup):
-    for one in run("other_endings", setup):
+def test_every_end_of_an_edit_leaves_weights_and_masters_at_one(setup):
+    facts = run("ends_of_edits", setup)
+    for one in facts:
         assert one["raised"] == "the edit broke off"
         assert one["unlike after an error"] == []
+        assert one["put back"] is True
+        assert ("replaced" in one) is (setup.stage == 3)
+        assert one["unlike after replacing"] == []
         assert (one["times 1000"]["action"], one["times 1000"]["applied"]) == ("ROLLBACK", "restored")
         assert one["unlike after times 1000"] == []
         assert one["unlike after times 1000 and a step"] == []
         assert one["tiny change"]["applied"] == "kept"
         assert one["stale after a tiny change"] == ()
+    assert {name for one in facts for name in one["changed by it"]} == {zero_sessions.HEAD}
+
+
+@each_setup
+def test_a_window_that_broke_is_taken_back_in_weights_and_masters(setup):
+    for one in run("ends_of_windows", setup):
         assert one["good window"]["applied"] == "kept"
+        assert one["moved"] > 0
         assert one["broken"] > 0
         assert (one["broken window"]["action"], one["broken window"]["applied"]) == ("ROLLBACK", "restored")
         assert one["unlike after the broken window"] == []
-    changed = {name for one in run("other_endings", setup) for name in one["changed by it"]}
-    assert changed == {zero_sessions.HEAD}

@@ -11,6 +11,7 @@ from zero_engines import Setup, differing, engine_of, join, live_part, named, pa
 from zero_runs import copies, masters_of
 
 from weightproof import GuardSession, edits
+from weightproof.errors import InputError
 from weightproof.steps import Step
 
 HEAD = "lm_head.weight"
@@ -95,58 +96,88 @@ def guarded(rank: int, size: int, setup: Setup) -> dict[str, Any]:
     return facts
 
 
-def other_endings(rank: int, size: int, setup: Setup) -> dict[str, Any]:
-    """An edit that raises, a gathered write that is rejected, one that is only monitored, a window that broke."""
+class Watched:
+    """An engine with a session, and the state that its weights and masters are compared with."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.engine = engine_of(load("llama").model, setup, learning_rate=1e-4)
+        self.masters = masters_of(self.engine)
+        self.session = session_of(self.engine.module, masters=self.masters)
+        self.remember()
+
+    def remember(self) -> None:
+        self.weights, self.kept = parts(self.engine), copies(self.masters)
+
+    def unlike(self) -> list[str]:
+        """What is not as remembered, and what the next step would undo."""
+        weights, masters = differing(parts(self.engine), self.weights), differing(copies(self.masters), self.kept)
+        return [*weights, *masters, *self.masters.stale()]
+
+    def scale(self, factor: float) -> None:
+        """Multiply the head the way DeepSpeed documents it."""
+        head, is_3 = named(self.engine)[HEAD], self.setup.stage == 3
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([head], modifier_rank=0, enabled=is_3):
+            if not is_3 or torch.distributed.get_rank() == 0:
+                head.mul_(factor)
+
+
+def ends_of_edits(rank: int, size: int, setup: Setup) -> dict[str, Any]:
+    """An edit that raises, one that replaces a parameter, one that is rejected, one that is only monitored."""
     join(size)
-    engine = engine_of(load("llama").model, setup, learning_rate=1e-4)
-    masters = masters_of(engine)
-    session = session_of(engine.module, masters=masters)
+    run = Watched(setup)
+    engine, session = run.engine, run.session
     step(engine, 1)
+    run.remember()
     facts: dict[str, Any] = {}
-    before, kept = parts(engine), copies(masters)
-
-    def unlike() -> list[str]:
-        return [*differing(parts(engine), before), *differing(copies(masters), kept), *masters.stale()]
-
-    def scale(name: str, factor: float) -> None:
-        parameter = named(engine)[name]
-        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=setup.stage == 3):
-            if setup.stage < 3 or rank == 0:
-                parameter.mul_(factor)
-
     try:
         with session.edit("breaks off"):
-            scale(HEAD, 2.0)
-            masters.refresh([HEAD])
+            run.scale(2.0)
+            run.masters.refresh([HEAD])
             raise RuntimeError("the edit broke off")
     except RuntimeError as error:
         facts["raised"] = str(error)
-    facts["unlike after an error"] = unlike()
+    facts["unlike after an error"] = run.unlike()
+
+    # In stage 3 a parameter that is not DeepSpeed's can be neither gathered nor compared: that is an error.
+    trained = engine.module.lm_head.weight
+    try:
+        with session.edit("replaced"):
+            engine.module.lm_head.weight = torch.nn.Parameter(torch.zeros(40, 64, dtype=setup.dtype))
+    except (AttributeError, InputError) as error:
+        facts["replaced"] = str(error)
+    facts["put back"] = engine.module.lm_head.weight is trained
+    facts["unlike after replacing"] = run.unlike()
 
     with session.edit("times 1000") as judged:
-        scale(HEAD, 1000.0)
+        run.scale(1000.0)
     facts["times 1000"] = verdict_of(judged)
-    facts["unlike after times 1000"] = unlike()
+    facts["unlike after times 1000"] = run.unlike()
     step(engine, 2, learning_rate=0.0)
-    facts["unlike after times 1000 and a step"] = unlike()
+    facts["unlike after times 1000 and a step"] = run.unlike()
 
     with session.edit("tiny change", on_violation="monitor") as judged:
-        scale(HEAD, 1.0 + 2.0**-7)
+        run.scale(1.0 + 2.0**-7)
     facts["tiny change"] = verdict_of(judged)
-    facts["stale after a tiny change"] = masters.stale()
-    facts["changed by it"] = differing(parts(engine), before)
+    facts["stale after a tiny change"] = run.masters.stale()
+    facts["changed by it"] = differing(parts(engine), run.weights)
+    return facts
 
-    session.watch()
-    before, kept = parts(engine), copies(masters)
-    step(engine, 3, learning_rate=1e-4)
-    good = session.check_window(step=3)
-    facts["good window"] = verdict_of(good)
-    before, kept = parts(engine), copies(masters)
+
+def ends_of_windows(rank: int, size: int, setup: Setup) -> dict[str, Any]:
+    """A window of training that is kept, and one that broke."""
+    join(size)
+    run = Watched(setup)
+    run.session.watch()
+    step(run.engine, 1)
+    facts: dict[str, Any] = {"good window": verdict_of(run.session.check_window(step=1))}
+    facts["moved"] = len(differing(parts(run.engine), run.weights))
+    run.remember()
     with torch.no_grad():
-        for master in masters.tensors().values():
+        for master in run.masters.tensors().values():
             master.mul_(float("nan"))  # what a step with NaN gradients leaves behind
-    step(engine, 4)
-    facts["broken"] = sum(int(live_part(p).isnan().any()) for p in named(engine).values())
-    facts["broken window"] = verdict_of(session.check_window(step=4))
-    facts["unlike after the broken window"] = unlike()
+    step(run.engine, 2)
+    facts["broken"] = sum(int(live_part(parameter).isnan().any()) for parameter in named(run.engine).values())
+    facts["broken window"] = verdict_of(run.session.check_window(step=2))
+    facts["unlike after the broken window"] = run.unlike()
     return facts
