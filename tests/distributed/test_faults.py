@@ -38,7 +38,7 @@ TABLES = {
 
 
 def scene_of(rank: int, size: int, folder: Path, limit: float, *, sharded: bool) -> Scene:
-    scene = Scene(rank, size, folder, limit)
+    scene = Scene(rank, size, folder / "evidence", limit)
     if sharded:
         shard(scene.model)
     assert dist.get_world_size() == size
@@ -50,8 +50,9 @@ def scene_of(rank: int, size: int, folder: Path, limit: float, *, sharded: bool)
 def live(rank: int, size: int, table: str, folder: Path) -> list[Outcome]:
     sharded = table == "of a sharded model"
     scene = scene_of(rank, size, folder, PATIENT, sharded=sharded)
+    writes = table in ("around the edit", "of a sharded model")
     if table != "at the start":
-        scene.begin(output_dir=folder)
+        scene.begin(**({"output_dir": scene.folder, "trackers": ["jsonl", fault_tables.TRACKER]} if writes else {}))
     found = []
     for fault in TABLES[table]:
         for scene.victim in fault.victims:

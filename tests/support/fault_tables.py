@@ -26,6 +26,9 @@ from weightproof import GuardSession, edits, kinds, probes, snapshot, tensor_sto
 SHORT = 2.0
 
 BAD_LUCK = ValueError("bad luck")
+# Early in the forward pass: where weights are sharded, most of its all-gathers are yet to come.
+EARLY = "model.layers.0.mlp.down_proj"
+
 DATA = [{"input_ids": [5, 6, 7, 8, 9, 10]}, {"input_ids": [11, 12, 13, 14]}]
 
 
@@ -88,7 +91,7 @@ def while_measured(scene: Scene, forward: Callable[..., Any]) -> None:
     assess = scene.guard._assessor.assess
 
     def assessed(*args: Any) -> Any:
-        hook = scene.model.get_submodule("model.norm").register_forward_hook(forward)
+        hook = scene.model.get_submodule(EARLY).register_forward_hook(forward)
         try:
             return assess(*args)
         finally:
@@ -170,8 +173,8 @@ def at_the_snapshot(scene: Scene, fault: Callable[[], None]) -> None:
 
 def at_the_first_pass(scene: Scene, fault: Callable[[], None]) -> None:
     before = scene.entered
-    norm = scene.model.get_submodule("model.norm")
-    hook = norm.register_forward_hook(after(fault if scene.hit else lambda: None, lambda *a: a[-1]))
+    early = scene.model.get_submodule(EARLY)
+    hook = early.register_forward_hook(after(fault if scene.hit else lambda: None, lambda *a: a[-1]))
     try:
         scene.edit()
     finally:
@@ -224,33 +227,57 @@ class Noted(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def writes_evidence(scene: Scene, name: str, value: Any) -> None:
-    """The faulty process says in its log that evidence is missing; nobody else does."""
-    noted = Noted()
-    logging.getLogger("weightproof").addHandler(noted)
+def says_what_is_missing(scene: Scene, edit: Callable[[], None]) -> None:
+    """The faulty process notes in its log which evidence could not be written; nobody else does."""
+    noted, logger = Noted(), logging.getLogger("weightproof")
+    logger.addHandler(noted)
     try:
-        with scene.patched(scene.guard, name, value):
-            scene.edit()
+        edit()
     finally:
-        logging.getLogger("weightproof").removeHandler(noted)
+        logger.removeHandler(noted)
     assert len(noted.messages) == int(scene.hit)
     assert all("the evidence of step" in message for message in noted.messages)
 
 
-class Broken:
-    """A tracker that cannot log."""
+def without_folder(scene: Scene) -> None:
+    """A file is in the place of the output folder."""
+    away = scene.folder.with_name("away")
+    if scene.hit:
+        scene.folder.rename(away)
+        scene.folder.touch()
+    try:
+        says_what_is_missing(scene, scene.edit)
+    finally:
+        if scene.hit:
+            scene.folder.unlink()
+            away.rename(scene.folder)
 
-    name = "broken"
 
-    def __init__(self, error: Exception) -> None:
-        self.log_event = raising(error)
+class Unreliable:
+    """A tracker that cannot log while `error` is set."""
+
+    name = "unreliable"
+    error: Exception | None = None
+
+    def log_event(self, event: object) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def log_picture(self, key: str, png: bytes, step: int) -> None:
+        """Not kept."""
+
+    def log_certificate(self, path: Path, *, action: str, step: int) -> None:
+        """Not kept."""
 
     def close(self) -> None:
         """Nothing to flush."""
 
 
-def tracks(scene: Scene, error: Exception) -> None:
-    with scene.patched(scene.guard, "trackers", (Broken(error),)):
+TRACKER = Unreliable()
+
+
+def tracking(scene: Scene, error: Exception) -> None:
+    with scene.patched(TRACKER, "error", error):
         scene.edit()
 
 
@@ -325,6 +352,8 @@ AROUND_THE_EDIT = (
           verdict="ROLLBACK", says="no longer runs"),
     Fault("has no memory for the pass after it", lambda s: while_measured(s, raising(MemoryError("cache"))),
           "MemoryError", "CollectiveError", "rank {rank} failed in outputs after the change: MemoryError: cache"),
+    Fault("is interrupted in a forward pass", lambda s: while_measured(s, after(interrupt, lambda *a: a[-1])),
+          "KeyboardInterrupt", "CollectiveError", "rank {rank} failed in outputs after the change: KeyboardInterrupt"),
     Fault("fails to read a matrix", lambda s: reading(s, raising(MemoryError("workspace"))),
           "MemoryError", "CollectiveError", "rank {rank} failed in ... MemoryError: workspace"),
     Fault("fails in a guard", lambda s: judging(s, raising(ZeroDivisionError("limit"))),
@@ -338,11 +367,11 @@ AROUND_THE_EDIT = (
     Fault("cannot prove the restore", alters_the_kept_copy,
           "RestoreError", "RestoreError", f"rank {{rank}}: the kept copy of {WEIGHT} was altered", verdict="HALT",
           weights="lost here"),
-    Fault("cannot write the certificate", lambda s: writes_evidence(s, "output_dir", Path(__file__) / "below a file"),
+    Fault("cannot write the certificate", without_folder,
           verdict="KEEP", weights="kept", victims=(0,)),
-    Fault("has a tracker without room", lambda s: writes_evidence(s, "trackers", (Broken(OSError("disk full")),)),
+    Fault("has a tracker without room", lambda s: says_what_is_missing(s, lambda: tracking(s, OSError("disk full"))),
           verdict="KEEP", weights="kept", victims=(0,)),
-    Fault("has a tracker that breaks", lambda s: tracks(s, RuntimeError("no route")),
+    Fault("has a tracker that breaks", lambda s: tracking(s, RuntimeError("no route")),
           "RuntimeError", "CollectiveError", "rank {rank} failed in writing the evidence: RuntimeError: no route",
           verdict="KEEP", weights="kept", victims=(0,)),
 )

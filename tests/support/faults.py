@@ -81,20 +81,21 @@ class Scene:
         with patch.object(owner, name, self.here(value, getattr(owner, name))):
             yield
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that this process has of the model, itself."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         return {name: local_of(tensor).detach() for name, tensor in tensors.items()}
 
     def held(self) -> dict[str, torch.Tensor]:
         """Copies of everything that this process has of the model."""
-        return {name: tensor.clone() for name, tensor in self._tensors().items()}
+        return {name: tensor.clone() for name, tensor in self.tensors().items()}
 
     def is_as(self, held: dict[str, torch.Tensor]) -> bool:
-        now = self._tensors()
+        now = self.tensors()
         return now.keys() == held.keys() and all(same_bits(now[name], held[name]) for name in held)
 
     def put_back(self, held: dict[str, torch.Tensor]) -> None:
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors().items():
             tensor.copy_(held[name])
 
 
