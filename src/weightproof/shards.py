@@ -30,6 +30,10 @@ from weightproof.placements import (
     shape_of,
 )
 
+# Of a cut by columns, parts arrive in pieces of about this size, in at most so many turns.
+_STAGED_BYTES = 1 << 22
+_MOST_TURNS = 16
+
 Item = TypeVar("Item")
 R = TypeVar("R")
 
@@ -141,8 +145,9 @@ def flat_kernels(shard: Shard) -> Shard:
 def assemble(processes: Processes, operation: str, requests: Sequence[tuple[int, Shard]]) -> list[Tensor | None]:
     """Bring the parts of sharded tensors together, each on its owner; nobody else allocates it.
 
-    Parts are received straight into the result, and an owner that holds everything gets its own part.
-    Every rank calls this with the same requests, inside `processes.together` where it can fail on one.
+    Parts are received straight into the result, those of a cut by columns some rows at a time, to be
+    put in place; an owner that holds everything gets its own part. Every rank calls this with the
+    same requests, inside `processes.together` where it can fail on one.
 
     Args:
         processes: All of them take part.
@@ -150,25 +155,21 @@ def assemble(processes: Processes, operation: str, requests: Sequence[tuple[int,
         requests: (owner, this rank's shard) of each tensor.
 
     Returns:
-        On its owner the whole tensor, (d_out, d_in) where it is turned; None elsewhere. Do not write to it.
+        On its owner the whole tensor, row after row as it is stored, seen as (d_out, d_in) where it is turned;
+        None elsewhere. Do not write to it.
     """
-    sends: list[Message] = []
-    receives: list[Message] = []
-    wholes: list[Tensor | None] = []
-    for owner, shard in requests:
-        holders, mine = _holders(shard), owner == processes.rank
-        if holders == [owner]:
-            wholes.append(_oriented(shard.local.reshape(shard.shape), shard) if mine else None)
-            continue
-        buffer = torch.empty(_packed_shape(shard), dtype=shard.dtype, device=shard.local.device) if mine else None
-        if processes.rank in holders:
-            sends.append((owner, _packed(shard.local, shard).contiguous()))
-        if buffer is not None:
-            receives += [(holder, _slot(buffer, shard, holder)) for holder in holders]
-        wholes.append(None if buffer is None else _oriented(_packed(buffer, shard), shard))
-    if any(_holders(shard) not in ([], [owner]) for owner, shard in requests):
-        processes.exchange(_named(operation, [shard for _, shard in requests]), sends, receives)
-    return wholes
+    wholes = [_room_for(shard, owner) if owner == processes.rank else None for owner, shard in requests]
+
+    def moves(number: int, rows: slice) -> Iterator[_Move]:
+        (owner, shard), whole = requests[number], wholes[number]
+        for holder in _holders(shard):
+            source = shard.local[rows] if holder == processes.rank else None
+            yield _Move(holder, owner, source, None if whole is None else _slot(whole, shard, holder, rows))
+
+    _carry(processes, operation, requests, moves)
+    return [
+        None if whole is None else _oriented(whole, shard) for (_, shard), whole in zip(requests, wholes, strict=True)
+    ]
 
 
 def distribute(processes: Processes, operation: str, items: Sequence[tuple[int, Shard, Tensor | None]]) -> list[Tensor]:
@@ -185,22 +186,98 @@ def distribute(processes: Processes, operation: str, items: Sequence[tuple[int, 
     Raises:
         InputError: On an owner whose values are missing or of another shape.
     """
-    sends: list[Message] = []
-    receives: list[Message] = []
-    parts: list[Tensor] = []
-    for owner, shard, whole in items:
-        part = torch.empty(shard.local.shape, dtype=shard.dtype, device=shard.local.device)
-        if owner == processes.rank:
-            stored = _as_stored(whole, shard)
-            pieces = {holder: _cut(stored, shard, holder) for holder in _holders(shard)}
-            part = pieces.pop(owner, part)
-            sends += pieces.items()
-        elif processes.rank in _holders(shard):
-            receives.append((owner, part))
-        parts.append(part)
-    if any(_holders(shard) not in ([], [owner]) for owner, shard, _ in items):
-        processes.exchange(_named(operation, [shard for _, shard, _ in items]), sends, receives)
+    wholes = [_as_stored(whole, shard) if owner == processes.rank else None for owner, shard, whole in items]
+    parts = [torch.empty(shard.local.shape, dtype=shard.dtype, device=shard.local.device) for _, shard, _ in items]
+
+    def moves(number: int, rows: slice) -> Iterator[_Move]:
+        (owner, shard, _), whole = items[number], wholes[number]
+        for holder in _holders(shard):
+            target = parts[number][rows] if holder == processes.rank else None
+            yield _Move(owner, holder, None if whole is None else _slot(whole, shard, holder, rows), target)
+
+    _carry(processes, operation, [(owner, shard) for owner, shard, _ in items], moves)
     return parts
+
+
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """From the `source`, on the sender, into the `target`, on the receiver; None elsewhere."""
+
+    sender: int
+    receiver: int
+    source: Tensor | None
+    target: Tensor | None
+
+
+def _carry(
+    processes: Processes,
+    operation: str,
+    requests: Sequence[tuple[int, Shard]],
+    moves: Callable[[int, slice], Iterator[_Move]],
+) -> None:
+    """Make the moves of all tensors, some rows of each at a time; as many exchanges on every rank."""
+    blocks = [_row_blocks(shard) if _travels(shard, owner) else [slice(None)] for owner, shard in requests]
+    travels = any(_travels(shard, owner) for owner, shard in requests)
+    name = _named(operation, [shard for _, shard in requests])
+    spare: dict[tuple[int, int], Tensor] = {}
+    for turn in range(max(map(len, blocks), default=0)):
+        sends: list[Message] = []
+        receives: list[Message] = []
+        arrivals: list[tuple[Tensor, Tensor]] = []
+        for number in [number for number, rows in enumerate(blocks) if turn < len(rows)]:
+            for move in moves(number, blocks[number][turn]):
+                if move.sender == move.receiver:
+                    _copy_here(move)
+                elif move.source is not None:
+                    sends.append((move.receiver, _as_sent(move.source, requests[number][1])))
+                elif move.target is not None:
+                    arrivals.append((move.target, _landing(move.target, spare, (number, move.sender))))
+                    receives.append((move.sender, arrivals[-1][1]))
+        if travels:
+            processes.exchange(name, sends, receives)
+        for target, landing in arrivals:
+            if landing is not target:
+                target.copy_(landing)
+
+
+def _travels(shard: Shard, owner: int) -> bool:
+    """Whether anybody but its owner holds elements of a tensor."""
+    return _holders(shard) not in ([], [owner])
+
+
+def _row_blocks(shard: Shard) -> list[slice]:
+    """What travels at a time: all of it, or of a cut by columns some rows: they are put in place afterwards."""
+    if shard.layout != COLUMNS:
+        return [slice(None)]
+    row_bytes = torch.Size(shard.shape[1:]).numel() * shard.dtype.itemsize
+    step = max(1, _STAGED_BYTES // row_bytes, -(-shard.shape[0] // _MOST_TURNS))
+    return [slice(start, min(start + step, shard.shape[0])) for start in range(0, shard.shape[0], step)]
+
+
+def _copy_here(move: _Move) -> None:
+    """An owner's own part, unless both are the same memory."""
+    if move.source is not None and move.target is not None and move.source.data_ptr() != move.target.data_ptr():
+        move.target.copy_(move.source)
+
+
+def _as_sent(source: Tensor, shard: Shard) -> Tensor:
+    return source.to(device=shard.local.device, dtype=shard.dtype).contiguous()
+
+
+def _landing(target: Tensor, spare: dict[tuple[int, int], Tensor], key: tuple[int, int]) -> Tensor:
+    """Where to receive: in the target itself, or, where it is not one piece of memory, in what is kept for it."""
+    if target.is_contiguous():
+        return target
+    if key not in spare:  # the first rows are not fewer than those that come later
+        spare[key] = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+    return spare[key][: target.shape[0]]
+
+
+def _room_for(shard: Shard, owner: int) -> Tensor:
+    """Memory for a whole tensor on its owner; what it holds, where that is everything."""
+    if not _travels(shard, owner):
+        return shard.local.reshape(shard.shape)
+    return torch.empty(shard.shape, dtype=shard.dtype, device=shard.local.device)
 
 
 def _holders(shard: Shard) -> list[int]:
@@ -208,19 +285,12 @@ def _holders(shard: Shard) -> list[int]:
     return [rank for rank, (start, end) in enumerate(shard.ranges) if end > start and 0 not in shard.shape]
 
 
-def _packed_shape(shard: Shard) -> tuple[int, ...]:
-    return tuple(_packed(torch.empty(shard.shape, device="meta"), shard).shape)
-
-
-def _packed(tensor: Tensor, shard: Shard) -> Tensor:
-    """The cut dimension first, so that a part of the whole is one piece of memory; its own inverse."""
-    return tensor.transpose(0, 1) if shard.layout == COLUMNS else tensor
-
-
-def _slot(packed: Tensor, shard: Shard, rank: int) -> Tensor:
-    """Where a rank's part lies in a packed whole."""
-    start, end = shard.ranges[rank]
-    return packed.reshape(-1)[start:end] if shard.layout == FLAT else packed[start:end]
+def _slot(whole: Tensor, shard: Shard, rank: int, rows: slice) -> Tensor:
+    """Where a rank's part, or some rows of a part cut by columns, lies in the whole."""
+    part = slice(*shard.ranges[rank])
+    if shard.layout == COLUMNS:
+        return whole[rows, part]
+    return whole.reshape(-1)[part] if shard.layout == FLAT else whole[part]
 
 
 def _oriented(stored: Tensor, shard: Shard) -> Tensor:
@@ -233,11 +303,6 @@ def _as_stored(whole: Tensor | None, shard: Shard) -> Tensor:
         found = "nothing" if whole is None else f"shape {list(whole.shape)}"
         raise InputError(f"the owner of a tensor of shape {list(wanted)} has {found} to give back")
     return _oriented(whole.detach(), shard)
-
-
-def _cut(stored: Tensor, shard: Shard, rank: int) -> Tensor:
-    piece = _packed(_slot(_packed(stored, shard), shard, rank), shard)
-    return piece.to(device=shard.local.device, dtype=shard.dtype).contiguous()
 
 
 def _named(operation: str, shards: Sequence[Shard]) -> str:
@@ -310,20 +375,10 @@ def _brought_together(
     arrived = iter(assemble(processes, operation, sharded))
     mine: dict[int, list[Tensor | None]] = {}
     for index, found in wanted.items():
-        wholes = [_in_stored_order(next(arrived), part) if isinstance(part, Shard) else part for part in found]
+        wholes = [next(arrived) if isinstance(part, Shard) else part for part in found]
         if owners[index] == processes.rank:
             mine[index] = [whole if whole is None or isinstance(whole, Tensor) else whole() for whole in wholes]
     return mine
-
-
-def _in_stored_order(whole: Tensor | None, shard: Shard) -> Tensor | None:
-    """The same in the memory order of one process: the last bits of what is read from a matrix depend on it.
-
-    Only what is cut by columns comes in another order; its owner holds it twice until the work begins.
-    """
-    if whole is None or shard.layout != COLUMNS:
-        return whole
-    return _oriented(_oriented(whole, shard).contiguous(), shard)
 
 
 def _require_alike(processes: Processes, operation: str, costs: Sequence[float]) -> None:

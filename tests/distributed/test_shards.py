@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from worlds import run_world
 
+from weightproof import shards
 from weightproof.collective import Processes
 from weightproof.errors import CollectiveError, InputError
 from weightproof.placements import local_of, refusal_of, settle, shape_of
@@ -56,8 +57,9 @@ def sharded_forms(world_size):
     assert world_size == dist.get_world_size() > 1
 
 
-def meet_and_part(rank, size):
+def meet_and_part(rank, size, staged):
     processes = Processes.join(timeout=30)
+    shards._STAGED_BYTES = staged
     forms = list(sharded_forms(size))
     for start in range(size):  # each rank owns each form once
         owners = [(start + index) % size for index in range(len(forms))]
@@ -66,6 +68,8 @@ def meet_and_part(rank, size):
         for owner, (expected, _), whole in zip(owners, forms, wholes, strict=True):
             assert (whole is not None) == (owner == rank)
             assert whole is None or (whole.dtype == expected.dtype and torch.equal(whole, expected))
+            # what is read from a matrix depends on its memory order in the last bits
+            assert whole is None or whole.stride() == expected.stride() or whole.numel() < 2
         doubled = [None if whole is None else whole.double() for whole in wholes]
         back = distribute(processes, "part", [(*r, d) for r, d in zip(requests, doubled, strict=True)])
         for (_, part), returned in zip(requests, back, strict=True):
@@ -75,9 +79,10 @@ def meet_and_part(rank, size):
     return len(forms)
 
 
+@pytest.mark.parametrize("staged", [1 << 22, 64], ids=["at once", "in turns"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_parts_meet_on_any_owner_and_go_back_bit_for_bit(size):
-    assert run_world(meet_and_part, size) == [43] * size
+def test_parts_meet_on_any_owner_and_go_back_bit_for_bit(size, staged):
+    assert run_world(meet_and_part, size, staged) == [43] * size
 
 
 class NewMemory(TorchDispatchMode):
@@ -99,6 +104,7 @@ class NewMemory(TorchDispatchMode):
 
 def allocate_only_on_the_owner(rank, size):
     processes = Processes.join(timeout=30)
+    shards._STAGED_BYTES = 4096
     found = {}
     whole = values(203, 100)
     forms = {"rows": shard_of(cut(whole, 0)), "columns": shard_of(cut(whole, 1)), "flat": shard_of(zero3(whole))}
@@ -107,11 +113,11 @@ def allocate_only_on_the_owner(rank, size):
         with NewMemory() as memory:
             (result,) = assemble(processes, layout, [(1, part)])
         assert result is None or torch.equal(result, whole)
-        found[layout] = (memory.total, part.local.nbytes)
+        found[layout] = memory.total
     stack = cut(values(size, 50, 40), 0)
     with NewMemory() as memory:
         assemble(processes, "expert", [(1, slab(shard_of(stack), 1))])
-    found["an owner that holds it all"] = (memory.total, 0)
+    found["an owner that holds it all"] = memory.total
     return found
 
 
@@ -121,12 +127,12 @@ def test_only_the_owner_allocates_the_whole_and_nothing_beside_it():
     whole, slack = 203 * 100 * 4, 256  # a few bytes go to the meetings
     for rank, found in enumerate(results):
         for layout in ("rows", "columns", "flat"):
-            total, own = found[layout]
-            # columns do not lie together: a part is packed once before it is sent
-            packed = own if layout == "columns" else 0
-            assert total <= packed + (whole if rank == 1 else 0) + slack, (rank, layout)
+            total = found[layout]
+            # columns do not lie together: of 16 turns of 13 rows each, one is held until it is put in place
+            staged = 13 * 100 * 4 if layout == "columns" else 0
+            assert total <= (staged + whole if rank == 1 else 0) + slack, (rank, layout)
             assert total >= (whole if rank == 1 else 0)
-        assert found["an owner that holds it all"][0] <= slack
+        assert found["an owner that holds it all"] <= slack
 
 
 # ---------------------------------------------------------------- dealt work
