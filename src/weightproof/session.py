@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -37,7 +37,6 @@ from weightproof.errors import (
     EditRejectedError,
     InputError,
     RestoreError,
-    WeightproofError,
 )
 from weightproof.guard_state import STATE_FILE, GuardState
 from weightproof.guards.corrections import Correction, apply_correction
@@ -45,6 +44,7 @@ from weightproof.placements import settle
 from weightproof.plans import rewrite
 from weightproof.policy import Policy, load_policy
 from weightproof.probes import State, looks_untrained, read_state
+from weightproof.publisher import Publisher
 from weightproof.session_checks import (
     as_losses,
     common_losses,
@@ -52,13 +52,15 @@ from weightproof.session_checks import (
     parse_targets,
     processes_of,
     require_same,
+    require_same_call,
     require_sound,
 )
-from weightproof.snapshot import Snapshot, model_digest
+from weightproof.snapshot import Snapshot
 from weightproof.spikes import MEMORY, is_loss_spike
-from weightproof.steps import Cost, SafePoint, Step
+from weightproof.steps import Cost, MasterWeights, SafePoint, Step
 from weightproof.tensor_readings import digest_of, digests_at, read_tensors
-from weightproof.trackers import Tracker, open_trackers
+from weightproof.tensor_store import model_digest
+from weightproof.trackers import Tracker
 from weightproof.types import Action, WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices, unwrap
 
@@ -67,19 +69,7 @@ logger = logging.getLogger("weightproof")
 ON_VIOLATION = ("rollback", "raise", "monitor")
 T = TypeVar("T")
 
-__all__ = ["STATE_FILE", "GuardSession", "MasterWeights"]
-
-
-class MasterWeights(Protocol):
-    """Copies of the weights from which an optimizer rewrites the model at its next step (DeepSpeed ZeRO)."""
-
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """This process's part of the copies, by a stable name; kept and restored with every snapshot."""
-        ...
-
-    def refresh(self, names: Collection[str]) -> None:
-        """Write the present weights of these tensors into the copies."""
-        ...
+__all__ = ["STATE_FILE", "GuardSession"]
 
 
 class GuardSession:
@@ -132,7 +122,6 @@ class GuardSession:
         self._last_good: SafePoint | None = None
         self._held: State | None = None
         self._closed = False
-        self._picture: bytes | None = None
         self._resumed: list[Any] = []
         try:
             with self.processes.together("making the guard session"):
@@ -158,10 +147,7 @@ class GuardSession:
         self._current = State(self.baseline.readings, self.baseline.fits)
         self.cost.baseline_seconds = time.perf_counter() - started
         self.cost.baseline_bytes = evidence.baseline_bytes(self.baseline, self._assessor.cache)
-        with self.processes.together("opening the trackers"):
-            main = self.processes.is_main
-            self.trackers = open_trackers(trackers, self.output_dir, accelerator) if main else ()
-        self._wants_pictures = self.processes.broadcast("trackers", bool(self.trackers))
+        self._publisher = Publisher(self.processes, self.certificate, trackers, self.output_dir, accelerator)
 
     def _take(self, model: torch.nn.Module, policy: str | Path | Policy, retain: Any, target: Any) -> None:
         if not isinstance(model, torch.nn.Module):
@@ -213,6 +199,11 @@ class GuardSession:
         return tuple(self._history)
 
     @property
+    def trackers(self) -> tuple[Tracker, ...]:
+        """The trackers that are open on this process: none on any but rank 0."""
+        return self._publisher.trackers
+
+    @property
     def model_digest(self) -> str:
         """SHA-256 over the per-tensor digests of the last accepted state of the model."""
         return self._current.readings.model_digest
@@ -249,7 +240,7 @@ class GuardSession:
         with self._begun(name, kind, on_violation, step) as handle:
             with self.processes.together(f"targets of {name!r}"):
                 declared = parse_targets(targets)
-            self._require_same_call(handle, on_violation, targets=declared)
+            require_same_call(self.processes, handle, on_violation, targets=declared)
             self._refresh_baseline()
             point = self._safe_point()
             subject = Subject(handle.name, handle.kind, declared)
@@ -339,7 +330,7 @@ class GuardSession:
                 if (point := self._last_good) is None:
                     raise InputError("check_window needs a last good state: call session.watch() when training begins")
                 ours = as_losses(raw_losses)
-            self._require_same_call(handle, on_violation, in_warmup=in_warmup)
+            require_same_call(self.processes, handle, on_violation, in_warmup=in_warmup)
             losses = common_losses(ours, self.processes)
             spike = None if losses is None else is_loss_spike(self._losses, losses)
             subject = Subject(name, handle.kind, None, raw_losses=losses, loss_spike=spike, in_warmup=in_warmup)
@@ -372,22 +363,6 @@ class GuardSession:
         finally:
             if self._open is handle:
                 self._open = None
-
-    def _require_same_call(self, handle: Step, on_violation: str, **declared: object) -> None:
-        """Refuse processes that declare a step differently: they would judge it, or carry the verdict out, differently.
-
-        Raises:
-            InputError: On every process, naming two ranks and what differs between them.
-        """
-        ours = {
-            "kind": f"{handle.kind.name} {handle.kind.params() or ''}".strip(),
-            "step number": str(handle.step),
-            "on_violation": on_violation,
-            **{what: str(value) for what, value in declared.items()},
-        }
-        named = {f"{what} of {handle.name!r}": value for what, value in ours.items()}
-        advice = "Make the same call on every process"
-        require_same(self.processes, f"declaration of {handle.name!r}", named, advice)
 
     @property
     def _present(self) -> State:
@@ -431,7 +406,8 @@ class GuardSession:
     def _with_strays(self, subject: Subject, snapshot: Snapshot) -> Subject:
         """Note the tensors that changed since the last accepted state, outside of any guarded change."""
         known = self._present.readings.tensors
-        digests = digests_at(snapshot, self.model, self.processes)
+        with self.processes.together("digests of the snapshot"):
+            digests = digests_at(snapshot, self.model, self.processes)
         # A copy that was not that of rank 0 (a buffer that training moved) has no known digest: it is not compared.
         own = {name for name, reading in known.items() if self.processes.rank in reading.differing_ranks}
         differing = {name for name, digest in digests.items() if name not in known or known[name].digest != digest}
@@ -458,8 +434,7 @@ class GuardSession:
                 subject = replace(subject, planned={}, corrected=corrected)
                 result = self._assessor.assess(snapshot, current, self.baseline, subject, handle.step)
             handle.decision, handle.record = result.decision, result.state.readings.edit
-            if self._wants_pictures and subject.kind.name != "train":
-                self._picture = evidence.spectrum_of_worst(handle, self.model, self.baseline, self.processes)
+            self._publisher.draw(handle, self.model, self.baseline)
         handle.seconds = time.perf_counter() - started
         self.cost.check_seconds += handle.seconds
         self.cost.checks += 1
@@ -483,9 +458,8 @@ class GuardSession:
         keep = decision.action is Action.KEEP or on_violation == "monitor"
         handle.applied = "kept" if keep else "restored"
         if keep:
-            if self.masters is not None and not window:
-                with self.processes.together("writing the optimizer's master weights"):
-                    self.masters.refresh(handle.record.changed_names if handle.record is not None else ())
+            if not window:
+                self._refresh_masters(handle, point)
             kept = decision.action is Action.KEEP
             self._accept(state, window=window, trained=kept and handle.kind.name == "train", spiked=not kept)
         else:
@@ -503,6 +477,18 @@ class GuardSession:
         self._publish(handle)
         if on_violation == "raise" and not keep:
             raise EditRejectedError(f"{handle.name} was rolled back: {decision.reason}")
+
+    def _refresh_masters(self, handle: Step, point: SafePoint) -> None:
+        """Write a kept edit into the optimizer's copies; half written ones go back with the weights."""
+        if self.masters is None or handle.record is None:
+            return
+        try:
+            with self.processes.together("writing the optimizer's master weights"):
+                self.masters.refresh(handle.record.changed_names)
+        except BaseException:
+            handle.applied = None
+            self._restore(point)
+            raise
 
     def _accept(self, state: State, *, window: bool, trained: bool, spiked: bool) -> None:
         if window and self._held is None and not spiked and self._grew_untrained(state):
@@ -529,10 +515,10 @@ class GuardSession:
     def _restore(self, point: SafePoint) -> None:
         """Put this process's part back; proven by digests, and by a forward pass while the others are there."""
         if self.processes.lost:
-            _put_back(point)
+            point.put_back()
             return
         with self.processes.together("restoring the snapshot"):
-            _put_back(point)
+            point.put_back()
         with self.processes.together("proving the restore"):
             self._assessor.prove_forward(point.forward)
 
@@ -541,30 +527,7 @@ class GuardSession:
     def _publish(self, handle: Step) -> None:
         """Record a judged step: history, then the certificate file, then the trackers."""
         self._history.append(handle)
-        with self.processes.together("writing the evidence"):
-            try:
-                self._write_evidence(handle)
-            except (OSError, WeightproofError) as error:
-                # The verdict stands and was carried out: a full disk may not undo it, nor hide it behind another
-                # error, nor end the run of the processes that do not write.
-                logger.error("the evidence of step %d, %s, could not be written: %s", handle.step, handle.name, error)
-
-    def _write_evidence(self, handle: Step) -> None:
-        picture, self._picture = self._picture, None
-        # The certificate carries every step: written after each quiet window, a run would take quadratic time.
-        path = None if _is_quiet(handle) else self._save_certificate()
-        event = evidence.event_of(handle)
-        for tracker in self.trackers:
-            tracker.log_event(event)
-            if picture is not None:
-                tracker.log_picture("guard/spectrum", picture, handle.step)
-            if path is not None and handle.kind.name != "train":
-                tracker.log_certificate(path, action=event.action, step=handle.step)
-
-    def _save_certificate(self) -> Path | None:
-        if self.output_dir is None or not self.processes.is_main:
-            return None
-        return self.certificate().save(self.output_dir / "certificate.json")
+        self._publisher.publish(handle)
 
     def certificate(self) -> Certificate:
         """The statement over the model as it is now, with every step judged so far."""
@@ -640,8 +603,8 @@ class GuardSession:
             InputError: If the certificate cannot be written; everything is freed and closed all the same.
         """
         try:
-            if not self._closed and self._history and _is_quiet(self._history[-1]):
-                self._save_certificate()
+            if not self._closed and self._history:
+                self._publisher.complete(self._history[-1])
         finally:
             self._release()
 
@@ -650,21 +613,5 @@ class GuardSession:
         if self._last_good is not None:
             self._last_good.snapshot.discard()
             self._last_good = None
-        for tracker in self.trackers:
-            tracker.close()
+        self._publisher.close()
         self.processes.close()
-
-
-def _put_back(point: SafePoint) -> None:
-    """Restore the snapshot; one interrupt does not leave the model half restored."""
-    try:
-        point.snapshot.restore()
-    except KeyboardInterrupt:
-        point.snapshot.restore()
-        raise
-
-
-def _is_quiet(step: Step) -> bool:
-    """Whether a step is a window of training that was kept without a warning: the event log suffices for it."""
-    decision = step.decision
-    return step.kind.name == "train" and decision is not None and decision.action is Action.KEEP and not decision.warned

@@ -9,6 +9,7 @@ from typing import Any
 from weightproof.baseline import Baseline
 from weightproof.collective import Processes
 from weightproof.errors import BaselineError, InputError
+from weightproof.steps import Step
 from weightproof.types import TensorReading
 
 
@@ -45,6 +46,22 @@ def require_same(processes: Processes, operation: str, ours: Mapping[str, str], 
                     f"{what}: not the same on every process (rank 0 has {_short(every[0][what])}, rank {rank} has "
                     f"{_short(value)}). {advice}"
                 )
+
+
+def require_same_call(processes: Processes, step: Step, on_violation: str, **declared: object) -> None:
+    """Refuse processes that declare a step differently: they would judge it, or carry the verdict out, differently.
+
+    Raises:
+        InputError: On every process, naming two ranks and what differs between them.
+    """
+    ours = {
+        "kind": f"{step.kind.name} {step.kind.params() or ''}".strip(),
+        "step number": str(step.step),
+        "on_violation": on_violation,
+        **{what: str(value) for what, value in declared.items()},
+    }
+    named = {f"{what} of {step.name!r}": value for what, value in ours.items()}
+    require_same(processes, f"declaration of {step.name!r}", named, "Make the same call on every process")
 
 
 def _short(value: str) -> str:

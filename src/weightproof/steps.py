@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
 
 from weightproof.kinds import Kind
 from weightproof.snapshot import Snapshot
 from weightproof.types import Decision, EditRecord, Verdict
+
+
+class MasterWeights(Protocol):
+    """Copies of the weights from which an optimizer rewrites the model at its next step (DeepSpeed ZeRO)."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """This process's part of the copies, by a stable name; kept and restored with every snapshot."""
+        ...
+
+    def refresh(self, names: Collection[str]) -> None:
+        """Write the present weights of these tensors into the copies."""
+        ...
 
 
 @dataclass
@@ -32,6 +48,14 @@ class SafePoint:
 
     snapshot: Snapshot
     forward: str | None
+
+    def put_back(self) -> None:
+        """Restore the snapshot; one interrupt does not leave the model half restored."""
+        try:
+            self.snapshot.restore()
+        except KeyboardInterrupt:
+            self.snapshot.restore()
+            raise
 
 
 class Step:
