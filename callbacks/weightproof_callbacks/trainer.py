@@ -27,7 +27,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -330,9 +330,10 @@ class GuardCallback(TrainerCallback):
         except Exception as error:
             self._recorder.detach()
             self._stop(control)
-            for tracker in self.session.trackers if self.session is not None else ():
-                tracker.close()
             logger.error("the guard cannot vouch for this model, training ends and saves nothing: %s", error)
+            if self.session is not None:
+                with suppress(InputError):  # no certificate can be written: `error` matters more
+                    self.session.close()
             raise
 
     def _warn_of_unreached_edits(self, state: TrainerState) -> None:

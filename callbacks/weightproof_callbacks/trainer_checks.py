@@ -65,9 +65,18 @@ def known_to_all(timeout: float) -> Iterator[None]:
         yield
     except Exception as error:
         # What the meeting itself raises here matters less than what went wrong on this process.
-        with suppress(WeightproofError), Processes.join(timeout).together("preparing the guard"):
-            raise error
+        with suppress(WeightproofError):
+            _tell(error, timeout)
         raise
+
+
+def _tell(error: Exception, timeout: float) -> None:
+    processes = Processes.join(timeout)
+    try:
+        with processes.together("preparing the guard"):
+            raise error
+    finally:
+        processes.close()
 
 
 def require_all_processes(args: TrainingArguments) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.trainer_runs import (
+    ROWS,
     Mishap,
     NaNLoss,
     bad_luck,
@@ -91,9 +92,8 @@ def twins(rank, size, folder):
         model = RunningLossForCausalLM(tiny_llama(dropout=0.1).config)
         states = RandomStates()
         settings = {"eval_strategy": "steps", "eval_steps": 4, "gradient_accumulation_steps": 2, "logging_steps": 2}
-        trainer = trainer_of(
-            size, folder / name, [*guards, states], model=model, steps=12, per_device_train_batch_size=4, **settings
-        )
+        settings |= {"per_device_train_batch_size": 4, "average_tokens_across_devices": name != "edited"}
+        trainer = trainer_of(size, folder / name, [*guards, states], model=model, steps=12, **settings)
         trainer.train_dataset = OrderedChains(512, seed=1)
         trainer.train()
         assert type(trainer.model_wrapped) is DistributedDataParallel
@@ -105,6 +105,8 @@ def twins(rank, size, folder):
     assert [step.step for step in runs["guarded"][0].history] == [3, 4, 6, 8, 9, 12]
     (edit,) = [step for step in runs["edited"][0].history if step.name != "train"]
     assert edit.record.stray_names == (), "buffers that training moved apart were not changed by anybody"
+    seen = torch.tensor(runs["edited"][0].session._losses).view(-1, 2).mean(1).tolist()
+    assert seen == pytest.approx(list(logged_losses(trainer).values()), rel=1e-4), "of tokens averaged on each process"
     return found
 
 
@@ -140,19 +142,20 @@ def test_a_guard_without_violation_disturbs_nothing_on_any_rank(tmp_path):
 
 # ---- verdicts, files, trackers --------------------------------------------------------------------------------------
 
-EDITS = {50: RTN(8), 55: RTN(2)}
+EDITS = {30: RTN(8), 35: RTN(2)}
 
 
 def guarded(size, folder, **changes):
-    guard, before, after = GuardCallback(every=20, edits=EDITS), Recorder(55), Recorder(50, 55)
-    trainer = trained(size, folder, [before, guard, after], steps=60, logging_steps=1, **changes)
+    guard, before, after = GuardCallback(every=15, edits=EDITS), Recorder(35), Recorder(30, 35)
+    changes |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": ROWS // size // 2}
+    trainer = trained(size, folder, [before, guard, after], steps=40, logging_steps=1, **changes)
     assert guard.session.processes.size == size
     assert {step.decision.world_size for step in guard.history} == {size}
-    assert same(before.seen[55], after.seen[55]), "bit for bit as before the rejected edit"
+    assert same(before.seen[35], after.seen[35]), "bit for bit as before the rejected edit"
     return {
         "decisions": decisions(guard), "digests": digests(guard), "model_digest": guard.session.model_digest,
         "losses": guard.session._losses, "logged": list(logged_losses(trainer).values()),
-        "kept": after.seen[50], "restored": after.seen[55], "last": weights(trainer.model),
+        "kept": after.seen[30], "restored": after.seen[35], "last": weights(trainer.model),
     }  # fmt: skip
 
 
@@ -172,9 +175,8 @@ def test_windows_and_edits_have_one_verdict_one_certificate_and_one_wandb_run(tm
     first, second = run_world(guarded_with_wandb, 2, tmp_path)
     alone = guarded(1, tmp_path / "alone")
     assert first["decisions"] == [
-        (20, "train", "KEEP", "kept"), (40, "train", "KEEP", "kept"), (50, "train", "KEEP", "kept"),
-        (50, "rtn-int8-channel", "KEEP", "kept"), (55, "train", "KEEP", "kept"),
-        (55, "rtn-int2-channel", "ROLLBACK", "restored"), (60, "train", "KEEP", "kept"),
+        (15, "train", "KEEP", "kept"), (30, "train", "KEEP", "kept"), (30, "rtn-int8-channel", "KEEP", "kept"),
+        (35, "train", "KEEP", "kept"), (35, "rtn-int2-channel", "ROLLBACK", "restored"), (40, "train", "KEEP", "kept"),
     ]  # fmt: skip
     for name in ("decisions", "digests", "losses", "model_digest"):
         assert first[name] == second[name], name
@@ -182,7 +184,7 @@ def test_windows_and_edits_have_one_verdict_one_certificate_and_one_wandb_run(tm
         assert same(first[name], second[name]), name
     assert alone["decisions"] == first["decisions"]
     assert alone["digests"] == first["digests"]
-    # Two halves of a batch are added in another order than one batch: the rest of 60 steps.
+    # Parts of a batch are added in another order than the whole: what is left of that after 40 steps.
     assert alone["losses"] == pytest.approx(first["losses"], rel=2e-3)
     assert first["losses"] == pytest.approx(first["logged"][-len(first["losses"]) :], rel=1e-4)
 
@@ -208,14 +210,17 @@ def ask_to_stop(model, control):
     control.should_training_stop = True
 
 
-def live_through(size, folder, callbacks, *, drain=None, **settings):
+def live_through(size, folder, callbacks, *, drain=None, run=None, **settings):
     """A short run: judged at steps 4 and 8 of 10, evaluated and saved there."""
     guard, recorder = GuardCallback(**{"every": 4, **settings}), Recorder(4, 8)
     if drain is not None:
         guard._recorder.drain = drain
-    both = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
-    trainer = trainer_of(size, folder, [*callbacks, guard, recorder], steps=10, **both)
+    often = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4, "steps": 10}
+    trainer = trainer_of(size, folder, [*callbacks, guard, recorder], **{**often, **(run or {})})
     return {"end": ended(trainer, guard), "seen": {**recorder.seen, "last": weights(trainer.model)}}
+
+
+EPOCHS = {"save_strategy": "epoch", "eval_strategy": "epoch", "num_train_epochs": 2, "steps": -1}
 
 
 def faults(rank, size, folder):
@@ -227,6 +232,10 @@ def faults(rank, size, folder):
         "nan loss, stop": ([NaNLoss(1)], {"on_violation": "stop"}),
         "nan weight, stop": ([Mishap(0, 8, nan_in_lm_head)], {"on_violation": "stop"}),
         "nan weight, monitor": ([Mishap(1, 8, nan_in_lm_head)], {"on_violation": "monitor"}),
+        "nan weight, epochs, stop": (
+            [Mishap(1, 32, nan_in_lm_head)],
+            {"every": 100, "run": EPOCHS, "on_violation": "stop"},
+        ),
         "exception in the guard": ([], {"drain": bad_luck if rank == 1 else None}),
         "flag of one rank": ([Mishap(0, 4, ask_to_stop)], {}),
         "other settings": ([], {"every": 4 + rank}),
@@ -284,6 +293,11 @@ def test_a_fault_of_one_process_has_one_outcome_on_both(tmp_path):
     assert same(copies("nan weight, stop", 4), copies("nan weight, stop", "last"))
     assert (tmp_path / "nan weight, stop" / "checkpoint-4" / STATE_FILE).is_file()
     assert not (tmp_path / "nan weight, stop" / "checkpoint-8").exists()
+
+    found, reason, last = run_of("nan weight, epochs, stop")
+    assert (found, last) == ([(32, "train", "ROLLBACK", "restored")], 32)
+    assert NAN_ON_1 in reason
+    assert not (tmp_path / "nan weight, epochs, stop" / "checkpoint-32").exists()
 
     found, reason, last = run_of("nan weight, monitor")
     assert [row[2:] for row in found] == [("KEEP", "kept"), ("ROLLBACK", "kept"), ("ROLLBACK", "kept")]

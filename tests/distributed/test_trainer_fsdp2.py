@@ -70,16 +70,16 @@ class PartsBefore(Parts):
     """The same, before the guard acts."""
 
 
-EDITS = {50: RTN(8), 55: RTN(2)}
-SAVE = {"save_strategy": "steps", "save_steps": 60, "save_only_model": True}
+EDITS = {30: RTN(8), 35: RTN(2)}
+SAVE = {"save_strategy": "steps", "save_steps": 40, "save_only_model": True}
 
 
 def edited(size, folder, model):
-    guard, before, after = GuardCallback(every=20, edits=EDITS), PartsBefore(55), Parts(55)
-    trainer = trainer_of(size, folder, [before, guard, after], model=model, steps=60, logging_steps=1, **SAVE)
+    guard, before, after = GuardCallback(every=15, edits=EDITS), PartsBefore(35), Parts(35)
+    trainer = trainer_of(size, folder, [before, guard, after], model=model, steps=40, logging_steps=1, **SAVE)
     trainer.train()
     assert guard.session.processes.size == size
-    assert same(before.seen[55], after.seen[55]), "bit for bit as before the rejected edit"
+    assert same(before.seen[35], after.seen[35]), "bit for bit as before the rejected edit"
     return {
         "decisions": decisions(guard), "digests": digests(guard), "model_digest": guard.session.model_digest,
         "losses": guard.session._losses, "logged": list(logged_losses(trainer).values()),
@@ -132,8 +132,8 @@ def sharded(rank, size, folder):
 def resumed_alone(folder):
     """One process goes on with the whole model; of models sharded when loaded, Trainer saves no optimizer."""
     guard = GuardCallback(every=2)
-    trainer = trainer_of(1, folder, [guard], model=whole_model(), steps=62)
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-60"))
+    trainer = trainer_of(1, folder, [guard], model=whole_model(), steps=42)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-40"))
     return decisions(guard), [step["step"] for step in guard.session.certificate().predicate["steps"]]
 
 
@@ -146,15 +146,15 @@ def test_sharded_weights_are_guarded_as_the_whole_model_is(tmp_path):
     alone = edited(1, tmp_path / "alone", whole_model())
     here, there = (found["edited"] for found in both)
     assert here == there
-    assert [row[2] for row in here["decisions"]] == ["KEEP"] * 5 + ["ROLLBACK", "KEEP"]
+    assert [row[2] for row in here["decisions"]] == ["KEEP"] * 4 + ["ROLLBACK", "KEEP"]
     assert (here["decisions"], here["digests"]) == (alone["decisions"], alone["digests"])
     assert here["losses"] == pytest.approx(alone["losses"], rel=2e-3)
     assert here["losses"] == pytest.approx(here["logged"][-len(here["losses"]) :], rel=1e-4)
     certificate = Certificate.load(tmp_path / "edited" / "weightproof" / "certificate.json")
     assert (certificate.predicate["world_size"], certificate.model_digest) == (2, here["model_digest"])
-    assert (tmp_path / "edited" / "checkpoint-60" / STATE_FILE).is_file()
+    assert (tmp_path / "edited" / "checkpoint-40" / STATE_FILE).is_file()
     rest, steps = resumed_alone(tmp_path / "edited")
-    assert (rest, steps) == ([(62, "train", "KEEP", "kept")], [20, 40, 50, 50, 55, 55, 60, 62])
+    assert (rest, steps) == ([(42, "train", "KEEP", "kept")], [15, 30, 30, 35, 35, 40, 42])
 
     for (plain, plain_rows, plain_random), (guarded, rows, random) in (found["twins"] for found in both):
         assert same(plain, guarded)
