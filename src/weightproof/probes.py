@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tqdm.auto import tqdm
@@ -38,7 +38,7 @@ from weightproof.matrix_readings import (
 )
 from weightproof.shards import Part, Shard, dealt
 from weightproof.snapshot import Snapshot, tensor_digest
-from weightproof.tensor_readings import common_structure, digest_of, read_tensors
+from weightproof.tensor_readings import common_refusals, common_structure, digest_of, read_tensors
 from weightproof.types import (
     BulkFit,
     BulkReading,
@@ -115,6 +115,13 @@ def screen_cost(matrix: WeightMatrix) -> float:
     return float(matrix.d_out) * matrix.d_in
 
 
+def common_matrices(model: torch.nn.Module, processes: Processes) -> list[WeightMatrix]:
+    """Every matrix of the model; what one process cannot read is refused on all, for one reason."""
+    every = list(iter_weight_matrices(model))
+    refusals = common_refusals({one.name: one.refusal for one in every if one.refusal is not None}, processes)
+    return [replace(one, refusal=refusals[one.name]) if one.name in refusals else one for one in every]
+
+
 def read_state(
     model: torch.nn.Module,
     tensors: Mapping[str, TensorReading] | None = None,
@@ -125,7 +132,7 @@ def read_state(
     """Read every tensor (unless given as `tensors`, just read), matrix and spectrum of a model exactly."""
     processes = processes or Processes.alone()
     tensors = read_tensors(model, {}, (), processes) if tensors is None else tensors
-    every = list(iter_weight_matrices(model))
+    every = common_matrices(model, processes)
     readable = [matrix for matrix in every if matrix.refusal is None]
     hidden = not (progress and processes.is_main)
     with tqdm(total=len(readable), desc="spectra", unit="matrix", disable=hidden, leave=False, delay=1.0) as bar:
@@ -216,7 +223,7 @@ def read_change(  # noqa: PLR0913 - the two states, the change and who reads it
     """Read a changed model; what did not change keeps its reading of `current`."""
     processes = processes or Processes.alone()
     tensors = read_tensors(model, current.readings.tensors, scope.changed, processes)
-    every = list(iter_weight_matrices(model))
+    every = common_matrices(model, processes)
     found: dict[str, _Exact] = {}
     jobs: list[_Job] = []
     for matrix in every:

@@ -94,6 +94,12 @@ def common_structure(model: torch.nn.Module, before: StructureReading | None, pr
     return next((structure for structure in theirs if structure is not None), ours)
 
 
+def common_refusals(ours: Mapping[str, str], processes: Processes) -> dict[str, str]:
+    """Why something cannot be read, by name: of any process, in the words of the lowest rank (they may name ranks)."""
+    by_rank = processes.gather("what cannot be read", dict(ours))
+    return {name: reason for theirs in reversed(by_rank) for name, reason in theirs.items()}
+
+
 def _require_readable(named: NamedTensor) -> None:
     tensor = named.tensor.detach()
     refusal = refusal_of(named.tensor)
@@ -148,13 +154,7 @@ def _of_parts(cut: Mapping[str, NamedTensor], processes: Processes) -> dict[str,
     if not cut:
         return {}
     digests = tensor_digests_of(processes, {name: named.tensor for name, named in cut.items()})
-    ours: dict[str, tuple[int, int]] = {}
-    for name, named in cut.items():
-        local = local_of(named.tensor)
-        if num_nonfinite := count_nonfinite(local):
-            ours[name] = num_nonfinite, int(torch.isnan(local).sum())
-    by_rank = processes.gather("non-finite elements", ours)
-    counts = {name: [theirs.get(name, (0, 0)) for theirs in by_rank] for name in cut}
+    counts = _counted(cut, processes)
     return {
         name: TensorReading(
             name=name,
@@ -162,13 +162,34 @@ def _of_parts(cut: Mapping[str, NamedTensor], processes: Processes) -> dict[str,
             shape=shape_of(named.tensor),
             storage=_storage(named),
             is_buffer=named.is_buffer,
-            num_nonfinite=sum(num_nonfinite for num_nonfinite, _ in counts[name]),
+            num_nonfinite=_of_whole(named.tensor, counts[name], 0),
             digest=digests[name],
-            num_nan=sum(num_nan for _, num_nan in counts[name]),
-            nonfinite_ranks=_unless_all(num_nonfinite > 0 for num_nonfinite, _ in counts[name]),
+            num_nan=_of_whole(named.tensor, counts[name], 1),
+            nonfinite_ranks=_unless_all(num_nonfinite > 0 for num_nonfinite, _, _ in counts[name]),
         )
         for name, named in cut.items()
     }
+
+
+# Of one part: how many elements are not finite, how many of these are NaN, how many there are.
+_Counts = tuple[int, int, int]
+
+
+def _counted(cut: Mapping[str, NamedTensor], processes: Processes) -> dict[str, list[_Counts]]:
+    """The counts of the parts of each tensor, by rank."""
+    ours: dict[str, _Counts] = {}
+    for name, named in cut.items():
+        local = local_of(named.tensor)
+        num_nonfinite = count_nonfinite(local)
+        ours[name] = num_nonfinite, int(torch.isnan(local).sum()) if num_nonfinite else 0, local.numel()
+    by_rank = processes.gather("non-finite elements", ours)
+    return {name: [theirs[name] for theirs in by_rank] for name in cut}
+
+
+def _of_whole(tensor: torch.Tensor, counts: Sequence[_Counts], which: int) -> int:
+    """A count of all parts, each element once: on a mesh of two dimensions, several processes may hold the same."""
+    held, size = sum(num_elements for _, _, num_elements in counts), torch.Size(shape_of(tensor)).numel()
+    return round(sum(count[which] for count in counts) * size / held) if held else 0
 
 
 def _unless_all(flags: Iterable[bool]) -> tuple[int, ...]:
