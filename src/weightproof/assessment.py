@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from weightproof import kinds
@@ -27,12 +28,13 @@ from weightproof.divergence import (
 from weightproof.errors import InputError, RestoreError
 from weightproof.guards.corrections import Correction, corrections
 from weightproof.guards.limits import for_family
-from weightproof.placements import local_of
+from weightproof.placements import local_of, refusal_of
 from weightproof.policy import Policy, decide, with_digests
 from weightproof.probes import Change, ChangeScope, State, read_change
 from weightproof.registry import load_plugin, plugins
 from weightproof.shards import Shard, dealt, shard_of
 from weightproof.snapshot import Snapshot
+from weightproof.tensor_readings import common_refusals
 from weightproof.types import (
     Action,
     ContractReading,
@@ -328,7 +330,7 @@ class Assessor:
     def _record(
         self, snapshot: Snapshot, before: Readings, change: Change, here: frozenset[str], subject: Subject
     ) -> EditRecord:
-        in_matrices = {matrix.tensor_name for matrix in iter_weight_matrices(self.model)}
+        in_matrices = frozenset(matrix.tensor_name for matrix in iter_weight_matrices(self.model))
         return EditRecord(
             name=subject.name,
             kind=subject.kind.name,
@@ -339,17 +341,29 @@ class Assessor:
             digest_before=subject.digest_before or before.model_digest,
             digest_after=change.state.readings.model_digest,
             relative_delta=change.relative_delta,
-            contract=(*change.contract, *self._outside_readings(snapshot, here - in_matrices, subject)),
+            contract=(*change.contract, *self._outside_readings(snapshot, here, in_matrices, subject)),
             stray_names=tuple(sorted(subject.stray)),
             corrections=subject.corrected,
         )
 
-    def _outside_readings(self, snapshot: Snapshot, names: frozenset[str], subject: Subject) -> list[ContractReading]:
-        """The contract on changed biases, norms and buffers; those added or reshaped break the structure anyway."""
+    def _outside_readings(
+        self, snapshot: Snapshot, here: frozenset[str], in_matrices: frozenset[str], subject: Subject
+    ) -> list[ContractReading]:
+        """The contract on changed biases, norms and buffers, and on what cannot be read of any changed tensor.
+
+        Tensors that were added or reshaped break the structure anyway.
+        """
         if isinstance(subject.kind, kinds.Plain):
             return []
         present = {named.name: named for named in iter_tensors(self.model)}
-        changed = [present[name] for name in sorted(names & snapshot.names & present.keys())]
+        refusals = {name: refusal_of(present[name].tensor) for name in here & present.keys()}
+        unread = common_refusals({name: why for name, why in refusals.items() if why is not None}, self.processes)
+        unheld = [
+            _unread_contract(subject.kind, name, why, is_matrix=name in in_matrices)
+            for name, why in sorted(unread.items())
+        ]
+        outside = (here - in_matrices) & snapshot.names & present.keys()
+        changed = [present[name] for name in sorted(outside - unread.keys())]
 
         def original(named: NamedTensor) -> Tensor | Shard:
             shard, kept = shard_of(named.tensor), snapshot.original(named.name)
@@ -368,7 +382,15 @@ class Assessor:
             work=measure,
             operation="contracts outside of the matrices",
         )
-        return [reading for one in readings for reading in one]
+        return [reading for one in (*unheld, *readings) for reading in one]
+
+
+def _unread_contract(kind: kinds.Kind, name: str, reason: str, *, is_matrix: bool) -> tuple[ContractReading, ...]:
+    """The contract of a changed tensor whose parts nobody can join: only that it changed can be held against it."""
+    if is_matrix or isinstance(kind, kinds.Cast):
+        return (ContractReading(name, "values", None, 0.0, rigorous=True, reason=reason),)
+    nothing = torch.empty(0)
+    return kinds.measure_outside(kind, name, nothing, nothing)
 
 
 def _finite_as(baseline: Readings, current: Readings) -> Readings:
