@@ -51,4 +51,4 @@ benchmark: $(STAMP)       ## speed ratios measured in one run, one thread
 	$(BIN)/python benchmarks/speed.py
 
 clean:
-	rm -rf .venv .venv-zero .cache weightproof-demo
+	rm -rf .venv .venv-zero .cache weightproof-demo guarded-quantization

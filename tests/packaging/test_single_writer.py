@@ -27,6 +27,11 @@ WRITER = "src/weightproof/snapshot.py"
 ALLOWED = {
     ("src/weightproof/collective.py", "_copy_to_itself"): "fills the buffers that shards allocate to receive into",
     ("src/weightproof/collective.py", "_move"): "fills the buffers that shards allocate to receive into",
+    (
+        "src/weightproof/shards.py",
+        "_carry",
+    ): "the targets are the wholes and parts that assemble and distribute allocate",
+    ("src/weightproof/shards.py", "_copy_here"): "as in _carry, whose moves it makes",
     ("src/weightproof/gram.py", "_add_gram"): "total is the accumulator that gram() allocates",
     ("src/weightproof/lanczos.py", "_orthogonalise"): "vector is a Lanczos vector, a product with the matrix",
     ("src/weightproof/lanczos.py", "_step"): "left and right are vectors, products with the matrix",
