@@ -30,7 +30,7 @@ ALLOWED = {
     (
         "src/weightproof/shards.py",
         "_carry",
-    ): "the targets are the wholes and parts that assemble and distribute allocate",
+    ): "fills the wholes and parts that assemble and distribute allocate",
     ("src/weightproof/shards.py", "_copy_here"): "as in _carry, whose moves it makes",
     ("src/weightproof/gram.py", "_add_gram"): "total is the accumulator that gram() allocates",
     ("src/weightproof/lanczos.py", "_orthogonalise"): "vector is a Lanczos vector, a product with the matrix",
