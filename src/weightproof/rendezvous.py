@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 POLL_SHARE = 0.1
 LONGEST_POLL_SECONDS = 0.05
 
-# After a broken payload: how long to wait for signs of life before the silent ranks are named.
+# After a broken payload: how long to wait for signs of life before the silent ranks are named. Where it broke because
+# the limit was over, those who waited too notice at once, and who wakes up later is the one to name.
 SIGNS_OF_LIFE_SECONDS = 5.0
+SIGNS_OF_LIFE_AT_THE_LIMIT_SECONDS = 0.3
 
 LONGEST_MESSAGE = 2000
 
@@ -168,15 +170,16 @@ class Rendezvous:
 
     def lose(self, operation: str, cause: BaseException) -> WeightproofError:
         """The error for a payload that broke after all ranks had come: who gives no sign of life?"""
-        place = _Place(self._number, operation)
-        deadline = time.monotonic() + min(self.timeout, SIGNS_OF_LIFE_SECONDS)
+        place, timed_out = _Place(self._number, operation), "timed out" in str(cause).lower()
+        patience = SIGNS_OF_LIFE_AT_THE_LIMIT_SECONDS if timed_out else SIGNS_OF_LIFE_SECONDS
+        deadline = time.monotonic() + min(self.timeout, patience)
         with self._store_answers(operation):
             self._store.ask(self._word(place))
             self._poll(lambda: self._decided(place.number) or not self._silent(place.number), deadline)
             silent = self._silent(place.number)
             who = f"no sign of life from {named(silent)}" if silent else "all ranks still answer"
             message = f"{operation}: the connection between ranks broke ({who}): {_first_sentence(cause)}"
-            failure = Failure(operation, silent, message, lost=True)
+            failure = Failure(operation, silent, message, timed_out=timed_out, lost=True)
             held = self._decide(place, failure)
         self._advance()
         return self.shared(replace(held, lost=True) if isinstance(held, Failure) else failure)

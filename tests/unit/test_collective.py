@@ -235,6 +235,24 @@ def test_a_lost_payload_names_who_gives_no_sign_of_life(stores: list[Store]):
     assert str(error) == "payload: the connection between ranks broke (no sign of life from rank 1): connection closed"
 
 
+def test_who_wakes_up_after_a_payload_timed_out_is_named(stores: list[Store]):
+    cause = RuntimeError("[buffer.cc:81] Timed out waiting 500ms for recv operation to complete")
+
+    def life(meetings: Rendezvous) -> Any:
+        meetings.meet("payload")
+        if meetings.rank == 0:
+            raise meetings.lose("payload", cause)
+        if meetings.rank == 1:
+            time.sleep(1.5)
+            raise meetings.lose("payload", RuntimeError("Connection closed by peer"))
+        raise meetings.lose("payload", RuntimeError("Connection closed by peer"))  # by rank 0, which gave up first
+
+    errors = everywhere(stores, 20.0, life)
+    assert {str(error) for error in errors} == {str(errors[0])}
+    assert all(isinstance(error, CollectiveError) and error.timed_out and error.ranks == (1,) for error in errors)
+    assert "no sign of life from rank 1): Timed out waiting 500ms" in str(errors[0])
+
+
 def test_an_interrupt_after_the_meeting_took_place_is_met_at_the_next_one(stores: list[Store]):
     def life(meetings: Rendezvous) -> Any:
         if meetings.rank == 1:
