@@ -78,7 +78,7 @@ class Baseline:
                 "readings": _readings_json(self.readings),
                 "fits": {name: _scalars(fit) for name, fit in self.fits.items()},
             },
-            sort_keys=True,
+            # Not sorted: measurements, and the digest of a decision, follow the order of the model.
             allow_nan=False,
         )
         content = safetensors_bytes(tensors, metadata={"header": header, "digest": _digest(header, tensors)})
