@@ -476,7 +476,7 @@ SLEEPS = (
 
 DIES = (
     Fault("dies in the edit", lambda s: s.edit(die),
-          "", GONE, "edit 'change': ... rank 0, which hosts it, has probably ended", stops=True, victims=(0,)),
+          "", GONE, "rank 0, which hosts it, has probably ended", stops=True, victims=(0,)),
     Fault("dies in the edit", lambda s: s.edit(die),
           "", GONE, f"{LATE} 'edit 'change'' within 2 s", stops=True, victims=(1,)),
     Fault("dies in a guard", lambda s: judging(s, die),

@@ -190,14 +190,18 @@ def mistakes(fault: Fault, victim: int, outcomes: Sequence[Outcome | None], limi
         if outcome.seconds > limit:
             found.append(f"rank {rank} took {outcome.seconds:.1f} s")
     others = {rank: outcome for rank, outcome in living.items() if rank != victim}
-    # Of a lost connection the system may say to each process something else, in brackets at the end.
-    spoken = {re.sub(r" \((Connection|Broken)[^()]*\)$", "", outcome.message) for outcome in others.values()}
+    spoken = {_without_place(outcome.message) for outcome in others.values()}
     found += [f"the others say different things: {spoken}"] * (len(spoken) > 1)
     if len({outcome.digest for outcome in living.values()}) > 1:
         found.append("the decisions have different digests")
     for wanted in fault.says.format(rank=victim).split(" ... "):
         found += [f"{message!r} does not say {wanted!r}" for message in spoken if wanted not in message]
     return [f"{fault.what} (rank {victim}): {mistake}" for mistake in found]
+
+
+def _without_place(message: str) -> str:
+    """Without the host of the store nobody can tell how far all had come: each says where it was, and what it saw."""
+    return re.sub(r"^.*?: (the store of torch.distributed does not answer.*) \([^()]*\)$", r"\1", message)
 
 
 def printed(fault: Fault, victim: int, outcomes: Sequence[Outcome | None]) -> str:
