@@ -6,7 +6,7 @@ WORKERS ?= 2
 ZERO := .venv-zero/bin
 ZERO_STAMP := .venv-zero/.installed
 
-.PHONY: demo test test-slow test-faults-slow test-zero lint format benchmark clean
+.PHONY: demo test test-slow test-faults-slow test-zero lint format benchmark benchmark-distributed clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -49,6 +49,9 @@ format: $(STAMP)
 
 benchmark: $(STAMP)       ## speed ratios measured in one run, one thread
 	$(BIN)/python benchmarks/speed.py
+
+benchmark-distributed: $(STAMP) ## what many processes save and send, two pinned cores
+	$(BIN)/python benchmarks/distributed.py
 
 clean:
 	rm -rf .venv .venv-zero .cache weightproof-demo guarded-quantization
