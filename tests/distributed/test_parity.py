@@ -37,11 +37,11 @@ PATIENT = 300.0
 
 GROUPS = {"a": ("gpt2", "bert", "sequential"), "b": ("llama", "t5"), "c": ("mixtral", "uneven")}
 RUNS = [
-    ("a", "replicas", 2, ("bert",)),
+    ("a", "replicas", 2, ("sequential",)),
     ("a", "DDP", 2, GROUPS["a"]),
     ("a", "FSDP2", 2, GROUPS["a"]),
     ("a", "FSDP2 columns", 2, ("gpt2", "sequential")),
-    ("a", "FSDP2", 4, ("bert",)),
+    ("a", "FSDP2", 4, ("gpt2",)),
     ("b", "DDP", 2, GROUPS["b"]),
     ("b", "FSDP2", 2, GROUPS["b"]),
     ("c", "DDP", 2, GROUPS["c"]),

@@ -146,11 +146,11 @@ def corrections(scene: Scene) -> None:
 
 
 PARTS = {
-    "gpt2": (core, training),
+    "gpt2": (core,),
     "llama": (core, more, monitoring, corrections),
-    "bert": (core,),
+    "bert": (core, training),
     "t5": (core,),
-    "mixtral": (core, training),
+    "mixtral": (core,),
     "sequential": (core, monitoring, corrections),
     "uneven": (core, training),
 }
