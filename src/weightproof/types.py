@@ -285,6 +285,69 @@ class DivergenceReading:
 
 
 @dataclass(frozen=True, slots=True)
+class LossReading:
+    """One metric on one set of windows, before and after a change, perfectly paired.
+
+    Attributes:
+        role: "retain" (must not get worse) or "target" (must get better).
+        windows_digest: SHA-256 over inputs, labels, their order and the tokenizer where it is known.
+        metric: "nll" (nats per token) or the name of a per-example metric, such as "accuracy".
+        num_windows: Windows there are.
+        num_groups: What is resampled: documents, or windows where documents are unknown.
+        num_tokens: Scored tokens (examples, where the metric is one number an example).
+        num_used: Groups read before a sequential test stopped; `num_groups` where it did not.
+        tokens_used: Tokens of those groups.
+        before: Weighted mean over what was used, per token or example.
+        after: The same after the change.
+        difference: after - before; for "nll" the logarithm of the perplexity ratio.
+        lower: Lower end of the interval of `difference` at `confidence`.
+        upper: Upper end.
+        confidence: Two-sided, such as .95.
+        effective_size: (sum w)^2 / sum w^2 of the weights of the groups used.
+        method: How the interval was made: "bca", "confidence-sequence", "newcombe", ...
+        undecided: Why no interval can be trusted, None where one can.
+        reason: Why nothing was measured; then every number is None.
+        sums: What a verifier recomputes: total losses before and after, and total weight, of what was used.
+    """
+
+    role: str
+    windows_digest: str
+    metric: str
+    num_windows: int
+    num_groups: int
+    num_tokens: int
+    num_used: int
+    tokens_used: int
+    before: float | None
+    after: float | None
+    difference: float | None
+    lower: float | None
+    upper: float | None
+    confidence: float | None
+    effective_size: float | None
+    method: str
+    undecided: str | None = None
+    reason: str | None = None
+    sums: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
+class CircuitReading:
+    """Singular values of one function-relevant product of matrices, such as one head's W_q' W_k.
+
+    `kind` is "qk", "ov" or "mlp"; `values` are descending, in the units of the product; `matrices` are the
+    names of the matrices in it. `reason` says why it was not measured (then `values` is None).
+    """
+
+    name: str
+    kind: str
+    matrices: tuple[str, ...]
+    values: tuple[float, ...] | None
+    method: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EditRecord:
     """What changed: by declaration and by measurement.
 
@@ -323,6 +386,8 @@ class Readings:
     bulks: Mapping[str, BulkReading]
     divergence: tuple[DivergenceReading, ...] = ()
     second_moments: Mapping[str, float] = field(default_factory=dict[str, float])
+    losses: tuple[LossReading, ...] = ()
+    circuits: Mapping[str, CircuitReading] = field(default_factory=dict[str, CircuitReading])
     unmeasured: Mapping[str, str] = field(default_factory=dict[str, str])
     edit: EditRecord | None = None
     raw_losses: tuple[float, ...] | None = None
