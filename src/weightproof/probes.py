@@ -134,7 +134,7 @@ def read_state(
     tensors = read_tensors(model, {}, (), processes) if tensors is None else tensors
     every = common_matrices(model, processes)
     readable = [matrix for matrix in every if matrix.refusal is None]
-    hidden = not (progress and processes.is_main)
+    hidden = None if progress and processes.is_main else True  # None: shown where somebody watches a terminal
     with tqdm(total=len(readable), desc="spectra", unit="matrix", disable=hidden, leave=False, delay=1.0) as bar:
 
         def work(matrix: WeightMatrix, weight: torch.Tensor) -> _Exact:
