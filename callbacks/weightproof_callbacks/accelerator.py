@@ -36,7 +36,7 @@ from weightproof.session import GuardSession
 from weightproof_callbacks.accelerator_checks import plain, require_attachable
 from weightproof_callbacks.attached_guard import EDIT_MODES, AttachedGuard
 from weightproof_callbacks.sharded import find_masters
-from weightproof_callbacks.trainer_checks import require_positive
+from weightproof_callbacks.trainer_checks import known_to_all, require_positive
 from weightproof_callbacks.wandb_tracker import live_run
 
 if TYPE_CHECKING:
@@ -94,10 +94,12 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
         BaselineError: The model holds NaN or inf, or its copies differ between processes.
         CollectiveError: Not every process came to attach.
     """
-    require_positive("every", every)
-    if on_violation not in EDIT_MODES:
-        raise InputError(f"on_violation must be one of {', '.join(EDIT_MODES)}, not {on_violation!r}")
-    require_attachable(accelerator, model, optimizer)
+    with known_to_all(timeout):
+        require_positive("every", every)
+        if on_violation not in EDIT_MODES:
+            raise InputError(f"on_violation must be one of {', '.join(EDIT_MODES)}, not {on_violation!r}")
+        require_attachable(accelerator, model, optimizer)
+        masters = find_masters(accelerator, model, optimizer)
     if output_dir is None and accelerator.project_dir is not None:
         output_dir = Path(accelerator.project_dir) / "weightproof"
     session = GuardSession(
@@ -109,7 +111,7 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
         output_dir=output_dir,
         snapshot_dir=snapshot_dir,
         timeout=timeout,
-        masters=find_masters(accelerator, model, optimizer),
+        masters=masters,
     )
     settings = (every, on_violation, warmup_steps, optimizer is None)
     try:

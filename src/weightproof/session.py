@@ -485,6 +485,11 @@ class GuardSession:
         try:
             with self.processes.together("writing the optimizer's master weights"):
                 self.masters.refresh(handle.record.changed_names)
+                if stale := sorted(set(self.masters.stale()) & set(handle.record.changed_names)):
+                    raise RestoreError(
+                        f"the optimizer's master weights did not take {handle.name!r}, so its next step would undo it: "
+                        f"{', '.join(stale[:3])} ({len(stale)} tensors); the edit was taken back"
+                    )
         except BaseException:
             handle.applied = None
             self._restore(point)

@@ -24,6 +24,10 @@ class MasterWeights(Protocol):
         """Write the present weights of these tensors into the copies."""
         ...
 
+    def stale(self) -> Collection[str]:
+        """Names of the weights that the optimizer's next step would undo: their copies hold something else."""
+        ...
+
 
 @dataclass
 class Cost:

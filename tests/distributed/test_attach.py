@@ -266,3 +266,17 @@ def other_settings(rank, size):
 
 def test_a_wrong_argument_is_refused_before_anyone_waits():
     assert run_world(other_settings, 2) == [True, True]
+
+
+def wrong_on_one(rank, size):
+    loop = two_processes(size)
+    with pytest.raises(InputError) as caught:
+        attach(loop.accelerator, loop.model, loop.optimizer, every=0 if rank == 1 else 1, timeout=30.0)
+    return str(caught.value)
+
+
+def test_a_wrong_argument_on_one_rank_is_told_to_the_others_at_once():
+    told, own = run_world(wrong_on_one, 2, timeout=20)
+    assert own.startswith("every must be a whole number of steps")
+    assert "rank 1" in told
+    assert own in told

@@ -290,6 +290,9 @@ class Masters:
     def refresh(self, names: Any) -> None:
         """Nothing to write."""
 
+    def stale(self) -> tuple[str, ...]:
+        return ()
+
 
 def starts(scene: Scene, fault: Callable[[nn.Module], Any] | None = None, model: str = "llama", **here: Any) -> None:
     """A session of its own, around a model of its own."""

@@ -8,6 +8,7 @@ from architectures import build
 from torch import nn
 
 from weightproof import GuardSession, load_policy
+from weightproof.errors import RestoreError
 from weightproof.snapshot import tensor_digest
 from weightproof.types import Action, Outcome
 from weightproof.weights import iter_tensors
@@ -148,3 +149,26 @@ def test_without_correct_nothing_is_written():
     after = digests(model)
     assert step.record.corrections == ()
     assert session.current.readings.tensors[C_FC].digest == after[C_FC][0]
+
+
+class DeafMasters:
+    """An optimizer's copies of the weights that take nothing: its next step writes the old values back."""
+
+    def tensors(self):
+        return {}
+
+    def refresh(self, names):
+        self.asked = names
+
+    def stale(self):
+        return [DOWN]
+
+
+def test_an_edit_that_the_next_step_would_undo_is_taken_back_and_named():
+    model, masters = build("llama"), DeafMasters()
+    before = digests(model)
+    session = GuardSession(model, masters=masters)
+    with pytest.raises(RestoreError, match=f"next step would undo it: {DOWN}"), session.edit("tiny"):
+        model.get_parameter(DOWN).data.mul_(1.0001)
+    assert DOWN in masters.asked
+    assert digests(model) == before
