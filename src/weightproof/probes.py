@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from tqdm.auto import tqdm
@@ -133,6 +134,26 @@ def read_state(
     processes = processes or Processes.alone()
     tensors = read_tensors(model, {}, (), processes) if tensors is None else tensors
     every = common_matrices(model, processes)
+    return state_of(every, tensors, common_structure(model, None, processes), processes, progress=progress)
+
+
+def state_of(
+    every: Sequence[WeightMatrix],
+    tensors: Mapping[str, TensorReading],
+    structure: StructureReading,
+    processes: Processes,
+    *,
+    progress: bool = False,
+) -> State:
+    """Read the spectrum of every matrix exactly, wherever the matrices come from (a model, a folder).
+
+    Args:
+        every: All matrices, those that are refused too.
+        tensors: Readings of the tensors that they lie in.
+        structure: The structure that goes with them.
+        processes: Who takes part.
+        progress: Show a bar where somebody watches a terminal.
+    """
     readable = [matrix for matrix in every if matrix.refusal is None]
     hidden = None if progress and processes.is_main else True  # None: shown where somebody watches a terminal
     with tqdm(total=len(readable), desc="spectra", unit="matrix", disable=hidden, leave=False, delay=1.0) as bar:
@@ -144,7 +165,7 @@ def read_state(
 
         exact = dealt(processes, readable, cost=exact_cost, parts=(values_of,), work=work, operation="spectra")
     found = dict(zip((matrix.name for matrix in readable), exact, strict=True))
-    return _state(every, tensors, found, common_structure(model, None, processes))
+    return _state(every, tensors, found, structure)
 
 
 @dataclass(frozen=True)
@@ -192,6 +213,18 @@ def _state(
 # ---------------------------------------------------------------- a change
 
 
+class Originals(Protocol):
+    """Whoever keeps the matrices as they were before a change: a snapshot, or the folder of a base model."""
+
+    def original_matrix(self, matrix: WeightMatrix) -> torch.Tensor | None:
+        """The matrix of this name before the change, (d_out, d_in); None where there was none."""
+        ...
+
+    def original_shard(self, matrix: WeightMatrix) -> torch.Tensor | Shard | None:
+        """The same, or the part of it that lay here."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class _Job:
     """One matrix to look at after a change, and what is known of it.
@@ -224,6 +257,32 @@ def read_change(  # noqa: PLR0913 - the two states, the change and who reads it
     processes = processes or Processes.alone()
     tensors = read_tensors(model, current.readings.tensors, scope.changed, processes)
     every = common_matrices(model, processes)
+    structure = common_structure(model, current.readings.structure, processes)
+    return change_of(every, tensors, structure, snapshot, current, baseline, scope, processes)
+
+
+def change_of(  # noqa: PLR0913, PLR0917 - the two states, the change and who reads it
+    every: Sequence[WeightMatrix],
+    tensors: Mapping[str, TensorReading],
+    structure: StructureReading,
+    originals: Originals,
+    current: State,
+    baseline: State,
+    scope: ChangeScope,
+    processes: Processes,
+) -> Change:
+    """Read the matrices of a change, wherever they come from (a model, a folder).
+
+    Args:
+        every: All matrices as they are now.
+        tensors: Readings of all tensors as they are now.
+        structure: The structure as it is now.
+        originals: The matrices before the change.
+        current: The readings before the change.
+        baseline: What the change is judged against.
+        scope: How closely to look.
+        processes: Who takes part.
+    """
     found: dict[str, _Exact] = {}
     jobs: list[_Job] = []
     for matrix in every:
@@ -233,13 +292,12 @@ def read_change(  # noqa: PLR0913 - the two states, the change and who reads it
         asked = matrix.tensor_name in scope.touched or matrix.name in scope.planned
         if matrix.refusal is None and (kept is None or asked):
             jobs.append(_job(matrix, current, baseline, scope, stale=kept is None))
-    read = _read_jobs(jobs, snapshot, scope, processes)
+    read = _read_jobs(jobs, originals, scope, processes)
     deltas = {job.matrix.name: read[job.matrix.name].relative_delta for job in jobs if job.touched}
     contract = [reading for job in jobs for reading in read[job.matrix.name].contract]
     contract += [_differs_from_plan(name, differs=True) for name in scope.planned if name not in read]
     found |= {job.matrix.name: read[job.matrix.name] for job in jobs if job.stale}
     _settle_counts(every, found, scope, processes)
-    structure = common_structure(model, current.readings.structure, processes)
     return Change(_state(every, tensors, found, structure), deltas, tuple(contract))
 
 
@@ -273,18 +331,20 @@ def _job(matrix: WeightMatrix, current: State, baseline: State, scope: ChangeSco
     )
 
 
-def _read_jobs(jobs: Sequence[_Job], snapshot: Snapshot, scope: ChangeScope, processes: Processes) -> dict[str, _Exact]:
+def _read_jobs(
+    jobs: Sequence[_Job], originals: Originals, scope: ChangeScope, processes: Processes
+) -> dict[str, _Exact]:
     """Readings of every job: screened on the shards where that is enough, by owners where it is not."""
     screened = [job for job in jobs if _can_be_screened(job, scope)]
-    found = _screened(screened, snapshot, processes)
+    found = _screened(screened, originals, processes)
     owned = [job for job in jobs if not _can_be_screened(job, scope)]
 
     def before(job: _Job) -> Part:
         if not job.touched:
             return None
         if job.matrix.shard is not None:
-            return snapshot.original_shard(job.matrix)
-        return lambda: snapshot.original_matrix(job.matrix)  # on the owner alone: it may lie on disk
+            return originals.original_shard(job.matrix)
+        return lambda: originals.original_matrix(job.matrix)  # on the owner alone: it may lie on disk
 
     def work(job: _Job, weight: torch.Tensor, original: torch.Tensor | None) -> _Exact:
         return _read_owned(job, weight, original, scope)
@@ -332,11 +392,11 @@ def _can_be_screened(job: _Job, scope: ChangeScope) -> bool:
     return spikes_are_bounded and isinstance(scope.kind, Plain) and job.matrix.name not in scope.planned
 
 
-def _screened(jobs: Sequence[_Job], snapshot: Snapshot, processes: Processes) -> dict[str, _Exact]:
+def _screened(jobs: Sequence[_Job], originals: Originals, processes: Processes) -> dict[str, _Exact]:
     """Readings from the shards where they lie; what the screen cannot decide is read exactly by owners."""
     if not jobs:
         return {}
-    seen = screen(processes, [_request(job, snapshot) for job in jobs])
+    seen = screen(processes, [_request(job, originals) for job in jobs])
     found = {job.matrix.name: _of_screen(job, one) for job, one in zip(jobs, seen, strict=True)}
     opened = [job for job, one in zip(jobs, seen, strict=True) if one.norm is None and not one.profile.num_nonfinite]
     unfitted = [job for job, one in zip(jobs, seen, strict=True) if _lacks_bound(job, one)]
@@ -359,9 +419,9 @@ def _lacks_bound(job: _Job, one: Screened) -> bool:
     return job.wants_bulk and one.whitened_delta is None and not one.profile.num_nonfinite
 
 
-def _request(job: _Job, snapshot: Snapshot) -> ScreenRequest:
+def _request(job: _Job, originals: Originals) -> ScreenRequest:
     shard, fit = job.matrix.shard, job.fit if job.wants_bulk else None
-    before = snapshot.original_shard(job.matrix)
+    before = originals.original_shard(job.matrix)
     assert shard is not None  # only sharded matrices are screened
     return ScreenRequest(
         name=job.matrix.name,
