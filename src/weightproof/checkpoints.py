@@ -8,41 +8,21 @@ whose gate and up halves are joined again on load.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weightproof.checkpoint_files import FileTensor, check_folder, read_config, read_headers
 from weightproof.errors import InputError
 from weightproof.families import family_of, public_names
 from weightproof.layouts import DEPTHWISE, Layout, Piece, Stored, parameter_layout, pieces, unreadable_dtype
 from weightproof.types import WeightMatrix
-
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 # What config.json's model_type (of the model or of one of its parts) says about storage.
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder"})
@@ -83,100 +63,41 @@ _BUFFER = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """One tensor of a checkpoint file: where it lies and what its header says."""
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTensor:
+    """One tensor of a model folder as it is in memory; experts of their own are one stack.
 
-    key: str
-    file: Path
+    Attributes:
+        name: Public name in memory.
+        shape: Shape in memory.
+        dtype: Storage dtype.
+        is_buffer: Whether it is a buffer of the model rather than a parameter.
+        keys: The tensors of the files that it is made of.
+        matrices: Names of the weight matrices in it.
+        blocks: Reads it, block of leading rows after block: all of it at once, or expert by expert.
+    """
+
+    name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | None
-
-    def read(self) -> Tensor:
-        """The whole tensor."""
-        return _open(self.file, lambda handle: handle.get_tensor(self.key))
-
-    def read_item(self, index: int) -> Tensor:
-        """Entry `index` of the first dimension, kept as a dimension of size 1; the rest is not read."""
-        return _open(self.file, lambda handle: handle.get_slice(self.key)[index : index + 1])
+    dtype: torch.dtype
+    is_buffer: bool
+    keys: tuple[str, ...]
+    matrices: tuple[str, ...]
+    blocks: Callable[[], Iterator[Tensor]]
 
 
-def _open(file: Path, read: Callable[[Any], Any]) -> Any:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return read(handle)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is not a complete safetensors file ({error}); download or save it again") from error
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A model folder, its headers read and checked: tensors and matrices, each read when asked for.
 
+    `tensor_name` of a matrix is the name in memory of the tensor that it lies in.
+    """
 
-# ---------------------------------------------------------------- files of a folder
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON ({error}); download or save the model again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds no JSON object; download or save the model again")
-    return content
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.exists():
-        raise InputError(f"{folder} does not exist; give the path of a model folder")
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; give the model folder that holds config.json and safetensors files")
-
-
-def _explain_missing_weights(folder: Path) -> InputError:
-    pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
-    if pickled:
-        return InputError(
-            f"{folder} holds its weights as a pickle ({pickled[0]}), which can run code when loaded and is refused; "
-            "load it where you trust it and save it again with save_pretrained, which writes safetensors"
-        )
-    if (folder / "adapter_config.json").exists():
-        return InputError(
-            f"{folder} holds a PEFT adapter only; merge it into its base model and save that (merge_and_unload)"
-        )
-    return InputError(f"{folder} holds no safetensors weights; give a folder written by save_pretrained")
-
-
-def _shards(folder: Path) -> dict[Path, list[str]]:
-    """Files of a checkpoint with the keys an index places in each (none without an index)."""
-    index = folder / _INDEX
-    if (folder / _SINGLE).exists() and not index.exists():
-        return {folder / _SINGLE: []}
-    if not index.exists():
-        others = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_")]
-        if not others:
-            raise _explain_missing_weights(folder)
-        return {file: [] for file in others}
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map; download or save the model again")
-    shards: dict[Path, list[str]] = {}
-    for key, file in weight_map.items():
-        shards.setdefault(folder / str(file), []).append(key)
-    if missing := sorted(file.name for file in shards if not file.exists()):
-        raise InputError(f"{index} names {missing[0]}, which is not in the folder; download the model again")
-    return shards
-
-
-def _read_headers(folder: Path) -> list[_Tensor]:
-    tensors: list[_Tensor] = []
-    for file, expected in _shards(folder).items():
-
-        def read(handle: Any, file: Path = file) -> list[_Tensor]:
-            slices = [(key, handle.get_slice(key)) for key in handle.keys()]  # noqa: SIM118 - not a dict
-            return [_Tensor(key, file, tuple(part.get_shape()), _DTYPES.get(part.get_dtype())) for key, part in slices]
-
-        found = _open(file, read)
-        if lacking := sorted(set(expected) - {tensor.key for tensor in found}):
-            raise InputError(f"{file} lacks {lacking[0]}, which the index places there; download the model again")
-        tensors += found
-    return tensors
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: tuple[StoredTensor, ...]
+    matrices: tuple[WeightMatrix, ...]
+    weight_files: tuple[Path, ...]
 
 
 # ---------------------------------------------------------------- config.json
@@ -191,12 +112,6 @@ def _model_types(config: Mapping[str, Any]) -> set[str]:
     return types
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").exists():
-        raise InputError(f"{folder} has no config.json, which says how its matrices are stored; copy it from the model")
-    return _read_json(folder / "config.json")
-
-
 def _in_memory_name(key: str, model_types: set[str]) -> str:
     for model_type in sorted(model_types):
         for pattern, replacement in _RENAMED.get(model_type, ()):
@@ -207,13 +122,13 @@ def _in_memory_name(key: str, model_types: set[str]) -> str:
 # ---------------------------------------------------------------- matrices
 
 
-def _unreadable(tensor: _Tensor) -> str | None:
+def _unreadable(tensor: FileTensor) -> str | None:
     if tensor.dtype is None:
         return "its stored dtype is unknown: dequantise the model and save it again"
     return unreadable_dtype(tensor.dtype)
 
 
-def _stored(name: str, tensor: _Tensor, config: Mapping[str, Any], model_types: set[str]) -> Stored:
+def _stored(name: str, tensor: FileTensor, config: Mapping[str, Any], model_types: set[str]) -> Stored:
     """What a parameter of the model in memory would tell, from its name and config.json."""
     shape, module_class, refusal = tensor.shape, "", _unreadable(tensor)
     if ".parametrizations." in name:
@@ -233,19 +148,19 @@ def _stored(name: str, tensor: _Tensor, config: Mapping[str, Any], model_types: 
     return Stored(name, shape, layout, module_class, refusal)
 
 
-def _load(tensor: _Tensor, stored: Stored, position: int, piece: Piece) -> Tensor:
+def _load(tensor: FileTensor, stored: Stored, position: int, piece: Piece) -> Tensor:
     if stored.layout in (Layout.STACK, Layout.TURNED_STACK):
         item = tensor.read_item(position)[0]
         return item.T if stored.layout is Layout.TURNED_STACK else item
     return piece.select(tensor.read())
 
 
-def _load_joined(parts: tuple[_Tensor, ...]) -> Tensor:
+def _load_joined(parts: tuple[FileTensor, ...]) -> Tensor:
     tensors = [part.read() for part in parts]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _matrices(stored: Stored, tensor: _Tensor) -> Iterator[WeightMatrix]:
+def _matrices(stored: Stored, tensor: FileTensor) -> Iterator[WeightMatrix]:
     for position, piece in enumerate(pieces(stored)):
         yield WeightMatrix(
             name=piece.name,
@@ -262,7 +177,7 @@ def _matrices(stored: Stored, tensor: _Tensor) -> Iterator[WeightMatrix]:
         )
 
 
-def _joined_matrix(name: str, parts: tuple[_Tensor, ...]) -> WeightMatrix:
+def _joined_matrix(name: str, parts: tuple[FileTensor, ...]) -> WeightMatrix:
     return WeightMatrix(
         name=name,
         family="expert",
@@ -277,25 +192,32 @@ def _joined_matrix(name: str, parts: tuple[_Tensor, ...]) -> WeightMatrix:
     )
 
 
-def _join_experts(named: Mapping[str, _Tensor]) -> dict[str, tuple[_Tensor, ...]]:
+def _join_experts(named: Mapping[str, FileTensor]) -> dict[str, tuple[FileTensor, ...]]:
     """Name of one expert's matrix in memory -> its parts in the file, gate before up."""
-    places: dict[tuple[str, str, int], list[tuple[int, _Tensor]]] = {}
+    places: dict[tuple[str, str, int], list[tuple[int, FileTensor]]] = {}
     for name, tensor in named.items():
         if (match := _EXPERT.fullmatch(name)) and len(tensor.shape) == 2:
             stack, place = _EXPERT_PARTS[match["part"]]
             places.setdefault((match["experts"], stack, int(match["index"])), []).append((place, tensor))
-    joined: dict[str, tuple[_Tensor, ...]] = {}
+    joined: dict[str, tuple[FileTensor, ...]] = {}
     for (experts, stack, index), parts in sorted(places.items(), key=lambda item: item[0]):
         ordered = tuple(tensor for _, tensor in sorted(parts, key=lambda part: part[0]))
         joined[f"{experts}.{stack}[{index}]"] = ordered
     return joined
 
 
-def _all_matrices(headers: list[_Tensor], config: Mapping[str, Any]) -> Iterator[WeightMatrix]:
+def _named(headers: list[FileTensor], model_types: set[str]) -> tuple[dict[str, FileTensor], dict[str, FileTensor]]:
+    """Name in memory -> tensor of the file, for parameters and for buffers."""
+    parameters = {tensor.key: tensor for tensor in headers if not _BUFFER.fullmatch(f".{tensor.key}")}
+    public = public_names(parameters)
+    named = {_in_memory_name(public[key], model_types): tensor for key, tensor in parameters.items()}
+    buffers = {tensor.key: tensor for tensor in headers if tensor.key not in parameters}
+    return named, {_in_memory_name(key, model_types): tensor for key, tensor in buffers.items()}
+
+
+def _all_matrices(headers: list[FileTensor], config: Mapping[str, Any]) -> Iterator[WeightMatrix]:
     model_types = _model_types(config)
-    tensors = {tensor.key: tensor for tensor in headers if not _BUFFER.fullmatch(f".{tensor.key}")}
-    public = public_names(tensors)
-    named = {_in_memory_name(public[key], model_types): tensor for key, tensor in tensors.items()}
+    named, _ = _named(headers, model_types)
     joined = _join_experts(named)
     in_stacks = {part.key for parts in joined.values() for part in parts}
     for name, tensor in named.items():
@@ -303,6 +225,85 @@ def _all_matrices(headers: list[_Tensor], config: Mapping[str, Any]) -> Iterator
             yield from _matrices(_stored(name, tensor, config, model_types), tensor)
     for name, parts in joined.items():
         yield _joined_matrix(name, parts)
+
+
+# ---------------------------------------------------------------- tensors as in memory
+
+
+def _plain_tensor(name: str, tensor: FileTensor, matrices: tuple[str, ...], *, is_buffer: bool) -> StoredTensor:
+    if tensor.dtype is None:
+        raise InputError(
+            f"{tensor.file}: {tensor.key} is stored in a dtype that this version cannot read; dequantise the model and "
+            "save it again"
+        )
+
+    def blocks() -> Iterator[Tensor]:
+        yield tensor.read()
+
+    return StoredTensor(name, tensor.shape, tensor.dtype, is_buffer, (tensor.key,), matrices, blocks)
+
+
+def _stack_tensor(name: str, experts: Sequence[WeightMatrix], keys: tuple[str, ...]) -> StoredTensor:
+    first = experts[0]
+    shape = (len(experts), first.d_out, first.d_in)
+
+    def blocks() -> Iterator[Tensor]:
+        for expert in experts:
+            yield expert.load()[None]
+
+    return StoredTensor(name, shape, first.dtype, False, keys, tuple(expert.name for expert in experts), blocks)
+
+
+def _require_alike(name: str, experts: Sequence[WeightMatrix], folder: Path) -> None:
+    """A stack has experts 0 to n - 1 of one shape and dtype."""
+    for index, expert in enumerate(experts):
+        if expert.name != f"{name}[{index}]":
+            raise InputError(f"{folder}: {name} lacks expert {index}; download or save the model again")
+        if (expert.d_out, expert.d_in, expert.dtype) != (experts[0].d_out, experts[0].d_in, experts[0].dtype):
+            raise InputError(f"{folder}: the experts of {name} differ in shape or dtype; save the model again")
+
+
+def _all_tensors(
+    headers: list[FileTensor], matrices: Sequence[WeightMatrix], folder: Path, model_types: set[str]
+) -> Iterator[StoredTensor]:
+    named, buffers = _named(headers, model_types)
+    names = {tensor.key: name for name, tensor in named.items()}
+    joined = _join_experts(named)
+    stacks: dict[str, list[WeightMatrix]] = {}
+    inside: dict[str, list[str]] = {}
+    for matrix in matrices:
+        if matrix.name in joined:
+            stacks.setdefault(matrix.name.rpartition("[")[0], []).append(matrix)
+        else:
+            inside.setdefault(names[matrix.tensor_name], []).append(matrix.name)
+    in_stacks = {part.key for parts in joined.values() for part in parts}
+    for name, tensor in named.items():
+        if tensor.key not in in_stacks:
+            yield _plain_tensor(name, tensor, tuple(inside.get(name, ())), is_buffer=False)
+    for name, experts in stacks.items():
+        _require_alike(name, experts, folder)
+        yield _stack_tensor(name, experts, tuple(part.key for one in experts for part in joined[one.name]))
+    for name, tensor in buffers.items():
+        yield _plain_tensor(name, tensor, (), is_buffer=True)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The tensors and weight matrices of a model folder, named, shaped and oriented as in memory.
+
+    Headers and config.json are read and checked here; weights only when asked for, one tensor at a time.
+
+    Raises:
+        InputError: As `iter_checkpoint_matrices`; also for a stack of experts that lacks one, and for a tensor of
+            unknown dtype.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    headers, config = read_headers(folder), read_config(folder)
+    matrices = tuple(_all_matrices(headers, config))
+    tensors = tuple(_all_tensors(headers, matrices, folder, _model_types(config)))
+    holders = {matrix: tensor.name for tensor in tensors for matrix in tensor.matrices}
+    named = tuple(replace(matrix, tensor_name=holders[matrix.name]) for matrix in matrices)
+    return Checkpoint(folder, config, tensors, named, tuple(sorted({tensor.file for tensor in headers})))
 
 
 def iter_checkpoint_matrices(folder: Path) -> Iterator[WeightMatrix]:
@@ -317,6 +318,6 @@ def iter_checkpoint_matrices(folder: Path) -> Iterator[WeightMatrix]:
             or if a file is truncated or corrupt; also by `load()` for a file that changed since.
     """
     folder = Path(folder)
-    _check_folder(folder)
-    headers = _read_headers(folder)
-    return _all_matrices(headers, _read_config(folder))
+    check_folder(folder)
+    headers = read_headers(folder)
+    return _all_matrices(headers, read_config(folder))
