@@ -28,8 +28,9 @@ from weightproof.divergence import (
 from weightproof.errors import InputError, RestoreError
 from weightproof.guards.corrections import Correction, corrections
 from weightproof.guards.limits import for_family
+from weightproof.judging import Judged, decide_on, judge_one
 from weightproof.placements import local_of, refusal_of
-from weightproof.policy import Policy, decide, with_digests
+from weightproof.policy import Policy, with_digests
 from weightproof.probes import Change, ChangeScope, State, read_change
 from weightproof.registry import load_plugin, plugins
 from weightproof.shards import Shard, dealt, shard_of
@@ -41,7 +42,6 @@ from weightproof.types import (
     Decision,
     DivergenceReading,
     EditRecord,
-    Measurement,
     NamedTensor,
     Outcome,
     Readings,
@@ -50,8 +50,6 @@ from weightproof.types import (
 from weightproof.weights import iter_tensors, iter_weight_matrices
 from weightproof.windows import Windows, random_windows
 
-# Guards that decide in a window of ordinary training; the others are reported there.
-JUDGED_IN_TRAINING = ("invariants", "spectral")
 # Exact spectra refreshed in one training window: about half a second of one core.
 _WINDOW_FLOPS = 2e10
 
@@ -78,10 +76,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Assessment:
-    """Everything read after a change, and the decision it led to."""
+    """Everything read after a change, the decision it led to, and the readings that this rests on."""
 
     state: State
     decision: Decision
+    judged: Judged
 
 
 class Assessor:
@@ -225,13 +224,15 @@ class Assessor:
             in_warmup=subject.in_warmup,
         )
         before = replace(baseline.readings, second_moments=self.cache.second_moments if self.cache else {})
-        verdicts = {name: self._judge(name, before, current.readings, readings) for name in self.guards}
+        judged = Judged(before, current.readings, readings)
+        verdicts = {name: self._judge(name, judged) for name in self.guards}
         failed = verdicts["divergence"].outcome is Outcome.FAIL
         if failed and subject.kind.name != "train" and any(reading.finite for reading in readings.divergence):
-            readings = self._located(readings)
-            verdicts["divergence"] = self._judge("divergence", before, current.readings, readings)
-        decision = self._agreed(self._decide(verdicts, subject.kind.name, step))
-        return Assessment(State(readings, change.state.fits), decision)
+            judged = replace(judged, after=self._located(readings))
+            verdicts["divergence"] = self._judge("divergence", judged)
+        kind, size = subject.kind.name, self.processes.size
+        decision = self._agreed(decide_on(self.policy, verdicts, kind=kind, step=step, world_size=size))
+        return Assessment(State(judged.after, change.state.fits), decision, judged)
 
     def _differences(self, snapshot: Snapshot) -> tuple[frozenset[str], tuple[str, ...]]:
         """Tensors that differ from the snapshot and modules that were replaced, on any process."""
@@ -250,27 +251,8 @@ class Assessor:
         said = ", ".join(f"rank {rank} {every[rank][2]} ({every[rank][1][:12]})" for rank in (0, *odd))
         return self.halted(decision, f"processes disagree on this step: {said}", situation="processes_disagree")
 
-    def _judge(self, name: str, before: Readings, current: Readings, after: Readings) -> Verdict:
-        # What counts as untrained is what the baseline had not learned, not what the change left behind.
-        after = replace(after, untrained=before.untrained)
-        # What an edit declared concerns the state just before it; drift counts from the baseline.
-        reference = _finite_as(before, current) if self.guards[name].tier == "T0" else before
-        return self.guards[name].judge(reference, after, self.limits[name])
-
-    def _decide(self, verdicts: Mapping[str, Verdict], kind: str, step: int) -> Decision:
-        judged = [v for name, v in verdicts.items() if kind != "train" or name in JUDGED_IN_TRAINING]
-        reported: list[Measurement] = []
-        for verdict in verdicts.values():
-            if verdict not in judged:
-                reported += [replace(m, limit=None, outcome=Outcome.PASS) for m in verdict.measurements]
-        return decide(
-            self.policy,
-            tuple(judged),
-            kind=kind,
-            step=step,
-            reported=tuple(reported),
-            world_size=self.processes.size,
-        )
+    def _judge(self, name: str, judged: Judged) -> Verdict:
+        return judge_one(self.guards[name], self.limits[name], judged)
 
     def corrections(self, baseline: Baseline, after: Readings) -> list[tuple[Correction, str]]:
         """Corrections that the policy asks for (none by default), with their mode."""
@@ -391,19 +373,6 @@ def _unread_contract(kind: kinds.Kind, name: str, reason: str, *, is_matrix: boo
         return (ContractReading(name, "values", None, 0.0, rigorous=True, reason=reason),)
     nothing = torch.empty(0)
     return kinds.measure_outside(kind, name, nothing, nothing)
-
-
-def _finite_as(baseline: Readings, current: Readings) -> Readings:
-    """`current` with the baseline's counts of NaN and inf: what monitor mode kept broken may still be repaired."""
-    if not any(reading.num_nonfinite for reading in current.tensors.values()):
-        return current
-    tensors = {
-        name: replace(reading, num_nonfinite=baseline.tensors[name].num_nonfinite)
-        if name in baseline.tensors
-        else reading
-        for name, reading in current.tensors.items()
-    }
-    return replace(current, tensors=tensors)
 
 
 def _brief(error: InputError) -> str:

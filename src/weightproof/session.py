@@ -433,7 +433,7 @@ class GuardSession:
                 corrected = self._correct(fixes)
                 subject = replace(subject, planned={}, corrected=corrected)
                 result = self._assessor.assess(snapshot, current, self.baseline, subject, handle.step)
-            handle.decision, handle.record = result.decision, result.state.readings.edit
+            handle.settle(result.decision, result.judged)
             self._publisher.draw(handle, self.model, self.baseline)
         handle.seconds = time.perf_counter() - started
         self.cost.check_seconds += handle.seconds
@@ -532,6 +532,11 @@ class GuardSession:
     def _publish(self, handle: Step) -> None:
         """Record a judged step: history, then the certificate file, then the trackers."""
         self._history.append(handle)
+        # All readings of a step take room: kept of this one and of the one that made the present weights.
+        present = next((step for step in reversed(self._history) if step.applied == "kept"), handle)
+        for step in self._history:
+            if step is not handle and step is not present:
+                step.judged = None
         self._publisher.publish(handle)
 
     def certificate(self) -> Certificate:

@@ -8,9 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from weightproof.judging import Judged
 from weightproof.kinds import Kind
 from weightproof.snapshot import Snapshot
-from weightproof.types import Decision, EditRecord, Verdict
+from weightproof.types import Decision, DivergenceReading, EditRecord, LossReading, Verdict
 
 
 class MasterWeights(Protocol):
@@ -73,6 +74,9 @@ class Step:
         applied: What was done: "kept" or "restored".
         record: What changed, by declaration and by measurement.
         seconds: Wall time of measurement and judgement.
+        judged: The readings that the decision was made from; a session keeps those of its newest steps.
+        divergence: Outputs of the changed model against those of the baseline.
+        losses: Losses before and after.
     """
 
     def __init__(self, name: str, step: int, kind: Kind) -> None:
@@ -85,6 +89,14 @@ class Step:
         self.seconds = 0.0
         self.monitor = False
         self.planned: dict[str, str] = {}
+        self.judged: Judged | None = None
+        self.divergence: tuple[DivergenceReading, ...] = ()
+        self.losses: tuple[LossReading, ...] = ()
+
+    def settle(self, decision: Decision, judged: Judged) -> None:
+        """Fill in what was decided, and from what."""
+        self.decision, self.judged = decision, judged
+        self.record, self.divergence, self.losses = judged.after.edit, judged.after.divergence, judged.after.losses
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
