@@ -1,0 +1,91 @@
+"""Bootstrap intervals of a ratio of sums: groups are drawn together with their weights.
+
+Source: B. Efron, "Better bootstrap confidence intervals", JASA 82 (1987), for BCa; T. Hesterberg, "What
+teachers should know about the bootstrap", American Statistician 69 (2015), for its expansion in small samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+from scipy import stats
+
+from weightproof.paired_sums import Array, PairedSums
+
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def bootstrap(sums: PairedSums, alpha: float, method: str, replicates: int) -> tuple[str, tuple[float, float]]:
+    """Two-sided interval of `sums.estimate`.
+
+    The levels are those of a bootstrap interval at the nominal `expanded_tail`, so that a normal sample gets
+    Student's width. Drawing is seeded by the sample's ranks: the same interval in any order and any unit.
+
+    Args:
+        sums: The sample.
+        alpha: Two-sided error.
+        method: "bca" or "percentile".
+        replicates: Resamples.
+
+    Returns:
+        The method used ("percentile" where BCa is not defined) and the two ends.
+    """
+    if sums.is_constant:
+        return method, (sums.estimate, sums.estimate)
+    draws = resampled(sums, replicates)
+    tail = expanded_tail(alpha / 2, sums.effective_size)
+    levels = (tail, 1.0 - tail)
+    if method == "bca":
+        adjusted = bca_levels(sums, draws, tail)
+        method, levels = ("percentile", levels) if adjusted is None else ("bca", adjusted)
+    lower, upper = np.quantile(draws, levels)
+    return method, (float(lower), float(upper))
+
+
+def resampled(sums: PairedSums, replicates: int) -> Array:
+    """(replicates,) ratios of sums of groups drawn with replacement, each with its weight."""
+    generator, n = np.random.default_rng(_seed(sums)), sums.num_groups
+    rows = max(1, _CHUNK_ELEMENTS // n)
+    found: list[Array] = []
+    for start in range(0, replicates, rows):
+        drawn = generator.integers(0, n, size=(min(rows, replicates - start), n))
+        found.append(sums.difference[drawn].sum(axis=1) / sums.weight[drawn].sum(axis=1))
+    return np.concatenate(found)
+
+
+def expanded_tail(tail: float, size: float) -> float:
+    """The tail of a normal that lies where Student's `tail` with `size` - 1 degrees of freedom does.
+
+    A bootstrap of n groups is too narrow twice: its variance has n where n - 1 is unbiased, and it takes normal
+    quantiles. Both are undone: Phi(-sqrt(n / (n - 1)) t), with t Student's quantile at `tail`.
+    """
+    if size < 1.5:
+        return tail
+    quantile = math.sqrt(size / (size - 1.0)) * float(stats.t.isf(tail, size - 1.0))
+    return float(stats.norm.sf(quantile))
+
+
+def bca_levels(sums: PairedSums, draws: Array, tail: float) -> tuple[float, float] | None:
+    """Levels at which the draws' quantiles are the BCa interval; None where bias or acceleration is not defined."""
+    below = float(np.mean(draws < sums.estimate) + np.mean(draws <= sums.estimate)) / 2
+    if sums.num_groups < 2 or not 0 < below < 1:
+        return None
+    left_out = (sums.difference.sum() - sums.difference) / (sums.weight.sum() - sums.weight)
+    deviation = left_out.mean() - left_out
+    spread = float((deviation**2).sum())
+    acceleration = float((deviation**3).sum()) / (6.0 * spread**1.5) if spread > 0 else 0.0
+    bias, quantile = float(stats.norm.ppf(below)), float(stats.norm.isf(tail))
+    if acceleration * (bias + quantile) >= 1 or acceleration * (bias - quantile) >= 1:
+        return None
+    ends = (bias - quantile, bias + quantile)
+    low, high = (float(stats.norm.cdf(bias + z / (1.0 - acceleration * z))) for z in ends)
+    return low, high
+
+
+def _seed(sums: PairedSums) -> int:
+    """From the ranks of the sorted sample: they change neither with its order nor with its units."""
+    ranks = [np.unique(array, return_inverse=True)[1] for array in (sums.before, sums.after, sums.weight)]
+    content = b"".join(rank.astype("<i8").tobytes() for rank in ranks)
+    return int.from_bytes(hashlib.sha256(content).digest(), "big")
