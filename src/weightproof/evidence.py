@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,20 @@ import torch
 
 import weightproof
 from weightproof.baseline import Baseline
+from weightproof.calibration import calibration_windows
+from weightproof.case_file import Base, CaseFile, statement_of
 from weightproof.certificate import Certificate
 from weightproof.errors import InputError
 from weightproof.jsonable import to_jsonable
+from weightproof.judging import Judged
 from weightproof.marchenko_pastur import fit_bulk
 from weightproof.plots import spectrum_png
 from weightproof.probes import values_of
 from weightproof.shards import dealt
 from weightproof.trackers import GuardEvent, metric_rows, severity, worst_measurements
-from weightproof.types import Assurance, Measurement, Outcome
-from weightproof.weights import iter_weight_matrices
+from weightproof.types import Decision, Measurement, Outcome, Readings
+from weightproof.weights import iter_tensors, iter_weight_matrices, unwrap
+from weightproof.windows import random_windows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,15 +37,16 @@ if TYPE_CHECKING:
     from weightproof.steps import Step
 
 NEVER_TESTED = (
-    "loss and task metrics (this version has no loss guard)",
     "contexts longer than the compared windows",
     "languages, domains and safety behaviour outside the compared windows",
-    "the folder written to disk, the serving runtime and its kernels",
+    "text that the model writes by itself: only given tokens were scored",
+    "the serving runtime and its kernels",
     "tokenizer, chat template and generation settings",
 )
 RESUMED = "drift of the outputs before the resume: they are compared with those of the resumed weights"
-# A certificate keeps every measurement that was not a plain PASS, and the worst of the rest.
+# Of a window of training a certificate keeps every measurement that was not a plain PASS, and the worst of the rest.
 _KEPT_PASSES = 12
+_SHOWN = 5
 
 
 def now() -> str:
@@ -69,13 +75,24 @@ def baseline_bytes(baseline: Baseline, cache: OutputCache | None) -> int:
 
 
 def step_json(step: Step) -> dict[str, Any]:
-    """One judged step as the certificate carries it."""
+    """One judged step as the certificate carries it.
+
+    An edit is written with all of its measurements (`complete`), so that both digests of its decision can be
+    computed from them. There may be thousands of windows of training: of these only the newest, whose readings
+    are still at hand, and else what is worth a look.
+    """
     decision = step.decision
     if decision is None:
         raise InputError(f"step {step.name!r} was not judged")
+    complete = step.kind.name != "train" or step.judged is not None
+
+    def rows(measurements: tuple[Measurement, ...]) -> list[Any]:
+        return [to_jsonable(m) for m in (measurements if complete else _kept(measurements))]
+
     return {
         "name": step.name,
         "step": step.step,
+        "kind": step.kind.name,
         "action": str(decision.action),
         "applied": step.applied,
         "situation": decision.situation,
@@ -83,11 +100,15 @@ def step_json(step: Step) -> dict[str, Any]:
         "warned": decision.warned,
         "monitor": step.monitor,
         "assurance": str(decision.assurance),
+        "policy_digest": decision.policy_digest,
         "decision_digest": decision.digest,
         "evidence_digest": decision.evidence_digest,
         "world_size": decision.world_size,
         "seconds": round(step.seconds, 4),
+        "complete": complete,
         "record": to_jsonable(step.record),
+        "divergence": to_jsonable(step.divergence),
+        "losses": to_jsonable(step.losses),
         "verdicts": [
             {
                 "guard": verdict.guard,
@@ -95,12 +116,12 @@ def step_json(step: Step) -> dict[str, Any]:
                 "reason": verdict.reason,
                 "num_measured": verdict.num_measured,
                 "num_eligible": verdict.num_eligible,
-                "measurements": [to_jsonable(m) for m in _kept(verdict.measurements)],
+                "measurements": rows(verdict.measurements),
                 "num_measurements": len(verdict.measurements),
             }
             for verdict in decision.verdicts
         ],
-        "reported": [to_jsonable(m) for m in _kept(decision.reported)],
+        "reported": rows(decision.reported),
     }
 
 
@@ -110,61 +131,99 @@ def _kept(measurements: tuple[Measurement, ...]) -> list[Measurement]:
     return [*loud, *quiet[:_KEPT_PASSES]]
 
 
-def certificate_of(session: GuardSession) -> Certificate:
+def certificate_of(session: GuardSession, parent: str | None = None) -> Certificate:
     """The statement over the session's model as it is now.
 
     The subject is the digest of the last state that the session knows. Whether the model still has it
     is not in the predicate: a verifier recomputes the digest from the weights.
+
+    Args:
+        session: The session.
+        parent: Digest of the certificate of the model that the session began with.
     """
-    steps = [*session.resumed_steps, *(step_json(step) for step in session.history)]
-    readings, known = session.current.readings, session.baseline.readings.matrices
-    last = next((s.decision for s in reversed(session.history) if s.decision is not None), None)
-    predicate = {
-        "created_at": now(),
-        "environment": environment(session.model),
-        "world_size": session.processes.size,
-        "baseline": {
-            "model_digest": session.baseline.model_digest,
-            "created_at": session.baseline.created_at,
-            "environment": dict(session.baseline.environment),
-            "matrices_measured": sum(1 for m in known.values() if m.reason is None),
-            "matrices_refused": {m.name: m.reason for m in known.values() if m.reason is not None},
-        },
-        "policy": {"name": session.policy.name, "digest": session.policy.digest, "resolved": policy_json(session)},
-        "windows": [{"name": w.name, "digest": w.digest, "num_tokens": w.num_tokens} for w in session.windows],
-        "tensors": {name: reading.digest for name, reading in sorted(readings.tensors.items())},
-        "differing_ranks": {
-            name: reading.differing_ranks for name, reading in readings.tensors.items() if reading.differing_ranks
-        },
-        "steps": steps,
-        "decision": _last_decision(session),
-        "assurance": str(Assurance.NONE if last is None else last.assurance),
-        "not_tested": [*NEVER_TESTED, *([RESUMED] if session.resumed_steps else [])],
-        "cost": {**to_jsonable(session.cost), "seconds": session.cost.seconds},
-    }
-    return Certificate.build(
-        subject_name=type(session.model).__name__, model_digest=readings.model_digest, predicate=to_jsonable(predicate)
+    return statement_of(case_of(session, parent))
+
+
+def case_of(session: GuardSession, parent: str | None = None) -> CaseFile:
+    """Everything that a session knows of its model."""
+    resumed = len(session.resumed_steps)
+    judged = {resumed + index: s.judged for index, s in enumerate(session.history) if s.judged is not None}
+    current, baseline = session.current.readings, session.baseline
+    name = type(unwrap(session.model)).__name__
+    last = session.history[-1] if session.history else None
+    return CaseFile(
+        subject_name=name,
+        tensors={tensor: reading.digest for tensor, reading in current.tensors.items()},
+        baseline=Base(
+            readings=_with_outputs(baseline.readings, judged.values()),
+            created_at=baseline.created_at,
+            environment=baseline.environment,
+            name=name,
+        ),
+        current=current,
+        policy=session.policy,
+        windows=windows_json(session.windows),
+        steps=[*session.resumed_steps, *(step_json(step) for step in session.history)],
+        judged=judged,
+        environment=environment(session.model),
+        created_at=now(),
+        ties={named.name: named.tied_names for named in iter_tensors(session.model) if named.tied_names},
+        transient=[named.name for named in iter_tensors(session.model) if not named.persistent],
+        world_size=session.processes.size,
+        differing_ranks={n: r.differing_ranks for n, r in current.tensors.items() if r.differing_ranks},
+        cost={**to_jsonable(session.cost), "seconds": session.cost.seconds},
+        not_tested=[
+            *not_tested(current, last.decision if last else None),
+            "the folder written to disk: `weightproof verify` compares one with this certificate",
+            *([RESUMED] if resumed else []),
+        ],
+        parent=parent,
     )
 
 
-def _last_decision(session: GuardSession) -> dict[str, Any] | None:
-    """The newest decision, with the step it was about: after a rollback the subject is the state before that step."""
-    for step in reversed(session.history):
-        if step.decision is not None:
-            found = {"step": step.name, "applied": step.applied}
-            return {**found, "action": str(step.decision.action), "reason": step.decision.reason}
-    return None
+def _with_outputs(baseline: Readings, judged: Iterable[Judged]) -> Readings:
+    """The baseline's readings with what was read of its outputs, where a step was judged from them."""
+    return next((one.before for one in judged if one.before.model_digest == baseline.model_digest), baseline)
 
 
-def policy_json(session: GuardSession) -> Mapping[str, Any]:
-    """The resolved policy: required guards, every limit and every action."""
-    policy = session.policy
-    return {
-        "required": policy.required,
-        "required_training": policy.required_training,
-        "limits": policy.limits,
-        "actions": policy.actions,
-    }
+def windows_json(windows: Iterable[Any]) -> list[dict[str, Any]]:
+    """Sets of windows as the certificate carries them, with how to make them again."""
+    return [{"name": w.name, "digest": w.digest, "num_tokens": w.num_tokens, "made": _made(w)} for w in windows]
+
+
+def _made(windows: Any) -> dict[str, Any]:
+    if windows.name == "random":
+        return {"source": "random tokens", **_defaults(random_windows)}
+    if windows.name == "calibration":
+        return {"source": "the first windows of the retain data", **_defaults(calibration_windows)}
+    return {"source": f"the {windows.name} data"}
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, int]:
+    """The numbers that a function uses where nobody gives others."""
+    defaults = ((p.name, p.default) for p in inspect.signature(function).parameters.values())
+    return {name: value for name, value in defaults if isinstance(value, int)}
+
+
+def not_tested(readings: Readings, decision: Decision | None) -> list[str]:
+    """What this very decision does not rest on, then what no certificate rests on."""
+    found: list[str] = []
+    measured = [loss for loss in readings.losses if loss.reason is None]
+    if not any(loss.role == "retain" for loss in measured):
+        found.append("the loss on text that must stay as good: no loss was measured on retain data")
+    if not any(loss.role == "target" for loss in measured):
+        found.append("whether the model got better at anything: no target data")
+    if not readings.divergence:
+        found.append("the outputs of the model: none were compared")
+    elif all(reading.windows == "random" for reading in readings.divergence):
+        found.append("outputs on real text: they were compared on random tokens only")
+    if unread := sorted(m.name for m in readings.matrices.values() if m.reason is not None):
+        more = f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
+        found.append(f"statistics of the weight matrices {', '.join(unread[:_SHOWN])}{more}: not measured")
+    for verdict in decision.verdicts if decision else ():
+        if verdict.outcome is Outcome.NOT_MEASURED:
+            found.append(f"guard {verdict.guard}: {verdict.reason}")
+    return [*found, *NEVER_TESTED]
 
 
 def event_of(step: Step) -> GuardEvent:

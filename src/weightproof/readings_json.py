@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -27,12 +27,29 @@ from weightproof.types import Readings
 T = TypeVar("T")
 Decoder = Callable[[Any, Any, str], Any]
 
+# Objects whose order counts, by their path in the readings.
+ORDERED = (
+    "tensors",
+    "structure.modules",
+    "structure.embedding_sizes",
+    "matrices",
+    "bulks",
+    "circuits",
+    "second_moments",
+    "unmeasured",
+    "edit.relative_delta",
+)
 _NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
 def readings_json(readings: Readings) -> dict[str, Any]:
-    """All of some readings as JSON types; `readings_of` takes it back."""
-    return to_jsonable(readings)
+    """All of some readings as JSON types; `readings_of` takes it back.
+
+    Canonical JSON sorts the keys of objects, but measurements follow the order of the model: `order` keeps it.
+    """
+    content = to_jsonable(readings)
+    content["order"] = {path: list(_at(content, path) or ()) for path in ORDERED}
+    return content
 
 
 def readings_of(found: object, where: str = "readings") -> Readings:
@@ -41,7 +58,36 @@ def readings_of(found: object, where: str = "readings") -> Readings:
     Raises:
         InputError: Naming the field (below `where`) that is missing, unknown, or of another kind.
     """
-    return from_jsonable(Readings, found, where)
+    content = dict(_object(found, where))
+    order = from_jsonable(Mapping[str, tuple[str, ...]], content.pop("order", {}), f"{where}.order")
+    for path, names in order.items():
+        if path not in ORDERED:
+            raise InputError(f"{where}.order: {path!r} is no part of readings that has an order")
+        _arrange(content, path.split("."), names, where)
+    return from_jsonable(Readings, content, where)
+
+
+def _at(content: Mapping[str, Any], path: str) -> Any:
+    """What lies at a path; None where an object on the way is null."""
+    inner: Any = content
+    for step in path.split("."):
+        inner = None if inner is None else inner[step]
+    return inner
+
+
+def _arrange(content: dict[str, Any], path: Sequence[str], names: tuple[str, ...], where: str) -> None:
+    """Put the object at a path into an order, in a copy of every object on the way."""
+    inner = content.get(path[0])
+    if inner is None and not names:
+        return
+    inner = dict(_object(inner, f"{where}.{path[0]}"))
+    if len(path) > 1:
+        _arrange(inner, path[1:], names, f"{where}.{path[0]}")
+        content[path[0]] = inner
+        return
+    if len(names) != len(inner) or set(names) != inner.keys():
+        raise InputError(f"{where}.order: its names of {path[0]} are not those that {path[0]} has")
+    content[path[0]] = {name: inner[name] for name in names}
 
 
 def from_jsonable(kind: type[T], found: object, where: str = "value") -> T:

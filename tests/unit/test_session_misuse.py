@@ -161,9 +161,9 @@ def test_a_value_known_only_coarsely_says_so(llama):
 @pytest.mark.parametrize(
     "text",
     [
-        '{"predicateType":"urn:weightproof:certificate:v0"}',
-        '{"predicateType":"urn:weightproof:certificate:v0","subject":[],"predicate":{}}',
-        '{"predicateType":"urn:weightproof:certificate:v0","subject":[{"digest":{"sha256":"00"}}]}',
+        '{"predicateType":"urn:weightproof:certificate:v1"}',
+        '{"predicateType":"urn:weightproof:certificate:v1","subject":[],"predicate":{}}',
+        '{"predicateType":"urn:weightproof:certificate:v1","subject":[{"digest":{"sha256":"00"}}]}',
     ],
 )
 def test_half_a_certificate_is_refused_when_read(text):
