@@ -23,7 +23,15 @@ from weightproof.errors import BaselineError
 from weightproof.files import write_atomically
 from weightproof.jsonable import to_jsonable
 from weightproof.tensor_store import tensor_digest
-from weightproof.types import BulkFit, BulkReading, MatrixReading, Readings, StructureReading, TensorReading
+from weightproof.types import (
+    BulkFit,
+    BulkReading,
+    CircuitReading,
+    MatrixReading,
+    Readings,
+    StructureReading,
+    TensorReading,
+)
 
 FILE_NAME = "guard_baseline.safetensors"
 _FORMAT = "weightproof-baseline-v2"
@@ -138,7 +146,7 @@ def _scalars(fit: BulkFit) -> dict[str, Any]:
 
 
 def _readings_json(readings: Readings) -> dict[str, Any]:
-    kept = ("model_digest", "tensors", "structure", "matrices", "bulks", "second_moments", "unmeasured")
+    kept = ("model_digest", "tensors", "structure", "matrices", "bulks", "circuits", "second_moments", "unmeasured")
     found = {name: to_jsonable(getattr(readings, name)) for name in kept}
     return {**found, "untrained": sorted(readings.untrained)}
 
@@ -158,6 +166,7 @@ def _decode(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path
         structure=structure,
         matrices={k: MatrixReading(**v) for k, v in found["matrices"].items()},
         bulks={k: BulkReading(**v) for k, v in found["bulks"].items()},
+        circuits={k: _decode_circuit(v) for k, v in found.get("circuits", {}).items()},
         second_moments=found["second_moments"],
         unmeasured=found["unmeasured"],
         untrained=frozenset(found["untrained"]),
@@ -169,6 +178,11 @@ def _decode(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path
 def _decode_tensor(found: Mapping[str, Any]) -> TensorReading:
     lists = {name: tuple(found.get(name, ())) for name in ("shape", "differing_ranks", "nonfinite_ranks")}
     return TensorReading(**{**found, **lists})
+
+
+def _decode_circuit(found: Mapping[str, Any]) -> CircuitReading:
+    values = None if found["values"] is None else tuple(found["values"])
+    return CircuitReading(**{**found, "matrices": tuple(found["matrices"]), "values": values})
 
 
 def _decode_fit(name: str, scalars: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> BulkFit:

@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 from tqdm.auto import tqdm
 
+from weightproof.circuit_finder import Circuit
+from weightproof.circuit_readings import config_of, read_circuits, vectors_of
 from weightproof.collective import Processes
 from weightproof.contracts import relative_change
 from weightproof.gram import needs_float64
@@ -43,6 +45,7 @@ from weightproof.tensor_readings import common_refusals, common_structure, diges
 from weightproof.types import (
     BulkFit,
     BulkReading,
+    CircuitReading,
     ContractReading,
     MatrixReading,
     Readings,
@@ -134,7 +137,16 @@ def read_state(
     processes = processes or Processes.alone()
     tensors = read_tensors(model, {}, (), processes) if tensors is None else tensors
     every = common_matrices(model, processes)
-    return state_of(every, tensors, common_structure(model, None, processes), processes, progress=progress)
+    state = state_of(every, tensors, common_structure(model, None, processes), processes, progress=progress)
+    return with_circuits(state, read_circuits(every, vectors_of(model, processes), config_of(model), processes))
+
+
+def with_circuits(state: State, circuits: Mapping[str, CircuitReading]) -> State:
+    """The state with its circuits, or with the reason why there are none."""
+    unmeasured = dict(state.readings.unmeasured)
+    if not circuits:
+        unmeasured["circuits"] = "the model has no attention and no MLP of a known kind"
+    return State(replace(state.readings, circuits=circuits, unmeasured=unmeasured), state.fits)
 
 
 def state_of(
@@ -258,7 +270,27 @@ def read_change(  # noqa: PLR0913 - the two states, the change and who reads it
     tensors = read_tensors(model, current.readings.tensors, scope.changed, processes)
     every = common_matrices(model, processes)
     structure = common_structure(model, current.readings.structure, processes)
-    return change_of(every, tensors, structure, snapshot, current, baseline, scope, processes)
+    change = change_of(every, tensors, structure, snapshot, current, baseline, scope, processes)
+    kept = kept_circuits(tensors, current, baseline, scope)
+    circuits = read_circuits(every, vectors_of(model, processes), config_of(model), processes, kept)
+    return replace(change, state=with_circuits(change.state, circuits))
+
+
+def kept_circuits(
+    tensors: Mapping[str, TensorReading], current: State, baseline: State, scope: ChangeScope
+) -> Callable[[Circuit, frozenset[str]], CircuitReading | None]:
+    """For `read_circuits`: the readings that still hold, because none of the tensors of a circuit changed."""
+
+    def kept(circuit: Circuit, stored: frozenset[str]) -> CircuitReading | None:
+        known = current.readings.circuits.get(circuit.name)
+        if known is None or known.matrices != circuit.matrices or stored & scope.changed:
+            known = baseline.readings.circuits.get(circuit.name)  # an earlier change was undone
+            then = baseline.readings.tensors
+            if any(name not in then or then[name].digest != tensors[name].digest for name in stored):
+                return None
+        return known if known is not None and known.matrices == circuit.matrices else None
+
+    return kept
 
 
 def change_of(  # noqa: PLR0913, PLR0917 - the two states, the change and who reads it

@@ -139,7 +139,8 @@ def _by_outputs(evidence: Evidence) -> tuple[str, str] | None:
 
 
 def _by_weights(evidence: Evidence) -> tuple[str, str]:
-    weights = evidence.of_tier("T1")
+    # A guard that finds nothing of its kind in the model (no attention, say) leaves nothing open.
+    weights = [one for one in evidence.of_tier("T1") if one.num_eligible or one.outcome is not Outcome.NOT_MEASURED]
     if warned := evidence.raised("T0", "T1", "T2"):
         return "no_forward_weights_warned", _why(warned)
     if not any(verdict.outcome is Outcome.PASS for verdict in weights):
