@@ -26,7 +26,7 @@ from weightproof.windows import (
     takes,
 )
 
-_LABELS = ("labels", "label", "label_ids")
+LABEL_NAMES = ("labels", "label", "label_ids")
 _SAMPLE_DIMS = {"input_ids": 1, "pixel_values": 3, "input_features": 2, "input_values": 1}
 _EMPTY = "the {name} data has no window: give at least one example with real tokens"
 
@@ -62,8 +62,8 @@ def calibration_windows(
         size = min(length, max_length(model) or length)
         found = (
             item
-            for example in _examples(data, model, name, count * size)
-            for sample in _samples(_tensors(example, model, name), model)
+            for example in examples_of(data, model, name, count * size)
+            for sample in samples_of(tensors_of(example, model, name), model)
             for item in _prepare(sample, model, size)
         )
         items = list(itertools.islice(found, count))
@@ -73,15 +73,15 @@ def calibration_windows(
 
 
 def _as_they_are(data: object, model: nn.Module, count: int, name: str) -> Windows:
-    examples = itertools.islice(_examples(data, model, name, None), count)
-    batches = tuple(_tensors(example, model, name) for example in examples)
+    examples = itertools.islice(examples_of(data, model, name, None), count)
+    batches = tuple(tensors_of(example, model, name) for example in examples)
     if not batches:
         raise InputError(_EMPTY.format(name=name))
     rows = sum(next(iter(batch.values())).shape[0] if next(iter(batch.values())).ndim else 1 for batch in batches)
     return Windows(name, batches, digest_items(batches), rows)
 
 
-def _examples(data: object, model: nn.Module, name: str, num_ids: int | None) -> Iterator[Mapping[str, Any]]:
+def examples_of(data: object, model: nn.Module, name: str, num_ids: int | None) -> Iterator[Mapping[str, Any]]:
     """Every example as a mapping from input names to values."""
     if isinstance(data, (str, bytes)):
         raise _text_error(name)
@@ -123,14 +123,14 @@ def _text_error(name: str) -> InputError:
     return InputError(f"the {name} data holds text: tokenize it first and give dicts with 'input_ids'")
 
 
-def _tensors(example: Mapping[str, Any], model: nn.Module, name: str) -> Item:
+def tensors_of(example: Mapping[str, Any], model: nn.Module, name: str) -> Item:
     """The numeric inputs that `forward` takes (and labels, from which decoder tokens are made)."""
     key = main_input(model)
-    accepted = set(forward_names(model)[0]) | set(_LABELS)
+    accepted = set(forward_names(model)[0]) | set(LABEL_NAMES)
     is_plain = getattr(model, "config", None) is None
     found: Item = {}
     for field, value in example.items():
-        if field not in accepted or value is None or (is_plain and field in _LABELS and not takes(model, field)):
+        if field not in accepted or value is None or (is_plain and field in LABEL_NAMES and not takes(model, field)):
             continue
         tensor = _tensor(value)
         if tensor is not None:
@@ -163,7 +163,7 @@ def _tensor(value: Any) -> torch.Tensor | None:
     return value.float() if value.dtype == torch.float64 else value
 
 
-def _samples(example: Item, model: nn.Module) -> Iterator[Item]:
+def samples_of(example: Item, model: nn.Module) -> Iterator[Item]:
     """Split a batch into its rows; a single sample passes through."""
     main = example[main_input(model)]
     if main.ndim <= _SAMPLE_DIMS.get(main_input(model), main.ndim - 1):
@@ -176,9 +176,9 @@ def _samples(example: Item, model: nn.Module) -> Iterator[Item]:
 
 def _prepare(sample: Item, model: nn.Module, length: int) -> Iterator[Item]:
     """Cut one sample to windows: a long plain token stream gives several, anything else one."""
-    labels = next((sample.pop(key) for key in _LABELS if key in sample), None)
+    labels = next((sample.pop(key) for key in LABEL_NAMES if key in sample), None)
     if is_encoder_decoder(model) and "decoder_input_ids" not in sample:
-        sample = {**sample, **_decoder_inputs(sample, labels, model)}
+        sample = {**sample, **decoder_inputs(sample, labels, model)}
     if not bool(sample.get("decoder_attention_mask", torch.ones(1)).any()):
         return  # every label is ignored: nothing to score
     if "input_ids" in sample and main_input(model) == "input_ids":
@@ -214,7 +214,7 @@ def _cut_text(sample: Item, length: int) -> Iterator[Item]:
     yield cut
 
 
-def _decoder_inputs(sample: Item, labels: torch.Tensor | None, model: nn.Module) -> Item:
+def decoder_inputs(sample: Item, labels: torch.Tensor | None, model: nn.Module) -> Item:
     """Decoder tokens from labels (shifted right), else from the input tokens, else the start token."""
     if labels is not None and labels.ndim == 1 and labels.numel():
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)

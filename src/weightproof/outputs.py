@@ -6,6 +6,7 @@ batches, so that sums over them have the same bits on every process and for ever
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -62,13 +63,14 @@ class _Share(Generic[R]):
     failures: dict[int, tuple[type[WeightproofError], str]] = field(default_factory=dict)
 
 
-def read_batches(
+def read_batches(  # noqa: PLR0913 - keyword-only options
     model: nn.Module,
     windows: Sequence[Windows],
     processes: Processes,
     read: Callable[[Place, tuple[Part, ...], bool], R],
     *,
     operation: str,
+    with_taps: bool = True,
 ) -> tuple[list[BatchRead[R]], list[BatchRead[R]]]:
     """One forward pass for each batch by its owner; what was read of all batches, on every process.
 
@@ -82,6 +84,7 @@ def read_batches(
         read: Called with a batch's place, its outputs, and whether they are this process's own. The
             result is sent to all processes: keep it small.
         operation: What the passes are for, in errors.
+        with_taps: Whether block outputs are summed up on the way; else the tap sums are empty.
 
     Returns:
         The results of all batches in their order; and those of batches that were not the process's own.
@@ -93,23 +96,25 @@ def read_batches(
     """
     places = [Place(index, batch) for index, one in enumerate(windows) for batch in range(len(one.batches))]
     with processes.together(operation):
-        share, raised = _read_share(model, windows, processes, places, read)
+        share, raised = _read_share(model, windows, processes, places, read, with_taps)
         shares = processes.gather(operation, share)
     _raise_first(shares, raised)
     own = [shares[index % processes.size].own[index] for index in range(len(places))]
     return own, [one for share in shares for one in share.spare]
 
 
-def _read_share(
+def _read_share(  # noqa: PLR0913, PLR0917 - what `read_batches` was given
     model: nn.Module,
     windows: Sequence[Windows],
     processes: Processes,
     places: Sequence[Place],
     read: Callable[[Place, tuple[Part, ...], bool], R],
+    with_taps: bool,
 ) -> tuple[_Share[R], dict[int, WeightproofError]]:
     share: _Share[R] = _Share()
     raised: dict[int, WeightproofError] = {}
-    with undisturbed(model), tap_moments(model) as taps:
+    tapped = tap_moments(model) if with_taps else contextlib.nullcontext(TapMoments(()))
+    with undisturbed(model), tapped as taps:
         turns = list(_turns(len(places), processes, alike=share_inputs(unwrap(model), processes.size)))
         for turn, (index, is_own) in enumerate(turns):
             place = places[index]

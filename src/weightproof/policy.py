@@ -26,8 +26,6 @@ TIERS = ("conservative", "balanced", "aggressive")
 CELLS = ("KEEP", "KEEP_WARNED", "ROLLBACK")
 GUARDS = "weightproof.guards"
 OVERRIDDEN = ", overridden"
-# Verdicts that the table knows by role though no guard of that name is registered yet.
-ROLES = ("loss",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +60,8 @@ class Policy:
         """Check every name and value against the registered guards and the table of situations."""
         where = f"policy {self.name!r}"
         for guard in (*self.required, *self.required_training):
-            known = (*plugins(GUARDS), *ROLES)
-            if guard not in known:
-                raise PolicyError(f"{where} requires an unknown guard {guard!r}{suggest(guard, known)}")
+            if guard not in plugins(GUARDS):
+                raise PolicyError(f"{where} requires an unknown guard {guard!r}{suggest(guard, plugins(GUARDS))}")
         for situation, action in self.actions.items():
             if situation not in SITUATIONS:
                 raise PolicyError(f"{where} names an unknown situation {situation!r}{suggest(situation, SITUATIONS)}")
@@ -283,7 +280,7 @@ def _without_numbers(item: Measurement) -> list[str]:
 
 
 def _tier_of(guard: str) -> str:
-    return "T3" if guard in ROLES else str(load_plugin(GUARDS, guard).tier)
+    return str(load_plugin(GUARDS, guard).tier)
 
 
 def _assurance(evidence: Evidence) -> Assurance:
