@@ -14,14 +14,17 @@ from scipy import stats
 
 from weightproof.paired_sums import Array, PairedSums
 
+# With fewer, Student's quantiles lie where no number of draws reaches.
+MIN_DEGREES_OF_FREEDOM = 3.0
 _CHUNK_ELEMENTS = 1 << 20
 
 
 def bootstrap(sums: PairedSums, alpha: float, method: str, replicates: int) -> tuple[str, tuple[float, float]]:
     """Two-sided interval of `sums.estimate`.
 
-    The levels are those of a bootstrap interval at the nominal `expanded_tail`, so that a normal sample gets
-    Student's width. Drawing is seeded by the sample's ranks: the same interval in any order and any unit.
+    The levels are those of a bootstrap interval at the nominal `expanded_tail`, which gives it the width of
+    Student's t with `degrees_of_freedom`. Drawing is seeded by the sample's ranks: the same interval in any
+    order and any unit.
 
     Args:
         sums: The sample.
@@ -35,7 +38,7 @@ def bootstrap(sums: PairedSums, alpha: float, method: str, replicates: int) -> t
     if sums.is_constant:
         return method, (sums.estimate, sums.estimate)
     draws = resampled(sums, replicates)
-    tail = expanded_tail(alpha / 2, sums.effective_size)
+    tail = expanded_tail(alpha / 2, sums.effective_size, degrees_of_freedom(sums))
     levels = (tail, 1.0 - tail)
     if method == "bca":
         adjusted = bca_levels(sums, draws, tail)
@@ -55,15 +58,32 @@ def resampled(sums: PairedSums, replicates: int) -> Array:
     return np.concatenate(found)
 
 
-def expanded_tail(tail: float, size: float) -> float:
-    """The tail of a normal that lies where Student's `tail` with `size` - 1 degrees of freedom does.
+def degrees_of_freedom(sums: PairedSums) -> float:
+    """Of the variance of the estimate, after Satterthwaite: 2 (mean)^2 / variance of the variance's own estimate.
+
+    The least of three counts: groups by their weight ((sum w)^2 / sum w^2 - 1), by the variance that weights alone
+    give them ((sum w^2)^2 / sum w^4), and by the spread found, u = difference - estimate * w
+    (3 (sum u^2)^2 / sum u^4, which is n for a normal sample and less for heavy tails).
+    """
+    shares = sums.weight / sums.weight.max()
+    residual = sums.difference - sums.estimate * sums.weight
+    largest = np.abs(residual).max()
+    residual = residual / largest if largest > 0 else np.ones_like(residual)
+    by_weight = float((shares**2).sum() ** 2 / (shares**4).sum())
+    by_spread = float(3.0 * (residual**2).sum() ** 2 / (residual**4).sum())
+    return min(sums.effective_size - 1.0, by_weight, by_spread)
+
+
+def expanded_tail(tail: float, size: float, freedom: float) -> float:
+    """The tail of a normal that lies where Student's `tail` does.
 
     A bootstrap of n groups is too narrow twice: its variance has n where n - 1 is unbiased, and it takes normal
-    quantiles. Both are undone: Phi(-sqrt(n / (n - 1)) t), with t Student's quantile at `tail`.
+    quantiles. Both are undone: Phi(-sqrt(n / (n - 1)) t), with t Student's quantile (Hesterberg). With fewer than
+    two groups or degrees of freedom nothing can be undone.
     """
-    if size < 1.5:
+    if size < 2 or freedom < 1:
         return tail
-    quantile = math.sqrt(size / (size - 1.0)) * float(stats.t.isf(tail, size - 1.0))
+    quantile = math.sqrt(size / (size - 1.0)) * float(stats.t.isf(tail, freedom))
     return float(stats.norm.sf(quantile))
 
 

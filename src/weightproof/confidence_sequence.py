@@ -4,8 +4,11 @@ For each theta, z_i = (after_i - before_i) - theta * weight_i has mean zero when
 t statistic of z_1 .. z_n over normal effect sizes gives a test martingale (T. L. Lai, "On confidence
 sequences", Annals of Statistics 4, 1976; H. Wang and A. Ramdas, "Anytime-valid t-tests and confidence sequences
 for Gaussian means with unknown variance", arXiv 2310.03722); by Ville's inequality it ever exceeds 1 / alpha
-with probability alpha. The theta not rejected form an interval by Fieller's theorem (JRSS B 16, 1954).
-Exact for normal z. For others it holds asymptotically, and by simulation from the minimum effective sample size
+with probability alpha at most. The theta not rejected form an interval by Fieller's theorem (JRSS B 16, 1954).
+Losses are skewed (a few windows suffer most), and skewness is what makes a t test accept too early: where it
+widens the interval, t is taken through the cubic transformation of P. Hall, "On the removal of skewness by
+transformation", JRSS B 54 (1992). It never narrows it.
+Valid for normal z. For others it holds asymptotically, and by simulation from the minimum effective sample size
 on (benchmarks/coverage.py, docs/coverage.md).
 """
 
@@ -15,8 +18,10 @@ import math
 from dataclasses import dataclass
 
 from weightproof.errors import InputError
-from weightproof.paired_sums import MIN_EFFECTIVE_SIZE, Decision, Interval, PairedSums, check_options, too_small
+from weightproof.paired_sums import Decision, Interval, PairedSums, check_options, too_small
 
+# Below this effective sample size nothing is decided early.
+MIN_SEQUENTIAL_SIZE = 20.0
 # Prior variance of the effect size (mean over standard deviation of z) that the interval is tuned for.
 _EFFECT_VARIANCE = 1.0
 
@@ -36,7 +41,7 @@ class Sequential:
         InputError: If an argument cannot be used.
     """
 
-    def __init__(self, limit: float, alpha: float = 0.05, *, min_effective_size: float = MIN_EFFECTIVE_SIZE) -> None:
+    def __init__(self, limit: float, alpha: float = 0.05, *, min_effective_size: float = MIN_SEQUENTIAL_SIZE) -> None:
         if not math.isfinite(limit):
             raise InputError(f"the limit of a sequential test must be a finite number, got {limit}")
         check_options(alpha, min_effective_size)
@@ -109,27 +114,41 @@ def confidence_sequence(sums: PairedSums, alpha: float, min_effective_size: floa
 
 @dataclass(slots=True)
 class _Moments:
-    """Means and centred second moments of differences and weights, one group at a time (Welford)."""
+    """Means and centred second and third moments of differences d and weights w, grown by one group at a time.
+
+    The updates are those of P. Pebay, "Formulas for robust, one-pass parallel computation of covariances and
+    arbitrary-order statistical moments", Sandia report SAND2008-6212.
+    """
 
     num_groups: int = 0
     mean_difference: float = 0.0
     mean_weight: float = 0.0
-    difference_squares: float = 0.0
-    weight_squares: float = 0.0
-    products: float = 0.0
+    dd: float = 0.0
+    dw: float = 0.0
+    ww: float = 0.0
+    ddd: float = 0.0
+    ddw: float = 0.0
+    dww: float = 0.0
+    www: float = 0.0
 
     def add(self, difference: float, weight: float) -> None:
-        self.num_groups += 1
-        to_difference, to_weight = difference - self.mean_difference, weight - self.mean_weight
-        self.mean_difference += to_difference / self.num_groups
-        self.mean_weight += to_weight / self.num_groups
-        self.difference_squares += to_difference * (difference - self.mean_difference)
-        self.weight_squares += to_weight * (weight - self.mean_weight)
-        self.products += to_difference * (weight - self.mean_weight)
+        before, n = self.num_groups, self.num_groups + 1
+        d, w = difference - self.mean_difference, weight - self.mean_weight
+        second, third = before / n, before * (before - 1) / n**2
+        self.ddd += d**3 * third - 3 * d * self.dd / n
+        self.ddw += d * d * w * third - (2 * d * self.dw + w * self.dd) / n
+        self.dww += d * w * w * third - (2 * w * self.dw + d * self.ww) / n
+        self.www += w**3 * third - 3 * w * self.ww / n
+        self.dd += d * d * second
+        self.dw += d * w * second
+        self.ww += w * w * second
+        self.mean_difference += d / n
+        self.mean_weight += w / n
+        self.num_groups = n
 
     @property
     def effective_size(self) -> float:
-        mean_square = self.weight_squares / self.num_groups + self.mean_weight**2
+        mean_square = self.ww / self.num_groups + self.mean_weight**2
         return self.num_groups * self.mean_weight**2 / mean_square
 
     def interval(self, alpha: float, min_effective_size: float) -> Interval:
@@ -150,27 +169,58 @@ class _Moments:
         )
 
     def _ends(self, theta: float, alpha: float) -> tuple[float, float] | None:
-        """Of all theta + u with n (u mean_weight)^2 <= critical * SS(theta + u); None where u is unbounded."""
-        critical = _critical(self.num_groups, alpha)
+        """The theta whose t statistic is not rejected, from one end to the other; None where they are unbounded."""
+        n = self.num_groups
+        critical = _critical(n, alpha)
         if critical is None:
             return None
-        # SS(theta + u) = residual - 2 u slope + u^2 weight_squares, the centred sum of squares of z.
-        residual = self.difference_squares - theta * (2 * self.products - theta * self.weight_squares)
-        slope = self.products - theta * self.weight_squares
-        scale = critical / self.num_groups
-        leading = self.mean_weight**2 - scale * self.weight_squares
+        squares = max(0.0, self.dd - theta * (2 * self.dw - theta * self.ww))
+        low, high = _widened_for_skewness(critical, self._skewness(theta, squares), n)
+        steps = self._step(theta, squares, high, -1), self._step(theta, squares, low, 1)
+        return None if steps[0] is None or steps[1] is None else (theta + steps[0], theta + steps[1])
+
+    def _step(self, theta: float, squares: float, critical: float, sign: int) -> float | None:
+        """The u of one sign with n (u mean_w)^2 = critical^2 SS(theta + u) / (n - 1).
+
+        SS(theta + u) = squares - 2 u slope + u^2 ww is the centred sum of squares of z at theta + u.
+        """
+        slope = self.dw - theta * self.ww
+        scale = critical**2 / (self.num_groups * (self.num_groups - 1))
+        leading = self.mean_weight**2 - scale * self.ww
         if leading <= 0:
             return None
-        root = math.sqrt((scale * slope) ** 2 + leading * scale * max(residual, 0.0))
-        return theta + (-scale * slope - root) / leading, theta + (-scale * slope + root) / leading
+        root = math.sqrt((scale * slope) ** 2 + leading * scale * squares)
+        return (-scale * slope + sign * root) / leading
+
+    def _skewness(self, theta: float, squares: float) -> float:
+        """Of z at theta; 0 where z does not vary beyond rounding."""
+        if squares <= 1e-24 * (self.dd + theta * theta * self.ww):
+            return 0.0
+        cubes = self.ddd - theta * (3 * self.ddw - theta * (3 * self.dww - theta * self.www))
+        return math.sqrt(self.num_groups) * cubes / squares**1.5
 
 
 def _critical(num_groups: int, alpha: float) -> float | None:
-    """The largest t^2 / (n - 1) that is not rejected; None where nothing is rejected yet.
+    """The largest |t| that is not rejected; None where nothing is rejected yet.
 
     With effect sizes N(0, g) and the standard deviation integrated out, the martingale is
     (1 + n g)^(-1/2) [(1 + x) / (1 + x / (1 + n g))]^(n / 2), x = t^2 / (n - 1). Here it is set to 1 / alpha.
     """
     spread = 1.0 + num_groups * _EFFECT_VARIANCE
     ratio = math.exp(2.0 / num_groups * (0.5 * math.log(spread) - math.log(alpha)))
-    return None if num_groups < 2 or ratio >= spread else (ratio - 1.0) / (1.0 - ratio / spread)
+    if num_groups < 2 or ratio >= spread:
+        return None
+    return math.sqrt((num_groups - 1) * (ratio - 1.0) / (1.0 - ratio / spread))
+
+
+def _widened_for_skewness(critical: float, skewness: float, num_groups: int) -> tuple[float, float]:
+    """Smallest and largest t not rejected: -critical and critical, or beyond, where skewness asks for it.
+
+    Hall's transformation is h(t) = t + a t^2 + a^2 t^3 / 3 + a / 2 with a = skewness / (3 sqrt n); its inverse at
+    the critical values is closed.
+    """
+    a = skewness / (3.0 * math.sqrt(num_groups))
+    if abs(a) < 1e-9:
+        return -critical, critical
+    low, high = ((math.cbrt(1.0 + 3.0 * a * (value - a / 2.0)) - 1.0) / a for value in (-critical, critical))
+    return min(low, -critical), max(high, critical)

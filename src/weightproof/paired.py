@@ -10,10 +10,10 @@ What guards and metrics use, all of it from here:
 
     PairedSums(before, after, weight)      .estimate .effective_size .num_groups .before .after .weight
     PairedSums.of_scores(before, after, weight=None)         one score per example in place of sums
-    interval(sums, *, alpha=.05, method="bca", replicates=2000, min_effective_size=MIN_EFFECTIVE_SIZE) -> Interval
+    interval(sums, *, alpha=.05, method="bca", replicates=5000, min_effective_size=MIN_EFFECTIVE_SIZE) -> Interval
     Interval     .estimate .lower .upper .confidence .effective_size .num_groups .method .undecided
                  .decide(limit) -> "accept" | "reject" | None
-    Sequential(limit, alpha=.05, *, min_effective_size=MIN_EFFECTIVE_SIZE)
+    Sequential(limit, alpha=.05, *, min_effective_size=MIN_SEQUENTIAL_SIZE)
                  .add(before, after, weight) -> the same, .decision .interval() .num_groups .total_weight
     random_order(num_groups, digest)       the order in which a sequential test reads the groups
     perplexity(nll)                        exp that gives inf where it overflows
@@ -35,14 +35,15 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from weightproof.bootstrap import bootstrap
-from weightproof.confidence_sequence import Sequential, confidence_sequence
+from weightproof.bootstrap import MIN_DEGREES_OF_FREEDOM, bootstrap, degrees_of_freedom
+from weightproof.confidence_sequence import MIN_SEQUENTIAL_SIZE, Sequential, confidence_sequence
 from weightproof.errors import InputError
 from weightproof.paired_sums import MIN_EFFECTIVE_SIZE, Decision, Interval, PairedSums, check_options, too_small
 
 __all__ = [
     "METHODS",
     "MIN_EFFECTIVE_SIZE",
+    "MIN_SEQUENTIAL_SIZE",
     "SEQUENTIAL_SHARE",
     "Decision",
     "Interval",
@@ -63,7 +64,7 @@ def interval(
     *,
     alpha: float = 0.05,
     method: str = "bca",
-    replicates: int = 2000,
+    replicates: int = 5000,
     min_effective_size: float = MIN_EFFECTIVE_SIZE,
 ) -> Interval:
     """Interval of the ratio of sums; groups are resampled together with their weights.
@@ -96,7 +97,17 @@ def interval(
         effective_size=sums.effective_size,
         num_groups=sums.num_groups,
         method=used,
-        undecided=too_small(sums.effective_size, min_effective_size),
+        undecided=too_small(sums.effective_size, min_effective_size) or _too_few_carry(sums),
+    )
+
+
+def _too_few_carry(sums: PairedSums) -> str | None:
+    freedom = degrees_of_freedom(sums)
+    if freedom >= MIN_DEGREES_OF_FREEDOM or sums.is_constant:
+        return None
+    return (
+        f"effective sample too small: {freedom:.1f} degrees of freedom of at least {MIN_DEGREES_OF_FREEDOM:g}, "
+        "because a few groups hold most of the weight"
     )
 
 

@@ -15,7 +15,7 @@ Decision: TypeAlias = Literal["accept", "reject"]
 Array: TypeAlias = NDArray[np.float64]
 
 # Below this effective sample size no interval is trusted: benchmarks/coverage.py, docs/coverage.md.
-MIN_EFFECTIVE_SIZE = 12.0
+MIN_EFFECTIVE_SIZE = 16.0
 # Differences per unit of weight that are rounding of the inputs and of the limit's logarithm, not evidence.
 _ROUNDING = 1e-12
 
