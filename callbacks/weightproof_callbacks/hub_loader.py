@@ -1,4 +1,4 @@
-"""Fetch the weights of a Hub model: safetensors and configuration, nothing that can execute."""
+"""Fetch a Hub model: safetensors, configuration and tokenizer, nothing that can execute."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ from pathlib import Path
 
 from weightproof.errors import InputError
 
-PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json")
+PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+)
 
 
 def resolve_model_folder(model_id: str) -> Path:

@@ -54,7 +54,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
     model_class = _model_class(folder, config)
     with _quiet():
         model, unloaded = _load_weights(folder, model_class)
-        encode, digest = _load_tokenizer(folder, model_class)
+        encode, digest = _read_tokenizer(folder, model_class.__name__)
     return LoadedModel(_placed(model, device), encode, digest, unloaded)
 
 
@@ -130,7 +130,24 @@ def _more(names: list[str]) -> str:
 # ---------------------------------------------------------------- tokenizer
 
 
-def _load_tokenizer(folder: Path, model_class: Any) -> tuple[Callable[[str], list[int]] | None, str | None]:
+Encode = Callable[[str], list[int]]
+
+
+def load_tokenizer(folder: Path) -> tuple[Encode | None, str | None]:
+    """The tokenizer of a local folder alone: text -> token ids, and its digest; both None where there is none.
+
+    Raises:
+        InputError: If the folder is unsafe or its tokenizer cannot be read.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    _require_plain(folder, config)
+    names = config.get("architectures")
+    with _quiet():
+        return _read_tokenizer(folder, str(names[0]) if isinstance(names, list) and names else "")
+
+
+def _read_tokenizer(folder: Path, architecture: str) -> tuple[Encode | None, str | None]:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None, None
     from transformers import AutoTokenizer
@@ -139,7 +156,7 @@ def _load_tokenizer(folder: Path, model_class: Any) -> tuple[Callable[[str], lis
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except _ERRORS as error:
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {_brief(error)}") from error
-    marked = not model_class.__name__.endswith(_CAUSAL)  # an encoder was trained with its marks around a text
+    marked = not architecture.endswith(_CAUSAL)  # an encoder was trained with its marks around a text
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=marked, verbose=False)["input_ids"])

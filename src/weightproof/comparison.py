@@ -19,6 +19,7 @@ from weightproof.collective import Processes
 from weightproof.errors import BaselineError, InputError
 from weightproof.folder_readings import (
     FolderReadings,
+    circuits_of,
     digests_of,
     file_digests,
     read_folder,
@@ -30,7 +31,7 @@ from weightproof.folder_readings import (
 from weightproof.guards.limits import for_family
 from weightproof.judging import Judged
 from weightproof.policy import Policy
-from weightproof.probes import ChangeScope, change_of
+from weightproof.probes import ChangeScope, change_of, kept_circuits, with_circuits
 from weightproof.registry import load_plugin
 from weightproof.types import BulkFit, ContractReading, EditRecord, Readings, TensorReading, WeightMatrix
 
@@ -107,6 +108,8 @@ def compare_folders(  # noqa: PLR0913 - two folders, and how to look at them
     change = change_of(
         new.matrices, tensors, structure_of(new), _FolderOriginals(old), before, before, scope, Processes.alone()
     )
+    circuits = circuits_of(new, kept_circuits(tensors, before, before, scope))
+    change = replace(change, state=with_circuits(change.state, circuits))
     record = EditRecord(
         name=Path(subject).resolve().name,
         kind=declared.name,

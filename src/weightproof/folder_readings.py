@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +19,13 @@ from tqdm.auto import tqdm
 
 from weightproof.checkpoint_files import require_regular
 from weightproof.checkpoints import Checkpoint, StoredTensor, open_checkpoint
+from weightproof.circuit_readings import Kept, Vector, read_circuits
 from weightproof.collective import Processes
 from weightproof.families import family_of
-from weightproof.probes import State, state_of
+from weightproof.probes import State, state_of, with_circuits
 from weightproof.tensor_readings import count_nonfinite
 from weightproof.tensor_store import digest_of_leaves, leaf_digests
-from weightproof.types import Readings, StructureReading, TensorReading
+from weightproof.types import CircuitReading, Readings, StructureReading, TensorReading
 
 UNKNOWN_TO_FILES: Mapping[str, str] = {
     "module_classes": "files hold tensors, not modules: load the model to read its classes",
@@ -113,7 +115,21 @@ def read_state_of(checkpoint: Checkpoint, *, progress: bool = False) -> State:
     tensors = tensor_readings(checkpoint, progress=progress)
     alone = Processes.alone()
     state = state_of(checkpoint.matrices, tensors, structure_of(checkpoint), alone, progress=progress)
-    return with_unknowns(state)
+    return with_unknowns(with_circuits(state, circuits_of(checkpoint)))
+
+
+def circuits_of(checkpoint: Checkpoint, kept: Kept | None = None) -> dict[str, CircuitReading]:
+    """The circuits of a folder; `kept` gives the readings that still hold."""
+    vectors = {
+        stored.name: Vector(stored.shape[0], partial(_vector, stored))
+        for stored in checkpoint.tensors
+        if len(stored.shape) == 1 and not stored.is_buffer
+    }
+    return read_circuits(checkpoint.matrices, vectors, checkpoint.config, Processes.alone(), kept)
+
+
+def _vector(stored: StoredTensor) -> torch.Tensor:
+    return next(stored.blocks())
 
 
 def read_folder(folder: Path | str, *, progress: bool = False) -> FolderReadings:

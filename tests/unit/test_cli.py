@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 from weightproof import cli
 from weightproof.errors import InputError
@@ -44,6 +45,11 @@ def interrupted() -> None:
     raise KeyboardInterrupt
 
 
+def undecided() -> None:
+    """Find no answer."""
+    raise typer.Exit(2)
+
+
 def full_disk() -> None:
     """Meet a full disk."""
     raise OSError(28, "No space left on device", "certificate.json")
@@ -58,12 +64,13 @@ def bug() -> None:
     ("verb", "code", "sentence"),
     [
         (good, 0, ""),
-        (bad_input, 2, "error: nothing here: name a folder\n"),
+        (bad_input, 3, "error: nothing here: name a folder\n"),
         (interrupted, 130, "interrupted"),
-        (full_disk, 2, "error: certificate.json: No space left on device\n"),
-        (ImportError("no module"), 2, "error: the verb 'verb' cannot be loaded from somewhere:verb: no module"),
+        (undecided, 2, ""),
+        (full_disk, 3, "error: certificate.json: No space left on device\n"),
+        (ImportError("no module"), 3, "error: the verb 'verb' cannot be loaded from somewhere:verb: no module"),
     ],
-    ids=["good", "bad input", "interrupted", "full disk", "not importable"],
+    ids=["good", "bad input", "interrupted", "undecided", "full disk", "not importable"],
 )
 def test_exit_code_and_sentence(monkeypatch, capsys, verb, code, sentence):
     exit_code, _, err = run(monkeypatch, capsys, verb, "verb")
@@ -80,9 +87,24 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
 def test_an_unknown_verb_and_no_verb_are_bad_usage(monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, good, "nonsense")
-    assert code == 2
+    assert code == 3
     assert "nonsense" in err
-    assert run(monkeypatch, capsys, good)[0] == 2
+    assert run(monkeypatch, capsys, good)[0] == 3
+
+
+def test_a_wrong_option_is_usage_and_not_undecided(monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, good, "verb", "--nonsense")
+    assert code == 3
+    assert "--nonsense" in err
+
+
+def test_an_application_is_a_verb_with_verbs_of_its_own(monkeypatch, capsys):
+    inner = typer.Typer()
+    inner.command("good")(good)
+    inner.command("undecided")(undecided)
+    assert run(monkeypatch, capsys, inner, "verb", "good")[0] == 0
+    assert run(monkeypatch, capsys, inner, "verb", "undecided")[0] == 2
+    assert run(monkeypatch, capsys, inner, "verb", "absent")[0] == 3
 
 
 def test_help_names_every_verb_with_its_line(monkeypatch, capsys):

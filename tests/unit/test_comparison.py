@@ -58,6 +58,7 @@ def test_two_folders_give_the_readings_of_a_session(name, tmp_path):
         assert ours.tensors == _of_files(theirs.tensors, ours.tensors)
         assert ours.matrices == theirs.matrices
         assert ours.bulks == theirs.bulks
+        assert ours.circuits == theirs.circuits
         assert ours.untrained == theirs.untrained
         sizes = theirs.structure.embedding_sizes
         assert ours.structure.embedding_sizes == {key: sizes[key] for key in ours.structure.embedding_sizes}

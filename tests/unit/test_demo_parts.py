@@ -148,11 +148,11 @@ def test_an_earlier_demo_is_replaced_and_foreign_files_are_not(tmp_path):
     assert (foreign / "thesis.txt").read_text() == "precious"
 
 
-def test_a_folder_that_cannot_be_used_is_one_sentence_and_code_2(tmp_path, capsys):
+def test_a_folder_that_cannot_be_used_is_one_sentence_and_code_3(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", "--output", str(tmp_path)])
-    assert stop.value.code == 2
+    assert stop.value.code == 3
     assert "no earlier demo wrote it" in capsys.readouterr().err
 
 

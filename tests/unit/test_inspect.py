@@ -182,7 +182,7 @@ def truncated(folder):
 def test_unusable_folder_is_one_sentence_and_code_2(tmp_path, capsys, prepare, sentence):
     prepare(tmp_path)
     code, out, err = run(capsys, tmp_path)
-    assert code == 2
+    assert code == 3
     assert out == ""
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: ")
@@ -197,14 +197,14 @@ def test_unusable_folder_is_one_sentence_and_code_2(tmp_path, capsys, prepare, s
 def test_wrong_path_never_asks_the_network(capsys, monkeypatch, argument, sentence):
     monkeypatch.setattr("weightproof.cli.inspect.load_plugin", lambda *_: pytest.fail("asked the Hub"))
     code, _, err = run(capsys, argument)
-    assert code == 2
+    assert code == 3
     assert sentence in err
 
 
 def test_a_file_is_not_a_folder(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(b"")
     code, _, err = run(capsys, tmp_path / "model.safetensors")
-    assert code == 2
+    assert code == 3
     assert "is a file" in err
 
 
@@ -239,7 +239,7 @@ def test_a_hub_id_is_fetched_without_code_and_an_absent_one_is_a_sentence(llama,
     assert report(capsys, "some/model", "--limit", 1)["model"] == "some/model"
     assert all(pattern.endswith(("json", "safetensors")) for pattern in asked[0])
     code, _, err = run(capsys, "absent/model")
-    assert code == 2
+    assert code == 3
     assert "absent/model" in err
     assert "cannot reach the Hub" in err
 
@@ -249,7 +249,7 @@ def test_a_hub_model_of_pickles_is_refused(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     code, _, err = run(capsys, "only/pickles")
-    assert code == 2
+    assert code == 3
     assert "pickle" in err
 
 

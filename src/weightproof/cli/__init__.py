@@ -1,8 +1,9 @@
 """The command line: one verb per plug-in of the group `weightproof.commands`.
 
 A verb is a plain function with typer annotations whose module imports heavy libraries inside its
-functions, so that `weightproof --help` answers at once. Exit codes: 0 done, 1 the work ended with
-a negative answer, 2 bad input (one sentence on stderr), 130 interrupted.
+functions, so that `weightproof --help` answers at once; a typer application is a verb with verbs of its own.
+Exit codes: 0 done (kept, valid), 1 the work ended with a negative answer (rejected, invalid), 2 undecided,
+3 usage or bad input (one sentence on stderr), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from weightproof import __version__
 from weightproof.errors import InputError, WeightproofError
 from weightproof.registry import plugins
 
-BAD_INPUT = 2
+BAD_INPUT = 3
+_USAGE = 2  # what typer itself exits with for wrong usage; with us 2 means undecided
 INTERRUPTED = 130
 
 
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SystemExit as stop:  # typer turns an interrupt inside a verb into this code, silently
         if stop.code == INTERRUPTED:
             _say("interrupted: stopped before the end, so what was being written may be incomplete.")
+        if stop.code == _USAGE and not isinstance(stop.__context__, typer.Exit):  # no verb asked for it
+            raise SystemExit(BAD_INPUT) from None
         raise
 
 
@@ -61,7 +65,11 @@ def _application() -> typer.Typer:
     )
     app.callback()(_global_options)
     for name, entry in plugins("weightproof.commands").items():
-        app.command(name)(_verb(name, entry))
+        verb = _verb(name, entry)
+        if isinstance(verb, typer.Typer):
+            app.add_typer(verb, name=name)
+        else:
+            app.command(name)(verb)
     return app
 
 
@@ -80,8 +88,8 @@ def _global_options(
     del version  # handled eagerly by its callback
 
 
-def _verb(name: str, entry: EntryPoint) -> Callable[..., None]:
-    """The function behind a verb; one that cannot be imported says so when it is called."""
+def _verb(name: str, entry: EntryPoint) -> Callable[..., None] | typer.Typer:
+    """The function (or the application) behind a verb; one that cannot be imported says so when it is called."""
     try:
         return entry.load()
     except (ImportError, AttributeError) as error:
