@@ -6,9 +6,10 @@ windows on which outputs are compared and the baseline's outputs on them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from weightproof.errors import InputError, RestoreError
 from weightproof.guards.corrections import Correction, corrections
 from weightproof.guards.limits import for_family
 from weightproof.judging import Judged, decide_on, judge_one
+from weightproof.losses import LossData, LossProbe
 from weightproof.placements import local_of, refusal_of
 from weightproof.policy import Policy, with_digests
 from weightproof.probes import Change, ChangeScope, State, read_change
@@ -38,10 +40,12 @@ from weightproof.snapshot import Snapshot
 from weightproof.tensor_readings import common_refusals
 from weightproof.types import (
     Action,
+    BlockError,
     ContractReading,
     Decision,
     DivergenceReading,
     EditRecord,
+    LossReading,
     NamedTensor,
     Outcome,
     Readings,
@@ -49,6 +53,12 @@ from weightproof.types import (
 )
 from weightproof.weights import iter_tensors, iter_weight_matrices
 from weightproof.windows import Windows, random_windows
+
+if TYPE_CHECKING:
+    from weightproof.guards.loss import LossLimits
+
+# Windows of the retain data on which outputs are compared; the loss reads all of it.
+CALIBRATION_WINDOWS = 8
 
 # Exact spectra refreshed in one training window: about half a second of one core.
 _WINDOW_FLOPS = 2e10
@@ -71,6 +81,7 @@ class Subject:
     in_warmup: bool = False
     stray: frozenset[str] = frozenset()
     corrected: tuple[str, ...] = ()
+    reverted: tuple[str, ...] = ()
     digest_before: str | None = None
 
 
@@ -89,14 +100,25 @@ class Assessor:
     Args:
         model: The guarded model.
         policy: The resolved policy.
-        retain: Calibration data, or None for random tokens alone.
+        retain: Data on which the model must not get worse, or None for random tokens alone.
         processes: Who takes part; every one of them calls every method alike.
+        target: Data on which an edit must gain.
+        tokenizer_digest: What made the token ids of both, where it is known.
 
     Raises:
-        InputError: `retain` is empty or the model cannot run on it.
+        InputError: `retain` or `target` is empty or the model cannot run on it.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, retain: Any, processes: Processes) -> None:
+    def __init__(  # noqa: PLR0913 - what a session hands over
+        self,
+        model: nn.Module,
+        policy: Policy,
+        retain: Any,
+        processes: Processes,
+        *,
+        target: Any = None,
+        tokenizer_digest: str | None = None,
+    ) -> None:
         self.model = model
         self.processes = processes
         self.policy = policy
@@ -105,15 +127,35 @@ class Assessor:
         self.cache: OutputCache | None = None
         self.no_outputs = "the model's inputs cannot be guessed from its config and no retain= data was given"
         random = random_windows(model)
-        calibration = None if retain is None else calibration_windows(retain, model)
+        limits = cast("LossLimits", self.limits["loss"])
+        self.loss = LossProbe(model, retain, target, limits, processes, tokenizer_digest=tokenizer_digest)
+        calibration = None if retain is None else self._calibration_windows(retain)
         self._random, self._calibration = random, calibration
         self._stale = True
         self._next_bulk = 0
+
+    def _calibration_windows(self, retain: Any) -> Windows:
+        """The first windows of the retain data, also where that was read to its end already, or is a file."""
+        data = retain.data if isinstance(retain, LossData) else retain
+        if isinstance(data, (str, os.PathLike, Iterator)):
+            data = self.loss.first(CALIBRATION_WINDOWS)
+        return calibration_windows(data, self.model, count=CALIBRATION_WINDOWS)
 
     @property
     def windows(self) -> tuple[Windows, ...]:
         """Random-token windows, then calibration windows, as far as there are any."""
         return tuple(w for w in (self._random, self._calibration) if w is not None)
+
+    # -- losses --------------------------------------------------------------------------------
+
+    def capture_losses(self) -> None:
+        """Read the losses of the model as it is now, where those before the next edit are not known."""
+        if self.loss.is_stale:
+            self.loss.capture()
+
+    def _losses(self, subject: Subject) -> tuple[LossReading, ...]:
+        """Losses against those before; a window of ordinary training is judged by its raw losses instead."""
+        return () if subject.kind.name == "train" else self.loss.measure()
 
     # -- outputs -------------------------------------------------------------------------------
 
@@ -152,6 +194,7 @@ class Assessor:
     def outputs_moved(self) -> None:
         """The reference changed (training went on): it must be captured again before the next edit."""
         self._stale = True
+        self.loss.moved()
 
     def forward_digest(self) -> str | None:
         """Digest of the model's exact outputs on the first window; None when it has no window."""
@@ -209,8 +252,10 @@ class Assessor:
         base = State(baseline.readings, baseline.fits)
         change = read_change(self.model, snapshot, current, base, scope, processes=self.processes)
         read = change.state.readings
-        outputs = self._outputs()
+        outputs, losses = self._outputs(), self._losses(subject)
         unmeasured = dict(read.unmeasured)
+        if not losses:
+            unmeasured["losses"] = "there is no loss data: give retain= data"
         if outputs is None:
             unmeasured["divergence"] = unmeasured["outputs"] = unmeasured["second_moments"] = self.no_outputs
         readings = replace(
@@ -218,6 +263,7 @@ class Assessor:
             edit=replace(self._record(snapshot, current.readings, change, here, subject), replaced_modules=replaced),
             divergence=outputs.divergence if outputs else (),
             second_moments=outputs.second_moments if outputs else {},
+            losses=losses,
             unmeasured=unmeasured,
             raw_losses=subject.raw_losses,
             loss_spike=subject.loss_spike,
@@ -270,13 +316,15 @@ class Assessor:
         halted = replace(decision, action=Action.HALT, situation=situation, reason=reason)
         return with_digests(halted)
 
-    def _located(self, readings: Readings) -> Readings:
-        if self.cache is None:
-            return readings
+    def block_errors(self) -> tuple[BlockError, ...]:
+        """Teacher-forced output error of every block of the model as it is now; () where it cannot be traced."""
         try:
-            blocks = locate_damage(self.model, self.cache, processes=self.processes)
+            return () if self.cache is None else locate_damage(self.model, self.cache, processes=self.processes)
         except InputError:
-            return readings
+            return ()
+
+    def _located(self, readings: Readings) -> Readings:
+        blocks = self.block_errors()
         first = replace(readings.divergence[0], blocks=blocks)
         return replace(readings, divergence=(first, *readings.divergence[1:]))
 
@@ -326,6 +374,7 @@ class Assessor:
             contract=(*change.contract, *self._outside_readings(snapshot, here, in_matrices, subject)),
             stray_names=tuple(sorted(subject.stray)),
             corrections=subject.corrected,
+            reverted=subject.reverted,
         )
 
     def _outside_readings(

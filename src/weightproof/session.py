@@ -40,6 +40,8 @@ from weightproof.errors import (
 )
 from weightproof.guard_state import STATE_FILE, GuardState
 from weightproof.guards.corrections import Correction, apply_correction
+from weightproof.judging import Judged
+from weightproof.partial_revert import breaches, ranked, relative_changes, rounds, stored_name
 from weightproof.placements import settle
 from weightproof.plans import rewrite
 from weightproof.policy import Policy, load_policy
@@ -61,12 +63,12 @@ from weightproof.steps import Cost, MasterWeights, SafePoint, Step
 from weightproof.tensor_readings import digest_of, digests_at, read_tensors
 from weightproof.tensor_store import model_digest
 from weightproof.trackers import Tracker
-from weightproof.types import Action, WeightMatrix
+from weightproof.types import Action, Decision, WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices, unwrap
 
 logger = logging.getLogger("weightproof")
 
-ON_VIOLATION = ("rollback", "raise", "monitor")
+ON_VIOLATION = ("rollback", "raise", "monitor", "revert-worst")
 T = TypeVar("T")
 
 __all__ = ["STATE_FILE", "GuardSession"]
@@ -80,15 +82,16 @@ class GuardSession:
         policy: Tier name (conservative, balanced, aggressive), path of a policy file, or `Policy`.
         retain: Data on which the model must not get worse: an iterable of dicts with `input_ids`
             (a `datasets.Dataset` too), of tensors, or of token lists. Without it random tokens
-            decide, with assurance `outputs-only`.
-        target: Data on which an edit promises a gain; kept for the loss guard, which this version
-            does not have: giving it is an error rather than silently unused.
+            decide, with assurance `outputs-only`; with enough of it (the policy's floors) the loss does.
+            See `weightproof.losses.LossData` for files of text and metrics of your own.
+        target: Data on which an edit must gain; where it is given, no gain rejects.
         accelerator: `accelerate.Accelerator` of the run, if any; trackers that log through it get it.
         trackers: Trackers, or their registered names ("jsonl", "wandb").
         output_dir: Folder for the certificate and the JSONL log; nothing is written without it.
         baseline: A `Baseline` (or its path) captured earlier from this very model.
         snapshot_dir: Keep snapshots in this folder instead of in memory.
         timeout: Seconds that a process waits for the others before it gives the run up and says for whom it waited.
+        tokenizer_digest: What made the token ids of the data, where it is known: goes into the evidence.
         masters: fp32 copies that the optimizer writes back (DeepSpeed); `weightproof.attach` finds them.
 
     Raises:
@@ -113,6 +116,7 @@ class GuardSession:
         snapshot_dir: Path | str | None = None,
         timeout: float = 600.0,
         masters: MasterWeights | None = None,
+        tokenizer_digest: str | None = None,
     ) -> None:
         self.processes = processes_of(accelerator, timeout)
         self.cost = Cost()
@@ -125,7 +129,7 @@ class GuardSession:
         self._resumed: list[Any] = []
         try:
             with self.processes.together("making the guard session"):
-                self._take(model, policy, retain, target)
+                self._take(model, policy, retain, target, tokenizer_digest)
                 self.output_dir = Path(output_dir) if output_dir is not None else None
                 self.snapshot_dir = Path(snapshot_dir) if snapshot_dir is not None else None
                 self.masters = masters
@@ -149,14 +153,14 @@ class GuardSession:
         self.cost.baseline_bytes = evidence.baseline_bytes(self.baseline, self._assessor.cache)
         self._publisher = Publisher(self.processes, self.certificate, trackers, self.output_dir, accelerator)
 
-    def _take(self, model: torch.nn.Module, policy: str | Path | Policy, retain: Any, target: Any) -> None:
+    def _take(
+        self, model: torch.nn.Module, policy: str | Path | Policy, retain: Any, target: Any, tokenizer: str | None
+    ) -> None:
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"GuardSession guards a torch.nn.Module, not {type(model).__name__}")
-        if target is not None:
-            raise InputError("target= needs the loss guard, which this version does not have; pass retain= only")
         self.model = model
         self.policy = load_policy(policy)
-        self._assessor = Assessor(model, self.policy, retain, self.processes)
+        self._assessor = Assessor(model, self.policy, retain, self.processes, target=target, tokenizer_digest=tokenizer)
 
     def _settings(self) -> dict[str, str]:
         """What must be the same on every process, in words."""
@@ -228,7 +232,8 @@ class GuardSession:
                 `weightproof.kinds` such as `Quantize(8)`; its contract is checked.
             targets: Glob, or list of globs, of the tensors that may change; None allows all.
             on_violation: "rollback" restores; "raise" restores and raises `EditRejectedError`;
-                "monitor" only reports.
+                "monitor" only reports; "revert-worst" restores only the tensors that are to blame, as few as it takes,
+                and keeps the rest of the edit if that passes (`step.record.reverted` names them), else restores all.
             step: Number to log; counts up by default.
 
         Raises:
@@ -246,10 +251,13 @@ class GuardSession:
             subject = Subject(handle.name, handle.kind, declared)
             try:
                 subject = self._with_strays(subject, point.snapshot)
+                self._capture_losses(subject)
                 with self.processes.together(f"edit {name!r}"):
                     yield handle
                 subject = replace(subject, planned=handle.planned)
                 state = self._judge(handle, point.snapshot, self._present, subject)
+                if on_violation == "revert-worst":
+                    state = self._revert_worst(handle, point.snapshot, subject, state)
             except BaseException:
                 # Whatever went wrong, in the block, in measuring or in drawing: the model goes back as it was.
                 self._restore(point)
@@ -354,6 +362,11 @@ class GuardSession:
                     raise InputError(f"edit {name!r} begins inside edit {self._open.name!r}: edits do not nest")
                 if on_violation not in ON_VIOLATION:
                     raise InputError(f"on_violation must be one of {', '.join(ON_VIOLATION)}, not {on_violation!r}")
+                if on_violation == "revert-worst" and kinds.parse_kind(kind).name == "train":
+                    raise InputError(
+                        "on_violation='revert-worst' is for edits: training moves all weights together with the "
+                        "optimizer's state; use 'rollback'"
+                    )
                 handle = Step(name, len(self._history) + 1 if step is None else step, kinds.parse_kind(kind))
                 handle.monitor = on_violation == "monitor"
                 self._open = handle
@@ -423,6 +436,17 @@ class GuardSession:
         before = self.processes.broadcast("digest before the edit", model_digest(digests))
         return replace(subject, stray=stray, digest_before=before)
 
+    def _capture_losses(self, subject: Subject) -> None:
+        """Read the losses before the first edit, or the first after training: only edits are judged by them.
+
+        Where weights changed unseen, their losses are no reference: the loss is not measured then.
+        """
+        if subject.stray or subject.kind.name == "train":
+            return
+        started = time.perf_counter()
+        self._assessor.capture_losses()
+        self.cost.baseline_seconds += time.perf_counter() - started
+
     def _judge(self, handle: Step, snapshot: Snapshot, current: State, subject: Subject) -> State:
         """Read and judge the model as it is now; `current` are the readings of the state in `snapshot`."""
         started = time.perf_counter()
@@ -439,6 +463,41 @@ class GuardSession:
         self.cost.check_seconds += handle.seconds
         self.cost.checks += 1
         return result.state
+
+    def _revert_worst(self, handle: Step, snapshot: Snapshot, subject: Subject, state: State) -> State:
+        """Take back the worst of a rejected edit, a little more in each round, until the rest of it is kept.
+
+        Where nothing passes the decision on the whole edit stands, and `_settle` restores everything.
+        """
+        rejected, reverted = (handle.decision, handle.judged), frozenset[str]()
+        for names in self._blamed(handle, snapshot):
+            if handle.decision is None or handle.decision.action is not Action.ROLLBACK:
+                return state
+            with self.processes.together(f"reverting a part of {handle.name!r}"):
+                snapshot.restore_tensors(names)
+            reverted |= names
+            planned = {name: digest for name, digest in subject.planned.items() if stored_name(name) not in reverted}
+            left, spent = replace(subject, planned=planned, reverted=tuple(sorted(reverted))), handle.seconds
+            state = self._judge(handle, snapshot, self._present, left)
+            handle.seconds += spent
+        if handle.decision is not None and handle.decision.action is Action.ROLLBACK and reverted:
+            handle.settle(*cast("tuple[Decision, Judged]", rejected))
+        return state
+
+    def _blamed(self, handle: Step, snapshot: Snapshot) -> Iterator[frozenset[str]]:
+        """Names of the tensors to take back in each round, the same on every process."""
+        if handle.decision is None or handle.decision.action is not Action.ROLLBACK or handle.record is None:
+            return
+        changed = frozenset(handle.record.changed_names)
+        ours = bool(snapshot.replaced_modules() or snapshot.displaced(changed))
+        if any(self.processes.gather("what can be reverted in part", ours)):
+            return  # modules or objects were replaced: only the whole snapshot puts them back
+        moved = relative_changes(self.model, snapshot, changed, self.processes)
+        errors = self._assessor.block_errors()
+        moved = {name: change for name, change in moved.items() if change > 0.0}
+        groups = ranked(self.model, moved, errors, breaches(handle.verdicts))
+        for chosen in rounds(groups):
+            yield frozenset(name for group in chosen for name in group.tensors)
 
     def _correct(self, fixes: Sequence[tuple[Correction, str]]) -> tuple[str, ...]:
         """Write each correction once, tied copies with it; returns what was done, in words."""
@@ -555,8 +614,8 @@ class GuardSession:
 
     @property
     def windows(self) -> tuple[Any, ...]:
-        """The windows on which outputs are compared (random tokens, then `retain`)."""
-        return self._assessor.windows
+        """The windows on which outputs are compared (random tokens, then `retain`), then those of the loss."""
+        return (*self._assessor.windows, *self._assessor.loss.windows)
 
     # -- resume --------------------------------------------------------------------------------
 
@@ -624,4 +683,5 @@ class GuardSession:
             self._last_good.snapshot.discard()
             self._last_good = None
         self._publisher.close()
+        self._assessor.loss.close()
         self.processes.close()

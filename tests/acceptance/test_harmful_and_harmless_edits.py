@@ -1,6 +1,7 @@
 """The edits that fooled the strongest existing system: every harmful one goes back, every harmless one stays.
 
 Truth is the model's own held-out loss: an edit is harmful when delta-NLL > 0.02 (NaN counts as harm).
+With `loss windows` the loss guard decides, to whom harm is more than its policy allows: log 1.05 nats per token.
 `pytest -s` prints the table: delta-NLL, largest KL measured (nats per token), decision, deciding guards.
 """
 
@@ -10,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +24,23 @@ from weightproof.edits.rtn import RTN
 from weightproof.steps import Step
 
 HARM = 0.02
+LOSS = "loss windows"
+RETAIN = {"random tokens": 0, "retain windows": 2, LOSS: 8}
 CASES = [
     pytest.param(name, windows, id=f"{name}-{windows}", marks=pytest.mark.xdist_group(f"trained-{name}"))
-    for windows in ("random tokens", "retain windows")
+    for windows in RETAIN
     for name in NAMES  # the inner loop, so that two workers begin with two models
 ]
+# Sixteen tokens a window, three of them scored, never reach the default floor.
+POLICY = "name: short-windows\nextends: balanced\nlimits: {loss: {min_tokens: {value: 1000, source: a test}}}\n"
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The balanced tier, for windows of a few tokens."""
+    path = tmp_path_factory.mktemp("policy") / "short-windows.yaml"
+    path.write_text(POLICY, encoding="utf-8")
+    return path
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,8 @@ def largest_kl(step: Step) -> float:
     return max((math.nan if value is None else value for value in values), default=math.nan)
 
 
-def is_harmful(delta_nll: float) -> bool:
-    return not delta_nll <= HARM
+def is_harmful(delta_nll: float, most: float) -> bool:
+    return not delta_nll <= most
 
 
 def delta_nll(edit: Edit, trained: Trained) -> float:
@@ -96,14 +110,14 @@ def guarded(session: GuardSession, edit: Edit) -> Step:
     return step
 
 
-def harmful_rows(trained: Trained, retain: list | None) -> Iterable[Row]:
+def harmful_rows(trained: Trained, most: float, **given: object) -> Iterable[Row]:
     """Judge every harmful edit in one session, proving after each that the model is back."""
     model = copy.deepcopy(trained.model)
-    session = GuardSession(model, policy="balanced", retain=retain)
+    session = GuardSession(model, **given)
     before, objects = contents(model), module_objects(model)
     for edit in HARMFUL:
         harm = delta_nll(edit, trained)
-        if not is_harmful(harm):
+        if not is_harmful(harm, most):
             print(f"  {edit.name}: not harmful here (delta-NLL {harm:.5f}), exempt")
             continue
         step = guarded(session, edit)
@@ -113,27 +127,29 @@ def harmful_rows(trained: Trained, retain: list | None) -> Iterable[Row]:
             assert module_objects(model) == objects, edit.name
         else:
             model = copy.deepcopy(trained.model)
-            session = GuardSession(model, policy="balanced", retain=retain)
+            session = GuardSession(model, **given)
             before, objects = contents(model), module_objects(model)
 
 
-def harmless_rows(name: str, trained: Trained, retain: list | None) -> Iterable[Row]:
+def harmless_rows(name: str, trained: Trained, **given: object) -> Iterable[Row]:
     """Judge every harmless edit, each against the model as trained."""
     for edit in harmless_edits(name):
-        session = GuardSession(copy.deepcopy(trained.model), policy="balanced", retain=retain)
+        session = GuardSession(copy.deepcopy(trained.model), **given)
         yield Row(edit.name, delta_nll(edit, trained), Action.KEEP, guarded(session, edit))
-    session = GuardSession(copy.deepcopy(trained.model), policy="balanced", retain=retain)
+    session = GuardSession(copy.deepcopy(trained.model), **given)
     step = session.apply(RTN(8))
     yield Row("RTN(8), declared", trained.loss(session.model) - trained.loss(trained.model), Action.KEEP, step)
 
 
 @pytest.mark.parametrize(("name", "windows"), CASES)
-def test_harmful_edits_are_rolled_back_and_harmless_ones_kept(name: str, windows: str) -> None:
+def test_harmful_edits_are_rolled_back_and_harmless_ones_kept(name: str, windows: str, policy: Path) -> None:
     trained = load(name)
-    retain = calibration_windows(name) if windows == "retain windows" else None
+    retain = calibration_windows(name, RETAIN[windows]) or None
+    given = {"retain": retain, "policy": policy if windows == LOSS else "balanced"}
+    most = math.log(1.05) if windows == LOSS else HARM
     print(f"\n{name}, {windows}: held-out loss {trained.loss(trained.model):.4f}")
     rows = []
-    for row in (*harmful_rows(trained, retain), *harmless_rows(name, trained, retain)):
+    for row in (*harmful_rows(trained, most, **given), *harmless_rows(name, trained, **given)):
         print(row)
         rows.append(row)
     for (architecture, edit), reason in NOT_ADMITTED.items():
@@ -141,5 +157,7 @@ def test_harmful_edits_are_rolled_back_and_harmless_ones_kept(name: str, windows
             print(f"  {edit}: not admitted ({reason})")
 
     assert [str(row) for row in rows if not row.is_right] == []
+    assurances = {row.step.decision.assurance for row in rows if row.step.decision is not None}
+    assert assurances == {"loss"} if windows == LOSS else assurances == {"outputs-only"}
     assert sum(row.expected == Action.ROLLBACK for row in rows) >= len(HARMFUL) - 1
     assert all(math.isfinite(row.delta_nll) and row.delta_nll < HARM for row in rows if row.expected == Action.KEEP)

@@ -244,7 +244,7 @@ def test_measuring_leaves_no_trace(llama):
 def test_retain_windows_serve_as_calibration(llama):
     windows = [{"input_ids": torch.randint(3, 60, (24,)).tolist()} for _ in range(4)]
     session = GuardSession(llama, retain=windows)
-    assert [w.name for w in session.windows] == ["random", "calibration"]
+    assert [w.name for w in session.windows] == ["random", "calibration", "retain"]
     step = session.apply(edits.RTN(8))
     divergence = next(v for v in step.verdicts if v.guard == "divergence")
     assert {m.target for m in divergence.measurements if m.statistic.startswith("kl")} == {
@@ -326,9 +326,9 @@ class TestBadInput:
         with pytest.raises(InputError, match="has no window"):
             GuardSession(llama, retain=[])
 
-    def test_target_needs_the_loss_guard(self, llama):
-        with pytest.raises(InputError, match="target"):
-            GuardSession(llama, target=[{"input_ids": [1, 2, 3]}])
+    def test_empty_target(self, llama):
+        with pytest.raises(InputError, match="target data has no window"):
+            GuardSession(llama, target=[])
 
     def test_an_accelerator_of_other_processes_than_torch_knows(self, llama):
         with pytest.raises(InputError, match=r"4 processes and torch\.distributed 1"):
