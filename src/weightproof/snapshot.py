@@ -18,7 +18,7 @@ hooks on modules whose tensors and children stayed the same objects.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -319,6 +319,40 @@ class Snapshot:
             raise RestoreError(f"restoring failed midway, do not use the model: {error}") from error
         self._prove(digests)
         return self.model_digest
+
+    def restore_tensors(self, names: Collection[str]) -> None:
+        """Put the values of some tensors back, bit for bit, and prove it; everything else stays as it is.
+
+        For edits that wrote values only: a tensor that is another object now, or lies elsewhere, goes back with
+        `restore`. Of sharded tensors the parts that lie here. Waits for no other process.
+
+        Args:
+            names: As in `names`.
+
+        Raises:
+            InputError: If there is no such tensor, or it is not in its original place; nothing was written.
+            RestoreError: If a kept copy was altered, or a value does not take. Restore everything then.
+        """
+        if blocked := self.displaced(names):
+            raise InputError(f"{blocked[0]} was replaced, not only rewritten: restore the whole snapshot")
+        digests = self._held().digests
+        for name in sorted(names):
+            kept = self._held().read(name)
+            if tensor_digest(kept) != digests[name]:
+                raise RestoreError(f"the kept copy of {name} was altered: it was not restored")
+            memory = self._records[name].memory()
+            _write(memory, kept)
+            if not same_bits(memory, kept):
+                raise RestoreError(f"{name} does not hold its original values after restoring: do not use the model")
+
+    def displaced(self, names: Collection[str]) -> tuple[str, ...]:
+        """Those of some tensors that the model no longer holds in their original objects and storage."""
+        registered = {id(tensor) for tensor in _registered(self._model).values()}
+
+        def in_place(record: _Record) -> bool:
+            return all(id(one.holder) in registered and _same_memory(one.holder, one.alias) for one in record.holders)
+
+        return tuple(n for n in sorted(names) if n not in self._records or not in_place(self._records[n]))
 
     def _memories(self) -> dict[str, torch.Tensor]:
         """The storage behind everything that was kept."""

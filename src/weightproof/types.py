@@ -353,7 +353,8 @@ class EditRecord:
 
     `relative_delta` is ||W' - W||_F / ||W||_F per changed matrix (None where W is zero).
     `stray_names` changed since the last accepted state outside of any guarded change;
-    `corrections` says which matrices a policy with `correct` brought back to their limit.
+    `corrections` says which matrices a policy with `correct` brought back to their limit, and `reverted` which
+    tensors of the edit were restored, so that the rest of it could be kept (`on_violation="revert-worst"`).
     """
 
     name: str
@@ -368,6 +369,7 @@ class EditRecord:
     contract: tuple[ContractReading, ...] = ()
     stray_names: tuple[str, ...] = ()
     corrections: tuple[str, ...] = ()
+    reverted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
