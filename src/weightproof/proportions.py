@@ -45,6 +45,7 @@ class PairedCounts:
     excluded: int = 0
 
     def __post_init__(self) -> None:
+        """Check that all of them count something."""
         for name in self.__slots__:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
