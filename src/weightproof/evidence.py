@@ -23,8 +23,9 @@ from weightproof.marchenko_pastur import fit_bulk
 from weightproof.plots import spectrum_png
 from weightproof.probes import values_of
 from weightproof.shards import dealt
+from weightproof.spectrum_sketch import sketch
 from weightproof.trackers import GuardEvent, metric_rows, severity, worst_measurements
-from weightproof.types import Decision, Measurement, Outcome, Readings
+from weightproof.types import Decision, Measurement, Outcome, Readings, WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices, unwrap
 from weightproof.windows import random_windows
 
@@ -47,6 +48,9 @@ RESUMED = "drift of the outputs before the resume: they are compared with those 
 # Of a window of training a certificate keeps every measurement that was not a plain PASS, and the worst of the rest.
 _KEPT_PASSES = 12
 _SHOWN = 5
+# Spectra drawn of one edit, and what those after the first may cost: products of both sides and the smaller one.
+_SKETCHED = 3
+_SKETCH_BUDGET = 2e10
 
 
 def now() -> str:
@@ -122,6 +126,7 @@ def step_json(step: Step) -> dict[str, Any]:
             for verdict in decision.verdicts
         ],
         "reported": rows(decision.reported),
+        "spectra": list(step.spectra),
     }
 
 
@@ -247,31 +252,52 @@ def event_of(step: Step) -> GuardEvent:
     )
 
 
-def spectrum_of_worst(step: Step, model: nn.Module, baseline: Baseline, processes: Processes) -> bytes | None:
-    """Picture of the most changed matrix: baseline spectrum above, changed one below.
+def spectrum_of_worst(
+    step: Step, model: nn.Module, baseline: Baseline, processes: Processes
+) -> tuple[bytes | None, tuple[dict[str, Any], ...]]:
+    """Spectra of the most changed matrices against the baseline: a picture of the first, sketches of up to three.
 
-    Called on every process while the changed weights are still in place. None when no fitted matrix changed.
+    Called on every process while the changed weights are still in place. Nothing where no fitted matrix changed.
     """
     deltas = step.record.relative_delta if step.record is not None else {}
     known = {name: delta for name, delta in deltas.items() if delta is not None and name in baseline.fits}
-    if not known:
-        return None
-    name = max(known, key=lambda key: known[key])
-    worst = [matrix for matrix in iter_weight_matrices(model) if matrix.name == name]
+    worst = sorted(known, key=lambda name: (-known[name], name))[:_SKETCHED]
+    found = {matrix.name: matrix for matrix in iter_weight_matrices(model) if matrix.name in worst}
+    chosen = _affordable([found[name] for name in worst if name in found])
     drawn = dealt(
         processes,
-        worst,
-        cost=lambda matrix: float(matrix.d_out * matrix.d_in),
+        chosen,
+        cost=_spectrum_cost,
         parts=(values_of,),
-        work=lambda matrix, weight: _draw(matrix.name, baseline, weight),
-        operation="the spectrum of the most changed matrix",
+        work=lambda matrix, weight: _draw(matrix, baseline, weight, with_picture=matrix is chosen[0]),
+        operation="the spectra of the most changed matrices",
     )
-    return drawn[0] if drawn else None
+    measured = [item for item in drawn if item is not None]
+    return next((picture for _, picture in measured if picture is not None), None), tuple(s for s, _ in measured)
 
 
-def _draw(name: str, baseline: Baseline, weight: torch.Tensor) -> bytes | None:
+def _spectrum_cost(matrix: WeightMatrix) -> float:
+    return float(matrix.d_out * matrix.d_in * min(matrix.d_out, matrix.d_in))
+
+
+def _affordable(worst: list[WeightMatrix]) -> list[WeightMatrix]:
+    """The first, and of the others as many as are spectra of small matrices: they take seconds, not minutes."""
+    chosen, spent = worst[:1], 0.0
+    for matrix in worst[1:]:
+        spent += _spectrum_cost(matrix)
+        if spent > _SKETCH_BUDGET:
+            break
+        chosen.append(matrix)
+    return chosen
+
+
+def _draw(
+    matrix: WeightMatrix, baseline: Baseline, weight: torch.Tensor, *, with_picture: bool
+) -> tuple[dict[str, Any], bytes | None] | None:
+    before = baseline.fits[matrix.name]
     try:
-        after = fit_bulk(weight, name=name)
+        after = fit_bulk(weight, name=matrix.name)
     except InputError:
         return None
-    return spectrum_png(name, baseline.fits[name], after)
+    picture = spectrum_png(matrix.name, before, after) if with_picture else None
+    return sketch(matrix.name, matrix.family, before, after), picture

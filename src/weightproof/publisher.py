@@ -57,9 +57,9 @@ class Publisher:
         self._wants_pictures = processes.broadcast("trackers", bool(self.trackers))
 
     def draw(self, step: Step, model: nn.Module, baseline: Baseline) -> None:
-        """Keep a picture of an edit until it is published; called while the edited weights are in place."""
+        """Keep pictures of an edit until it is published; called while the edited weights are in place."""
         if self._wants_pictures and step.kind.name != "train":
-            self._picture = evidence.spectrum_of_worst(step, model, baseline, self._processes)
+            self._picture, step.spectra = evidence.spectrum_of_worst(step, model, baseline, self._processes)
 
     def publish(self, step: Step) -> None:
         """Write the evidence of a judged step; where that fails the log says so, and the verdict stands."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -77,6 +77,7 @@ class Step:
         judged: The readings that the decision was made from; a session keeps those of its newest steps.
         divergence: Outputs of the changed model against those of the baseline.
         losses: Losses before and after.
+        spectra: Sketches of the spectra of the most changed matrices (`spectrum_sketch`); only for the eye.
     """
 
     def __init__(self, name: str, step: int, kind: Kind) -> None:
@@ -92,6 +93,7 @@ class Step:
         self.judged: Judged | None = None
         self.divergence: tuple[DivergenceReading, ...] = ()
         self.losses: tuple[LossReading, ...] = ()
+        self.spectra: tuple[Mapping[str, Any], ...] = ()
 
     def settle(self, decision: Decision, judged: Judged) -> None:
         """Fill in what was decided, and from what."""

@@ -1,0 +1,278 @@
+"""The report: one certificate as a page for people (HTML) or as a section of a document (Markdown).
+
+The page is one file that needs nothing else: no script, no address outside of itself, pictures drawn inline. It
+is made from the certificate alone, so it can be made by anyone, at any time.
+
+    >>> from weightproof import Certificate
+    >>> from weightproof.report import html
+    >>> page = html(Certificate.load("certificate.json"))  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from weightproof import report_words as words
+from weightproof.errors import InputError
+from weightproof.report_facts import WORST, Facts, StepFacts, facts_of, loss_sentence
+from weightproof.report_pictures import loss_interval, meter, metric_words, spectrum
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from weightproof.certificate import Certificate
+
+MARKS = {"html": '<meta name="generator" content="weightproof report">', "markdown": "[//]: # (weightproof report)"}
+"""What the first lines of a report hold, so that one is known when it is to be replaced."""
+_SECTIONS = (
+    ("why", "Why"),
+    ("loss", "Loss"),
+    ("where", "Layers"),
+    ("spectra", "Spectra"),
+    ("guards", "Guards"),
+)
+_ALWAYS = (("untested", "Not tested"), ("policy", "Policy"), ("identity", "Digests and signer"))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The worst measurement of one statistic, and how many others of it break their limit."""
+
+    worst: Mapping[str, Any]
+    others: int
+
+
+def html(certificate: Certificate) -> str:
+    """The report of a certificate as one self-contained page.
+
+    Raises:
+        InputError: If the certificate's predicate is not shaped as docs/certificate-format.md says.
+    """
+    facts = _facts(certificate)
+    predicate = facts.predicate
+    policy = predicate.get("policy") or {}
+    page = _environment().get_template("report.html.j2")
+    try:
+        return page.render(
+            mark=Markup(MARKS["html"]),
+            facts=facts,
+            predicate=predicate,
+            policy=policy,
+            assurance=assurance_of(facts),
+            signer=signer_of(certificate),
+            created=words.date(predicate["created_at"]) if predicate.get("created_at") else "",
+            sections=_sections(facts),
+            identity=_identity(facts),
+            files=tuple(sorted(certificate.files.items())),
+            cost=_cost(predicate),
+            knows_sources="sources" in (policy.get("resolved") or {}),
+        )
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise _malformed(error) from error
+
+
+def markdown(certificate: Certificate) -> str:
+    """The same in brief, as Markdown without HTML: decision, why, verdicts, what was not tested, digests.
+
+    Raises:
+        InputError: If the certificate's predicate is not shaped as docs/certificate-format.md says.
+    """
+    facts = _facts(certificate)
+    try:
+        return "\n".join(_markdown_lines(facts)) + "\n"
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise _malformed(error) from error
+
+
+def summary(certificate: Certificate) -> dict[str, str]:
+    """Decision, assurance and digests in a few words, for machines and for labels.
+
+    Raises:
+        InputError: If the certificate's predicate is not shaped as docs/certificate-format.md says.
+    """
+    facts = _facts(certificate)
+    return {
+        "decision": facts.word,
+        "status": facts.status,
+        "change": facts.main.name if facts.main else "",
+        "assurance": assurance_of(facts),
+        "model_sha256": certificate.model_digest,
+        "certificate_sha256": certificate.digest,
+    }
+
+
+def _facts(certificate: Certificate) -> Facts:
+    try:
+        return facts_of(certificate)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise _malformed(error) from error
+
+
+def _malformed(error: Exception) -> InputError:
+    return InputError(
+        f"cannot report on this certificate: its predicate is not of the shape that docs/certificate-format.md "
+        f"describes ({type(error).__name__}: {error}); was it edited by hand?"
+    )
+
+
+@cache
+def _environment() -> Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("weightproof", "data"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.ChainableUndefined,
+    )
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    environment.globals.update(
+        words=words,
+        groups=worst_of_each,
+        meter=meter,
+        metric=metric_words,
+        loss_interval=loss_interval,
+        loss_sentence=loss_sentence,
+        spectrum=spectrum,
+    )
+    return environment
+
+
+def worst_of_each(step: StepFacts) -> tuple[_Group, ...]:
+    """The worst measurement of every statistic of a step, worst first; at most `WORST`."""
+    loud = Counter((m["guard"], m["statistic"]) for m in step.worst if m["outcome"] in ("WARN", "FAIL"))
+    first: dict[tuple[str, str], _Group] = {}
+    for item in step.worst:
+        key = (item["guard"], item["statistic"])
+        first.setdefault(key, _Group(item, max(loud[key] - 1, 0)))
+    return tuple(first.values())[:WORST]
+
+
+def assurance_of(facts: Facts) -> str:
+    """Assurance level of the decision that the report is about."""
+    return str(facts.main.raw.get("assurance") if facts.main else facts.predicate.get("assurance", "none"))
+
+
+def signer_of(certificate: Certificate) -> str:
+    """Who signed, in words; unsigned is said plainly."""
+    keys = certificate.signatures
+    if not keys:
+        return "Not signed: anyone could have written this certificate."
+    return f"Signed with key {', '.join(keys)}. Whether it is valid, and whose key it is, weightproof verify tells."
+
+
+def _sections(facts: Facts) -> tuple[tuple[str, str], ...]:
+    return (
+        *(_SECTIONS if facts.main else ()),
+        *((("steps", "All changes"),) if facts.steps else ()),
+        *_ALWAYS,
+    )
+
+
+def _identity(facts: Facts) -> list[tuple[str, str, bool]]:
+    """Label, value, and whether it is a digest."""
+    predicate, certificate = facts.predicate, facts.certificate
+    baseline = predicate.get("baseline") or {}
+    rows = [
+        ("Model", facts.subject, False),
+        ("Model, SHA-256", certificate.model_digest, True),
+        ("Tensors", f"{words.number(len(certificate.tensors))}, each with its digest in the certificate", False),
+        ("Baseline, SHA-256", baseline.get("model_digest"), True),
+        ("Baseline read", words.date(baseline.get("created_at") or words.DASH), False),
+        ("Policy, SHA-256", (predicate.get("policy") or {}).get("digest"), True),
+    ]
+    if facts.main is not None:
+        rows += [
+            ("Decision, SHA-256", facts.main.raw.get("decision_digest"), True),
+            ("Evidence, SHA-256", facts.main.raw.get("evidence_digest"), True),
+        ]
+    parent = (predicate.get("parent") or {}).get("sha256")
+    rows += [
+        ("Certificate, SHA-256", certificate.digest, True),
+        ("Parent certificate", parent or "none: this is the first of its chain", bool(parent)),
+        ("Signature", signer_of(certificate), False),
+    ]
+    return [(label, str(value), digest) for label, value, digest in rows if value]
+
+
+def _cost(predicate: Mapping[str, Any]) -> list[tuple[str, str]]:
+    cost, environment = predicate.get("cost") or {}, predicate.get("environment") or {}
+    rows = [
+        ("Guarding took", f"{words.seconds(cost.get('seconds'))} in {words.plural(cost.get('checks', 0), 'check')}"),
+        (
+            "Memory beside the model",
+            f"snapshot {words.size(cost.get('snapshot_bytes'))}, baseline {words.size(cost.get('baseline_bytes'))}",
+        ),
+        ("Processes", words.number(predicate.get("world_size"))),
+    ]
+    differing = predicate.get("differing_ranks") or {}
+    if differing:
+        rows.append(("Copies that differ", "; ".join(f"{name} on ranks {ranks}" for name, ranks in differing.items())))
+    return [*rows, ("Versions", ", ".join(f"{name} {value}" for name, value in sorted(environment.items())))]
+
+
+# -- Markdown --------------------------------------------------------------------------------------
+
+_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_{}[]<>#|~"})
+
+
+def escape(text: object) -> str:
+    """Text as Markdown shows it: nothing in it is markup, HTML or a new line."""
+    return " ".join(str(text).translate(_SPECIAL).split())
+
+
+def _markdown_lines(facts: Facts) -> list[str]:
+    title = facts.subject + (f": {facts.main.name}" if facts.main else "")
+    lines = [MARKS["markdown"], "", f"# {escape(title)}", "", f"**{escape(facts.word)}.** {escape(facts.lead)}", ""]
+    assurance = assurance_of(facts)
+    lines += [f"Assurance: {escape(assurance)}. {words.ASSURANCE.get(assurance, '')}", ""]
+    if facts.main is not None:
+        lines += _why_lines(facts.main)
+    if len(facts.steps) > 1:
+        lines += _step_lines(facts)
+    lines += ["## Not tested", ""]
+    lines += [f"- {escape(item)}" for item in facts.predicate.get("not_tested") or ()]
+    lines += ["", "## Digests and signer", ""]
+    lines += [f"- {label}: {f'`{value}`' if digest else escape(value)}" for label, value, digest in _identity(facts)]
+    return lines
+
+
+def _why_lines(step: StepFacts) -> list[str]:
+    lines = ["## Why", "", f"{escape(step.situation)}: {escape(step.because)}.".capitalize(), ""]
+    lines += ["| measured | where | value | limit | outcome |", "| --- | --- | --- | --- | --- |"]
+    for group in worst_of_each(step):
+        item = group.worst
+        more = f" and {group.others} more" if group.others else ""
+        cells = (
+            f"{item['guard']}: {item['statistic']}",
+            f"{item['target']}{more}",
+            words.number(item["value"]),
+            words.number(item["limit"]),
+            words.OUTCOMES.get(item["outcome"], item["outcome"]),
+        )
+        lines.append(f"| {' | '.join(map(escape, cells))} |")
+    for item in step.losses:
+        about = f"{metric_words(item.reading)} on the {item.reading.get('role')} data"
+        lines += ["", f"{escape(about)}: {escape(loss_sentence(item))}"]
+    lines += ["", "| guard | outcome | measured | what it found |", "| --- | --- | --- | --- |"]
+    for verdict in step.verdicts:
+        measured = f"{verdict['num_measured']} of {verdict['num_eligible']}"
+        outcome = words.OUTCOMES.get(verdict["outcome"], verdict["outcome"])
+        lines.append(f"| {' | '.join(map(escape, (verdict['guard'], outcome, measured, verdict['reason'])))} |")
+    return [*lines, ""]
+
+
+def _step_lines(facts: Facts) -> list[str]:
+    lines = ["## All judged changes", "", "| step | change | decision | situation |", "| --- | --- | --- | --- |"]
+    for group in facts.timeline:
+        first, last = group[0], group[-1]
+        steps = str(first.raw.get("step")) + (f" to {last.raw.get('step')}" if len(group) > 1 else "")
+        name = first.name + (f" x{len(group)}" if len(group) > 1 else "")
+        lines.append(f"| {' | '.join(map(escape, (steps, name, first.word, first.situation)))} |")
+    return [*lines, ""]
