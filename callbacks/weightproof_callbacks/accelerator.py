@@ -54,6 +54,7 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
     policy: str | Path | Policy = "balanced",
     every: int = 50,
     retain: Any = None,
+    target: Any = None,
     on_violation: str = "rollback",
     trackers: Sequence[Tracker | str] | None = None,
     output_dir: str | Path | None = None,
@@ -75,6 +76,7 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
         policy: Tier name, path of a policy file, or `Policy`.
         every: Optimizer steps between two checks; what is saved is checked, too.
         retain: Data on which the model must not get worse; see `GuardSession`.
+        target: Data on which each edit must gain; see `GuardSession`.
         on_violation: "rollback"; "stop" (roll back and raise `EditRejectedError` on every process);
             "monitor" (only report).
         trackers: Trackers or their registered names. By default the JSONL log where there is a folder for
@@ -106,6 +108,7 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
         plain(accelerator, model),
         policy=policy,
         retain=retain,
+        target=target,
         accelerator=accelerator,
         trackers=_default_trackers(accelerator, output_dir) if trackers is None else trackers,
         output_dir=output_dir,

@@ -75,6 +75,7 @@ class GuardCallback(TrainerCallback):
         every: Optimizer steps between two checks; evaluations and saves are checked too.
         edits: Edits to apply, by global step: `{500: RTN(8)}`. The window before is judged first.
         retain: Data on which the model must not get worse; see `GuardSession`.
+        target: Data on which each edit must gain; see `GuardSession`.
         on_violation: "rollback"; "stop" (roll back, save nothing at this step, end the training);
             "monitor" (only report).
         trackers: Trackers or their registered names. By default the JSONL log, and W&B where a run
@@ -103,6 +104,7 @@ class GuardCallback(TrainerCallback):
         retain: Any = None,
         on_violation: str = "rollback",
         *,
+        target: Any = None,
         trackers: Sequence[Tracker | str] | None = None,
         output_dir: str | Path | None = None,
         snapshot_dir: str | Path | None = None,
@@ -114,7 +116,7 @@ class GuardCallback(TrainerCallback):
         self.policy = load_policy(policy)
         self.every = every
         self.edits = checked_edits(edits)
-        self.retain = retain
+        self.retain, self.target = retain, target
         self.on_violation = on_violation
         self.trackers = trackers
         self.output_dir = output_dir
@@ -187,6 +189,7 @@ class GuardCallback(TrainerCallback):
             model,
             policy=self.policy,
             retain=self.retain,
+            target=self.target,
             trackers=self._tracker_names(args),
             output_dir=folder,
             snapshot_dir=self.snapshot_dir,
