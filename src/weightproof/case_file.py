@@ -156,7 +156,10 @@ class _ReadingsTable:
 def _step(case: CaseFile, index: int, step: Mapping[str, Any], table: _ReadingsTable) -> dict[str, Any]:
     """A step with the names of the readings that it was judged from, where they are at hand."""
     judged = _judged(case).get(index)
-    step = {"complete": False, "divergence": [], "losses": [], **step}  # of a run resumed from an older version
+    record = step.get("record") or {}
+    # Of a run resumed from an older version, which wrote fewer fields.
+    older = {"kind": record.get("kind", "unknown"), "policy_digest": "", "complete": False}
+    step = {**older, "divergence": [], "losses": [], **step}
     if judged is None:
         return {**step, "judged_on": None}
     sides = {side: getattr(judged, side) for side in ("before", "reference", "after")}

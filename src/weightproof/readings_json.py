@@ -126,7 +126,7 @@ def _shown(found: object) -> str:
 
 
 @cache
-def _fields(kind: Any) -> dict[str, tuple[Any, bool]]:
+def fields_of(kind: Any) -> dict[str, tuple[Any, bool]]:
     """Name of each field of a dataclass -> its type, and whether it may be left out."""
     hints = typing.get_type_hints(kind)
     return {
@@ -139,7 +139,7 @@ def _fields(kind: Any) -> dict[str, tuple[Any, bool]]:
 
 
 def _dataclass(kind: Any, found: Any, where: str) -> Any:
-    known = _fields(kind)
+    known = fields_of(kind)
     items = _object(found, where)
     for name in items:
         if name not in known:

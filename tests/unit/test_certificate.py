@@ -3,12 +3,15 @@
 import json
 from dataclasses import replace
 
+import certificate_schema
 import hand_readings as by_hand
+import jsonschema
 import pytest
 
 from weightproof import Certificate, InputError
 from weightproof.case_file import Base, CaseFile, statement_of
-from weightproof.certificate import PREDICATE_TYPE
+from weightproof.certificate import PREDICATE_TYPE, schema
+from weightproof.certificate_form import content_of
 from weightproof.jsonable import to_jsonable
 from weightproof.policy import load_policy
 from weightproof.readings_json import from_jsonable, readings_json, readings_of
@@ -211,3 +214,30 @@ def test_the_policy_in_a_certificate_has_the_digest_beside_it():
 def test_several_steps_need_to_say_what_they_were_judged_from():
     with pytest.raises(InputError, match="judged="):
         statement_of(case(steps=[{"name": "a"}, {"name": "b"}], judged=None, tensors={"w": "ef" * 32}))
+
+
+# ---------------------------------------------------------------- schema
+
+
+def test_the_shipped_schema_is_that_of_the_types():
+    assert certificate_schema.PATH.read_text() == certificate_schema.text(), (
+        "python tests/support/certificate_schema.py"
+    )
+    jsonschema.Draft202012Validator.check_schema(schema())
+
+
+def test_a_case_fits_the_schema_and_comes_back_in_types():
+    certificate = statement_of(replace(case(), tensors={"w": "ef" * 32}))
+    jsonschema.validate(certificate.statement, schema())
+    content = content_of(Certificate.from_json(certificate.to_json()))
+    assert to_jsonable(content.subject) == to_jsonable(case().current)
+
+
+@pytest.mark.parametrize("name", ["ties", "policy", "transient", "cost"])
+def test_schema_and_types_refuse_the_same(name):
+    statement = json.loads(statement_of(replace(case(), tensors={"w": "ef" * 32})).to_json())
+    statement["predicate"][name] = 7
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(statement, schema())
+    with pytest.raises(InputError, match=name):
+        content_of(Certificate(statement))

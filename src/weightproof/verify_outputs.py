@@ -1,0 +1,130 @@
+"""Level 3: outputs and losses in the certificate against those of the models run here, on the same windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from weightproof.certificate_form import Content
+from weightproof.types import DivergenceReading, LossReading, Readings
+from weightproof.verify_readings import Tolerance
+from weightproof.verify_result import Findings
+
+_HALF = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+# Of numbers of outputs and losses: other kernels and batches sum in another order.
+_FULL_PRECISION = Tolerance(1e-3, 1e-5)
+_HALF_PRECISION = Tolerance(5e-2, 2e-3)
+# A token whose two best answers are nearly equal may flip.
+_FLIPS = Tolerance(0.0, 2e-2)
+_DIVERGENCES = ("kl", "kl_max", "hidden_error")
+_MEANS = ("before", "after")
+Pair = tuple[float | None, float | None]
+
+
+def tolerance_of(readings: Readings) -> Tolerance:
+    """What outputs of a model may differ by: more where it computes in half precision."""
+    half = any(tensor.dtype in _HALF for tensor in readings.tensors.values())
+    return _HALF_PRECISION if half else _FULL_PRECISION
+
+
+def compare_outputs(content: Content, before: Readings, after: Readings, findings: Findings) -> None:
+    """Hold stated outputs and losses against those computed here.
+
+    Args:
+        content: The certificate.
+        before: Readings of the base run here.
+        after: Readings of the subject run here.
+        findings: Where differences go.
+    """
+    tolerance = tolerance_of(after)
+    _divergences(content.subject.divergence, after.divergence, tolerance, findings)
+    _moments("baseline", content.baseline.second_moments, before.second_moments, tolerance, findings)
+    _moments("subject", content.subject.second_moments, after.second_moments, tolerance, findings)
+    _losses(content.subject.losses, after.losses, tolerance, findings)
+
+
+def _divergences(
+    stated: Sequence[DivergenceReading], found: Sequence[DivergenceReading], tolerance: Tolerance, findings: Findings
+) -> None:
+    ours = {reading.windows: reading for reading in found}
+    for theirs in stated:
+        mine = ours.get(theirs.windows)
+        where = f"outputs on {theirs.windows} windows"
+        if mine is None or mine.windows_digest != theirs.windows_digest:
+            what = "could not be made here" if mine is None else "made here are others"
+            findings.unchecked.append(
+                f"{where}: these windows {what}: give the data that the certificate was made with"
+            )
+            continue
+        findings.require_equal(where, "finite", mine.finite, theirs.finite)
+        findings.require_equal(where, "num_tokens", mine.num_tokens, theirs.num_tokens)
+        for name in _DIVERGENCES:
+            _number(where, name, _pair(theirs, mine, name), tolerance, findings)
+        _number(where, "top1_flip_rate", _pair(theirs, mine, "top1_flip_rate"), _FLIPS, findings)
+        findings.checked.append(where)
+
+
+def _pair(stated: object, found: object, name: str) -> Pair:
+    return getattr(stated, name), getattr(found, name)
+
+
+def _number(where: str, name: str, pair: Pair, tolerance: Tolerance, findings: Findings) -> None:
+    """Hold what is stated, the first of the pair, against what was found."""
+    stated, found = pair
+    if stated is None or found is None:
+        if stated is not found:
+            findings.differs(where, name, found, stated)
+    elif not tolerance.allows(stated, found):
+        findings.differs(where, name, found, stated)
+
+
+def _moments(
+    side: str, stated: Mapping[str, float], found: Mapping[str, float], tolerance: Tolerance, findings: Findings
+) -> None:
+    for name in (name for name in stated if name in found):
+        _number(f"{side} {name}", "second moment", (stated[name], found[name]), tolerance, findings)
+
+
+def _losses(
+    stated: Sequence[LossReading], found: Sequence[LossReading], tolerance: Tolerance, findings: Findings
+) -> None:
+    ours = {(reading.role, reading.metric): reading for reading in found}
+    for theirs in stated:
+        mine = ours.get((theirs.role, theirs.metric))
+        where = f"{theirs.metric} on {theirs.role} data"
+        if mine is None:
+            findings.unchecked.append(f"{where}: give --{theirs.role} with the data that the certificate was made with")
+        elif mine.windows_digest != theirs.windows_digest:
+            findings.unchecked.append(
+                f"{where}: the data given here makes other windows ({mine.windows_digest[:16]}) than those of the "
+                f"certificate ({theirs.windows_digest[:16]})"
+            )
+        else:
+            _loss(where, theirs, mine, tolerance, findings)
+
+
+def _loss(where: str, stated: LossReading, found: LossReading, tolerance: Tolerance, findings: Findings) -> None:
+    for name in ("num_windows", "num_groups", "num_tokens"):
+        findings.require_equal(where, name, getattr(found, name), getattr(stated, name))
+    findings.require_equal(where, "measured", found.reason is None, stated.reason is None)
+    findings.checked.append(where)
+    if found.num_used != stated.num_used:
+        # A sequential test that is close may stop one chunk earlier or later: its intervals must still meet.
+        _meet(where, stated, found, findings)
+        return
+    for name in _MEANS:
+        _number(where, name, _pair(stated, found, name), tolerance, findings)
+    # A difference of two means is as exact as the means are, not as exact as itself.
+    size = max([abs(value) for value in (found.before, found.after) if value is not None], default=0.0)
+    allowed = Tolerance(tolerance.relative, tolerance.absolute + tolerance.relative * size)
+    for name in ("difference", "lower", "upper"):
+        _number(where, name, _pair(stated, found, name), allowed, findings)
+    for name in sorted(stated.sums.keys() | found.sums.keys()):
+        _number(where, f"sum {name}", (stated.sums.get(name), found.sums.get(name)), tolerance, findings)
+
+
+def _meet(where: str, stated: LossReading, found: LossReading, findings: Findings) -> None:
+    if stated.lower is None or stated.upper is None or found.lower is None or found.upper is None:
+        findings.differs(where, "num_used", found.num_used, stated.num_used)
+    elif stated.upper < found.lower or found.upper < stated.lower:
+        interval = [f"{one.lower:.6g} to {one.upper:.6g}" for one in (found, stated)]
+        findings.differs(where, "interval", *interval)
