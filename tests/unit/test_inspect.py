@@ -210,7 +210,7 @@ def test_a_file_is_not_a_folder(tmp_path, capsys):
 
 def test_a_plot_that_is_no_png_is_refused_before_measuring(llama, capsys):
     code, out, err = run(capsys, llama[0], "--plot", "picture.pdf")
-    assert (code, out) == (2, "")
+    assert (code, out) == (3, "")
     assert "picture.pdf" in err
 
 
@@ -219,7 +219,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_measuring(llama, capsys
     (tmp_path / "a_file").write_text("in the way")
     (tmp_path / "a_folder.png").mkdir()
     code, out, err = run(capsys, llama[0], "--plot", tmp_path / place)
-    assert (code, out) == (2, "")
+    assert (code, out) == (3, "")
     assert "--plot cannot write" in err
 
 
