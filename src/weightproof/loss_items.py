@@ -1,8 +1,8 @@
 """Windows with labels: the user's examples, cut so that a loss can be read from each piece.
 
 Which loss a model has is told from its class and config, by the names that transformers uses:
-next tokens ("causal"), labelled positions ("tokens": masked language models, token classification), labels of
-a decoder ("seq2seq") or one class an example ("classes").
+next tokens ("causal"), hidden tokens ("masked"), one class a token ("tokens"), labels of a decoder ("seq2seq") or one
+class an example ("classes").
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ IGNORED = -100
 MASKED_FRACTION = 0.15
 DOCUMENT_NAMES = ("document", "document_id", "doc_id")
 
-_TOKENS = ("MaskedLM", "PreTraining", "TokenClassification")
+_MASKED = ("MaskedLM", "PreTraining")
+_TOKENS = ("TokenClassification",)
 _CLASSES = ("SequenceClassification", "ImageClassification", "AudioClassification", "VideoClassification")
 _CAUSAL = ("CausalLM", "LMHeadModel", "LMHead", "ConditionalGeneration")
 
@@ -33,7 +34,7 @@ class Form:
     """How the examples of one set become windows.
 
     Attributes:
-        task: "causal", "tokens", "seq2seq" or "classes"; "plain" where only the user's metric knows.
+        task: "causal", "masked", "tokens", "seq2seq" or "classes"; "plain" where only the user's metric knows.
         length: Tokens per window at most.
         name: Of the set, in errors ("retain", "target").
         mask_token_id: What hides a token of a masked language model; None for seeded random tokens.
@@ -74,6 +75,7 @@ def task_of(model: nn.Module) -> tuple[str | None, str]:
         return "classes", ""
     kinds = {
         "tokens": _ends(names, _TOKENS),
+        "masked": _ends(names, _MASKED),
         "seq2seq": is_encoder_decoder(model),
         "causal": _ends(names, _CAUSAL) and main_input(model) == "input_ids",
     }
@@ -139,12 +141,13 @@ _Window = tuple[Item, torch.Tensor | None, int]
 
 
 def _windows(sample: Item, model: nn.Module, form: Form, where: str) -> Iterator[_Window]:
-    labels = next((sample.pop(key) for key in LABEL_NAMES if key in sample), None)
+    labels = next((sample[key] for key in LABEL_NAMES if key in sample), None)
+    sample = {key: value for key, value in sample.items() if key not in LABEL_NAMES}
     if main_input(model) == "input_ids" and "input_ids" in sample and form.task != "plain":
         sample = _trimmed(sample, model, where)
         if not sample:
             return
-    if form.task in ("causal", "tokens"):
+    if form.task in ("causal", "masked", "tokens"):
         yield from _token_windows(sample, labels, model, form, where)
     elif form.task == "seq2seq":
         yield from _pair(sample, labels, model, form, where)
@@ -157,6 +160,8 @@ def _windows(sample: Item, model: nn.Module, form: Form, where: str) -> Iterator
 def _trimmed(sample: Item, model: nn.Module, where: str) -> Item:
     """Without padding at either end; fields of one value a token keep step. {} where nothing is left."""
     ids = sample["input_ids"]
+    if not ids.numel():
+        return {}
     if ids.is_floating_point():
         raise InputError(f"{where} holds floating point numbers where token ids belong: give integers")
     if ids.ndim != 1:
@@ -164,7 +169,7 @@ def _trimmed(sample: Item, model: nn.Module, where: str) -> Item:
     _check_range(ids, vocab_size(model), "token id", where)
     mask = sample.get("attention_mask")
     if mask is None or mask.shape != ids.shape:
-        return {**sample, "input_ids": ids.long()} if len(ids) else {}
+        return {**sample, "input_ids": ids.long()}
     real = mask.ne(0).nonzero().flatten()
     if not len(real):
         return {}
@@ -202,12 +207,12 @@ def _token_windows(
         labels = labels[first : first + len(ids)]
     if labels is not None and labels.shape != ids.shape:
         raise InputError(f"{where} has {labels.numel()} labels beside {ids.numel()} token ids: give one a token")
-    if labels is None and form.task == "tokens" and not type(model).__name__.endswith(("MaskedLM", "PreTraining")):
+    if labels is None and form.task == "tokens":
         raise InputError(f"{where} has no labels: give one a token (-100 where none is scored)")
     for piece in _pieces(sample, form.length):
         start = int(piece.pop("_start"))
         given = None if labels is None else labels[start : start + len(piece["input_ids"])].long()
-        if given is None and form.task == "tokens":
+        if given is None and form.task == "masked":
             yield _masked(piece, model, form)
             continue
         given = piece["input_ids"].clone() if given is None else given
@@ -220,8 +225,8 @@ def _token_windows(
 
 
 def _num_classes(model: nn.Module, form: Form) -> int | None:
-    is_language_model = form.task != "tokens" or not type(model).__name__.endswith("TokenClassification")
-    return vocab_size(model) if is_language_model else getattr(getattr(model, "config", None), "num_labels", None)
+    config = getattr(model, "config", None)
+    return getattr(config, "num_labels", None) if form.task == "tokens" else vocab_size(model)
 
 
 def _pieces(sample: Item, length: int) -> Iterator[Item]:

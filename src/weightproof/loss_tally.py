@@ -22,6 +22,10 @@ from weightproof.types import LossReading
 if TYPE_CHECKING:
     from weightproof.guards.loss import LossLimits
 
+_REPLICATES = 2000
+# Resamples beyond both ends of an interval together, where alpha is so small that the usual number leaves fewer.
+_IN_TAILS = 20
+
 
 class LossTally:
     """What was read of one role so far.
@@ -117,11 +121,12 @@ class LossTally:
 
     def _final(self, index: int) -> Interval:
         """The interval of everything, at the error that looking earlier has left."""
-        alpha, size = self._limits.alpha, self._limits.min_effective_size
+        alpha, size = (1.0 - SEQUENTIAL_SHARE) * self._limits.alpha, self._limits.min_effective_size
         if self._is_rate[index] and not self._windows.has_documents:
             return newcombe(self._counts[index], alpha=alpha, min_effective_size=size)
         # Examples of one document are not independent: documents are resampled, for rates too.
-        return interval(self._sums(index), alpha=(1.0 - SEQUENTIAL_SHARE) * alpha, min_effective_size=size)
+        replicates = max(_REPLICATES, math.ceil(_IN_TAILS / alpha))
+        return interval(self._sums(index), alpha=alpha, replicates=replicates, min_effective_size=size)
 
     # -- readings ----------------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ class LossWindows:
             are joined beyond.
         num_tokens: Scored tokens; examples where each gives one score.
         num_duplicates: Windows left out because an equal one came before.
-        has_documents: Whether groups are documents.
+        has_documents: Whether there are documents of several windows; those are never torn apart.
     """
 
     def __init__(
@@ -106,14 +106,13 @@ class LossWindows:
 
     def _arrange(self) -> None:
         """Fix the reading order, and which consecutive documents make a group."""
-        documents = self._one("select count(distinct document) from windows")
-        self.has_documents = documents > 1
-        if not self.has_documents:  # one document, or unknown ones: windows are what is exchangeable
+        self.num_windows = self._one("select count(*) from windows")
+        self.num_tokens = self._one("select sum(num_scored) from windows")
+        self.has_documents = 1 < self._one("select count(distinct document) from windows") < self.num_windows
+        if not self.has_documents:  # unknown, or one, or one a window: windows are what is exchangeable
             self._file.execute("update windows set document = null")
             self._file.execute("delete from documents")
         self._file.executescript(_ORDER)
-        self.num_windows = self._one("select count(*) from windows")
-        self.num_tokens = self._one("select sum(num_scored) from windows")
         distinct = self._one("select count(distinct key) from reading")
         self._documents_per_group = -(-distinct // MAX_GROUPS)
         self.num_groups = -(-distinct // self._documents_per_group)

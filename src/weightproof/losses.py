@@ -7,10 +7,11 @@ the same readings.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,21 @@ class LossProbe:
     def first(self, count: int) -> list[Item]:
         """The first retain windows with their labels, for whoever shares a one-shot iterable with this probe."""
         return next((track.windows.first(count) for track in self._tracks if track.windows is not None), [])
+
+    def again(self, *, min_gain: float) -> LossProbe:
+        """A probe of the retain windows that compares two other states, the second of which must gain.
+
+        It has read nothing: `capture` it before a trial change. It shares the windows; close only this probe.
+        """
+        trial = copy.copy(self)
+        trial.limits = replace(self.limits, min_gain=min_gain)
+        trial._tracks = tuple(
+            replace(track, role="target", before=np.empty((0, 0)), unusable=None)
+            for track in self._tracks
+            if track.role == "retain"
+        )
+        trial._stale = True
+        return trial
 
     def close(self) -> None:
         """Give the disk space of the windows back."""

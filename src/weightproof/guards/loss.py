@@ -54,7 +54,7 @@ class LossLimits:
         """Refuse wrong values: PolicyError names the key."""
         check_number("tau", self.tau, low=1.0)
         check_number("min_gain", self.min_gain)
-        check_number("alpha", self.alpha, strict=True, high=0.5)
+        check_number("alpha", self.alpha, low=0.001, high=0.5)
         check_number("min_effective_size", self.min_effective_size, low=2.0)
         for key in ("min_windows", "max_windows", "length"):
             check_count(key, getattr(self, key), low=1)
@@ -223,7 +223,7 @@ def _advice(reading: LossReading, outcome: Outcome, limits: LossLimits) -> str |
     needed = reading.num_windows * (half / gap) ** 2 if gap > 0 else math.inf
     if needed > _MOST_WINDOWS_TO_ADVISE:
         return "the change lies at the limit: more windows would hardly decide"
-    more = max(1, math.ceil(needed) - reading.num_windows)
+    more = max(1, math.ceil(round(needed, 6)) - reading.num_windows)
     return f"about {more} windows more might decide"
 
 
