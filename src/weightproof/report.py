@@ -10,6 +10,7 @@ is made from the certificate alone, so it can be made by anyone, at any time.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def _environment() -> Environment:
         autoescape=True,
         trim_blocks=True,
         undefined=jinja2.ChainableUndefined,
+        finalize=lambda value: value.translate(_TURNING) if isinstance(value, str) else value,
     )
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     environment.globals.update(
@@ -219,7 +221,10 @@ def _cost(predicate: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 # -- Markdown --------------------------------------------------------------------------------------
 
-_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_{}[]<>#|~"})
+# Characters that turn the direction of what follows could make a digest or a name read as another one.
+_TURNING = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+_SPECIAL = {**str.maketrans({char: f"\\{char}" for char in "\\`*_{}[]<>#|~"}), **_TURNING}
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def escape(text: object) -> str:
@@ -239,7 +244,7 @@ def _markdown_lines(facts: Facts) -> list[str]:
     lines += ["## Not tested", ""]
     lines += [f"- {escape(item)}" for item in facts.predicate.get("not_tested") or ()]
     lines += ["", "## Digests and signer", ""]
-    lines += [f"- {label}: {f'`{value}`' if digest else escape(value)}" for label, value, digest in _identity(facts)]
+    lines += [f"- {label}: {f'`{v}`' if _DIGEST.fullmatch(v) else escape(v)}" for label, v, _ in _identity(facts)]
     return lines
 
 
