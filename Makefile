@@ -6,7 +6,7 @@ WORKERS ?= 2
 ZERO := .venv-zero/bin
 ZERO_STAMP := .venv-zero/.installed
 
-.PHONY: demo test test-slow test-faults-slow test-zero lint format benchmark benchmark-distributed clean
+.PHONY: demo test test-slow test-faults-slow test-zero test-browser lint format benchmark benchmark-distributed clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -36,6 +36,9 @@ $(ZERO_STAMP): pyproject.toml constraints.txt tests/zero/constraints.txt
 
 test-zero: $(ZERO_STAMP)  ## DeepSpeed ZeRO-1/2/3 in two processes; needs a C++ compiler, which DeepSpeed calls once
 	PATH="$(CURDIR)/$(ZERO):$$PATH" $(ZERO)/python -m pytest tests/zero
+
+test-browser: $(STAMP)    ## the HTML report in headless Chromium (which must be on PATH), with screenshots in .cache
+	$(BIN)/python -m pytest tests/browser
 
 lint: $(STAMP)            ## ruff, pyright, import-linter
 	$(BIN)/ruff check .

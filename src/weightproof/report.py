@@ -18,6 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
+from markupsafe import escape as markup_escape
 
 from weightproof import report_words as words
 from weightproof.errors import InputError
@@ -134,6 +135,7 @@ def _environment() -> Environment:
         finalize=lambda value: value.translate(_TURNING) if isinstance(value, str) else value,
     )
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    environment.filters["breakable"] = _breakable
     environment.globals.update(
         words=words,
         groups=worst_of_each,
@@ -144,6 +146,12 @@ def _environment() -> Environment:
         spectrum=spectrum,
     )
     return environment
+
+
+def _breakable(name: object) -> Markup:
+    """A name that may break after its dots and underscores, as names of tensors have to on a phone."""
+    shown = markup_escape(str(name).translate(_TURNING))
+    return Markup(shown.replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>")))
 
 
 def worst_of_each(step: StepFacts) -> tuple[_Group, ...]:

@@ -56,6 +56,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
+        """What is read out, without the places where a name may break."""
         return " ".join(" ".join(data for tag, data in self.words if tag not in ("style", "title", "desc")).split())
 
 
