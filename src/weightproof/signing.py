@@ -210,7 +210,10 @@ def load_private_key(path: Path | str, passphrase: str | None = None) -> Ed25519
     if b"PUBLIC KEY" in content:
         raise InputError(f"{path} holds a public key: signing needs the private one (without .pub)")
     if b"ENCRYPTED" in content and not passphrase:
-        raise InputError(f"{path} is encrypted: give the file of its passphrase too")
+        raise InputError(
+            f"{path} is encrypted: give its passphrase (load_private_key(path, passphrase)), or write a copy without "
+            f"one for this machine alone (`openssl pkey -in {path} -out FILE`, then `chmod 600 FILE`)"
+        )
     try:
         key = load_pem_private_key(content, passphrase.encode() if passphrase else None)
     except TypeError as error:

@@ -220,9 +220,11 @@ class _Run:
         """Every tensor of the baseline is in the base folder, where it is not one that no file holds."""
         ties = self.content.predicate.ties
         for name, reading in self.content.baseline.tensors.items():
-            is_there = any(other in before.tensors for other in (name, *ties.get(name, ())))
-            if not is_there and name not in self.content.predicate.transient:
-                self.findings.differs(f"baseline {name}", "tensor of the base", None, reading.digest)
+            there = next((before.tensors[n] for n in (name, *ties.get(name, ())) if n in before.tensors), None)
+            if there is not None:
+                self.findings.require_equal(f"tensor {name} of the base", "digest", reading.digest, there.digest)
+            elif name not in self.content.predicate.transient:
+                self.findings.differs(f"tensor {name} of the base", "digest", reading.digest, None)
 
     def _step(self) -> StepForm | None:
         """The step that made the subject."""

@@ -55,8 +55,8 @@ def _divergences(
                 f"{where}: these windows {what}: give the data that the certificate was made with"
             )
             continue
-        findings.require_equal(where, "finite", mine.finite, theirs.finite)
-        findings.require_equal(where, "num_tokens", mine.num_tokens, theirs.num_tokens)
+        findings.require_stated(where, "finite", mine.finite, theirs.finite)
+        findings.require_stated(where, "num_tokens", mine.num_tokens, theirs.num_tokens)
         for name in _DIVERGENCES:
             _number(where, name, _pair(theirs, mine, name), tolerance, findings)
         _number(where, "top1_flip_rate", _pair(theirs, mine, "top1_flip_rate"), _FLIPS, findings)
@@ -72,9 +72,9 @@ def _number(where: str, name: str, pair: Pair, tolerance: Tolerance, findings: F
     stated, found = pair
     if stated is None or found is None:
         if stated is not found:
-            findings.differs(where, name, found, stated)
+            findings.misstated(where, name, found, stated)
     elif not tolerance.allows(stated, found):
-        findings.differs(where, name, found, stated)
+        findings.misstated(where, name, found, stated)
 
 
 def _moments(
@@ -104,8 +104,8 @@ def _losses(
 
 def _loss(where: str, stated: LossReading, found: LossReading, tolerance: Tolerance, findings: Findings) -> None:
     for name in ("num_windows", "num_groups", "num_tokens"):
-        findings.require_equal(where, name, getattr(found, name), getattr(stated, name))
-    findings.require_equal(where, "measured", found.reason is None, stated.reason is None)
+        findings.require_stated(where, name, getattr(found, name), getattr(stated, name))
+    findings.require_stated(where, "measured", found.reason is None, stated.reason is None)
     findings.checked.append(where)
     if found.num_used != stated.num_used:
         # A sequential test that is close may stop one chunk earlier or later: its intervals must still meet.
@@ -124,7 +124,7 @@ def _loss(where: str, stated: LossReading, found: LossReading, tolerance: Tolera
 
 def _meet(where: str, stated: LossReading, found: LossReading, findings: Findings) -> None:
     if stated.lower is None or stated.upper is None or found.lower is None or found.upper is None:
-        findings.differs(where, "num_used", found.num_used, stated.num_used)
+        findings.misstated(where, "num_used", found.num_used, stated.num_used)
     elif stated.upper < found.lower or found.upper < stated.lower:
-        interval = [f"{one.lower:.6g} to {one.upper:.6g}" for one in (found, stated)]
-        findings.differs(where, "interval", *interval)
+        ours, theirs = (f"{one.lower:.6g} to {one.upper:.6g}" for one in (found, stated))
+        findings.misstated(where, "interval", ours, theirs)

@@ -61,11 +61,11 @@ def compare_readings(side: str, stated: Readings, found: Readings, findings: Fin
     for name, theirs in stated.matrices.items():
         ours = found.matrices.get(name)
         if ours is None:
-            findings.differs(f"{side} {name}", "matrix", None, "a reading")
+            findings.misstated(f"{side} {name}", "matrix", None, "a reading")
         else:
             _matrix(f"{side} {name}", theirs, ours, findings)
     for name in (name for name in found.matrices if name not in stated.matrices):
-        findings.differs(f"{side} {name}", "matrix", "a reading", None)
+        findings.misstated(f"{side} {name}", "matrix", "a reading", None)
     for name in (name for name in stated.bulks if name in found.bulks):
         _bulk(f"{side} {name}", stated.bulks[name], found.bulks[name], findings)
     _circuits(side, stated, found, findings)
@@ -73,34 +73,35 @@ def compare_readings(side: str, stated: Readings, found: Readings, findings: Fin
 
 
 def _tensor(where: str, stated: TensorReading, found: TensorReading, findings: Findings) -> None:
-    for name in ("digest", "dtype", "num_nonfinite"):
-        findings.require_equal(where, name, getattr(found, name), getattr(stated, name))
-    findings.require_equal(where, "shape", str(list(found.shape)), str(list(stated.shape)))
+    """Facts about one tensor; its digest is compared where a folder is compared with a list of tensors."""
+    for name in ("dtype", "num_nonfinite"):
+        findings.require_stated(where, name, getattr(found, name), getattr(stated, name))
+    findings.require_stated(where, "shape", str(list(found.shape)), str(list(stated.shape)))
 
 
 def _matrix(where: str, stated: MatrixReading, found: MatrixReading, findings: Findings) -> None:
     for name in ("family", "d_out", "d_in", "zero_rows", "zero_cols"):
-        findings.require_equal(where, name, getattr(found, name), getattr(stated, name))
+        findings.require_stated(where, name, getattr(found, name), getattr(stated, name))
     error = (stated.spectral_norm_error or 0.0) + (found.spectral_norm_error or 0.0)
     _number(where, "spectral_norm", _pair(stated, found, "spectral_norm"), findings, error=error)
     for name in ("frobenius_norm", "norm_collapse"):
         _number(where, name, _pair(stated, found, name), findings)
     # An error so wide that any norm would do says nothing: a reading is decided to within its band.
     if stated.spectral_norm and (stated.spectral_norm_error or 0.0) > stated.spectral_norm:
-        findings.differs(where, "spectral_norm_error", "at most the norm", stated.spectral_norm_error)
+        findings.misstated(where, "spectral_norm_error", found.spectral_norm_error, stated.spectral_norm_error)
 
 
 def _bulk(where: str, stated: BulkReading, found: BulkReading, findings: Findings) -> None:
-    findings.require_equal(where, "null", found.null, stated.null)
+    findings.require_stated(where, "null", found.null, stated.null)
     low, high, count = stated.num_spikes_low, stated.num_spikes_high, found.num_spikes
     if (count is None) != (stated.num_spikes is None):
-        findings.differs(where, "num_spikes", count, stated.num_spikes)
+        findings.misstated(where, "num_spikes", count, stated.num_spikes)
     elif count is not None and low is not None and high is not None:
         slack = TOLERANCES["num_spikes"].absolute
         # What is known here may be a bound too.
         ours = found.num_spikes_low or count, found.num_spikes_high or count
         if ours[1] < low - slack or ours[0] > high + slack:
-            findings.differs(where, "num_spikes", count, f"{low} to {high}" if low != high else low)
+            findings.misstated(where, "num_spikes", count, f"{low} to {high}" if low != high else low)
     if stated.method != found.method:
         return  # a bound repeats the fit of the baseline: its other numbers are not those of this matrix
     for name in ("sigma_mp", "edge_plus", "top_over_edge", "spike_energy", "ks_distance"):
@@ -112,9 +113,9 @@ def _number(where: str, name: str, pair: Pair, findings: Findings, *, error: flo
     stated, found = pair
     if stated is None or found is None:
         if stated is not found:
-            findings.differs(where, name, found, stated)
+            findings.misstated(where, name, found, stated)
     elif not TOLERANCES[name].allows(stated, found, error):
-        findings.differs(where, name, found, stated)
+        findings.misstated(where, name, found, stated)
 
 
 def _pair(stated: object, found: object, name: str) -> Pair:
@@ -127,16 +128,16 @@ def _circuits(side: str, stated: Readings, found: Readings, findings: Findings) 
         one, other = stated.circuits[name], found.circuits[name]
         if one.values is None or other.values is None:
             if (one.values is None) != (other.values is None):
-                findings.differs(f"{side} {name}", "circuit", _count(other), _count(one))
+                findings.misstated(f"{side} {name}", "circuit", _count(other), _count(one))
             continue
         top = max([abs(value) for value in (*one.values, *other.values)], default=0.0)
         allowed = Tolerance(0.0, TOLERANCES["circuit"].absolute + TOLERANCES["circuit"].relative * top)
         pairs = zip(one.values, other.values, strict=False)
         wrong = next((pair for pair in pairs if not allowed.allows(*pair)), None)
         if len(one.values) != len(other.values):
-            findings.differs(f"{side} {name}", "number of singular values", len(other.values), len(one.values))
+            findings.misstated(f"{side} {name}", "number of singular values", len(other.values), len(one.values))
         elif wrong is not None:
-            findings.differs(f"{side} {name}", "singular value of the circuit", wrong[1], wrong[0])
+            findings.misstated(f"{side} {name}", "singular value of the circuit", wrong[1], wrong[0])
     if len(both) < len(stated.circuits):
         lacking = len(stated.circuits) - len(both)
         findings.unchecked.append(f"{lacking} circuits of the {side}: files alone do not say which matrices form them")
@@ -152,7 +153,7 @@ def _untrained(side: str, stated: Readings, found: Readings, findings: Findings)
     for name in sorted((stated.untrained ^ found.untrained) & known):
         close = {stated.bulks[name].num_spikes, found.bulks[name].num_spikes} <= {0, 1}
         if not close:
-            findings.differs(f"{side} {name}", "untrained", name in found.untrained, name in stated.untrained)
+            findings.misstated(f"{side} {name}", "untrained", name in found.untrained, name in stated.untrained)
 
 
 def compare_records(where: str, stated: EditRecord, found: EditRecord, findings: Findings) -> None:
@@ -166,17 +167,17 @@ def compare_records(where: str, stated: EditRecord, found: EditRecord, findings:
         other = theirs.pop((ours.target, ours.statistic), None)
         at = f"{where}, {ours.target}"
         if other is None:
-            findings.differs(at, ours.statistic, ours.value, None)
+            findings.misstated(at, ours.statistic, ours.value, None)
             continue
-        findings.require_equal(at, f"{ours.statistic} (limit)", ours.limit, other.limit)
-        findings.require_equal(at, f"{ours.statistic} (rigorous)", ours.rigorous, other.rigorous)
+        findings.require_stated(at, f"{ours.statistic} (limit)", ours.limit, other.limit)
+        findings.require_stated(at, f"{ours.statistic} (rigorous)", ours.rigorous, other.rigorous)
         both = ours.value is not None and other.value is not None
         if (ours.value is None) != (other.value is None) or (
             both and not TOLERANCES["contract"].allows(other.value or 0.0, ours.value or 0.0)
         ):
-            findings.differs(at, ours.statistic, ours.value, other.value)
+            findings.misstated(at, ours.statistic, ours.value, other.value)
 
 
 def _names(where: str, what: str, stated: Iterable[str], found: Iterable[str], findings: Findings) -> None:
     for name in sorted(set(stated) ^ set(found)):
-        findings.differs(where, what, name if name in set(found) else None, name if name in set(stated) else None)
+        findings.misstated(where, what, name if name in set(found) else None, name if name in set(stated) else None)

@@ -27,8 +27,8 @@ class Difference:
     Attributes:
         where: The file, tensor, matrix, step or field.
         what: The digest or statistic, or what is wrong.
-        expected: What was computed here, or what must be; None where a thing must not be there.
-        found: What stands in the certificate, or lies in the folder.
+        expected: What the certificate states, or the verifier demands; None where a thing must not be there.
+        found: What lies in the folder, or was computed here.
     """
 
     where: str
@@ -70,6 +70,15 @@ class Findings:
     def differs(self, where: str, what: str, expected: Value, found: Value) -> None:
         """Note one difference."""
         self.differences.append(Difference(where, what, expected, found))
+
+    def misstated(self, where: str, what: str, computed: Value, stated: Value) -> None:
+        """Note that something stated is not what was computed."""
+        self.differs(where, what, stated, computed)
+
+    def require_stated(self, where: str, what: str, computed: Value, stated: Value) -> None:
+        """Note a difference where something stated is not what was computed."""
+        if computed != stated:
+            self.misstated(where, what, computed, stated)
 
     def require_equal(self, where: str, what: str, expected: Value, found: Value) -> None:
         """Note a difference where two values are not equal."""

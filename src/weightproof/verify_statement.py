@@ -55,19 +55,19 @@ def check_statement(content: Content, findings: Findings) -> None:
 
 def _check_policy(content: Content, findings: Findings) -> None:
     policy = content.predicate.policy
-    findings.require_equal("policy", "digest", json_digest(policy.resolved), policy.digest)
-    findings.require_equal("policy", "name", str(policy.resolved.get("name")), policy.name)
+    findings.require_stated("policy", "digest", json_digest(policy.resolved), policy.digest)
+    findings.require_stated("policy", "name", str(policy.resolved.get("name")), policy.name)
 
 
 def _check_digests(content: Content, findings: Findings) -> None:
     certificate, predicate = content.certificate, content.predicate
-    findings.require_equal(
+    findings.require_stated(
         "subject", "digest of its tensors", model_digest(certificate.tensors), certificate.model_digest
     )
     for name, readings in content.readings.items():
         stated = {tensor: reading.digest for tensor, reading in readings.tensors.items()}
-        findings.require_equal(f"readings {name}", "model_digest", model_digest(stated), readings.model_digest)
-    findings.require_equal("baseline", "model_digest", content.baseline.model_digest, predicate.baseline.model_digest)
+        findings.require_stated(f"readings {name}", "model_digest", model_digest(stated), readings.model_digest)
+    findings.require_stated("baseline", "model_digest", content.baseline.model_digest, predicate.baseline.model_digest)
     _compare_digests("subject", certificate.tensors, content.subject, findings)
     _compare_digests("baseline", predicate.baseline.tensors, content.baseline, findings)
 
@@ -75,7 +75,7 @@ def _check_digests(content: Content, findings: Findings) -> None:
 def _compare_digests(side: str, stated: Mapping[str, str], readings: Readings, findings: Findings) -> None:
     """The digests of tensors that are stated beside readings are those of the readings."""
     for name in sorted(stated.keys() & readings.tensors.keys()):
-        findings.require_equal(f"{side} {name}", "digest", readings.tensors[name].digest, stated[name])
+        findings.require_stated(f"{side} {name}", "digest", readings.tensors[name].digest, stated[name])
     if side == "subject" or stated:
         for name in sorted(stated.keys() ^ readings.tensors.keys()):
             has = "its readings" if name in readings.tensors else "its list of tensors"
@@ -87,15 +87,15 @@ def _check_decision(content: Content, findings: Findings) -> None:
     predicate = content.predicate
     decision, steps = predicate.decision, predicate.steps
     if decision is None or not steps:
-        findings.require_equal("decision", "steps", bool(steps), decision is not None)
+        findings.require_stated("decision", "steps", bool(steps), decision is not None)
         return
     last, index = steps[-1], len(steps) - 1
-    findings.require_equal("decision", "index", index, decision.index)
-    findings.require_equal("decision", "step", last.name, decision.step)
-    findings.require_equal("assurance", "of the newest step", str(last.assurance), str(predicate.assurance))
+    findings.require_stated("decision", "index", index, decision.index)
+    findings.require_stated("decision", "step", last.name, decision.step)
+    findings.require_stated("assurance", "of the newest step", str(last.assurance), str(predicate.assurance))
     for name in ("applied", "action", "situation", "reason", "warned", "decision_digest", "evidence_digest"):
-        findings.require_equal("decision", name, _value(getattr(last, name)), _value(getattr(decision, name)))
-    findings.require_equal("policy", "digest in the newest step", predicate.policy.digest, last.policy_digest)
+        findings.require_stated("decision", name, _value(getattr(last, name)), _value(getattr(decision, name)))
+    findings.require_stated("policy", "digest in the newest step", predicate.policy.digest, last.policy_digest)
     # A window of training may be kept for the time being: the subject is the last state that was accepted.
     lasting = last.applied != "restored" and last.kind != "train"
     if lasting and last.judged_on is not None and last.judged_on.after != "subject":
@@ -110,11 +110,11 @@ def _check_step(content: Content, index: int, step: StepForm, findings: Findings
     where = f"step {index} ({step.name})"
     if step.complete:
         decision = step.decision
-        findings.require_equal(where, "evidence_digest", evidence_digest(decision), step.evidence_digest)
-        findings.require_equal(where, "decision_digest", decision_digest(decision), step.decision_digest)
+        findings.require_stated(where, "evidence_digest", evidence_digest(decision), step.evidence_digest)
+        findings.require_stated(where, "decision_digest", decision_digest(decision), step.decision_digest)
         for verdict in step.verdicts:
             count = len(verdict.measurements)
-            findings.require_equal(f"{where}, {verdict.guard}", "num_measurements", count, verdict.num_measurements)
+            findings.require_stated(f"{where}, {verdict.guard}", "num_measurements", count, verdict.num_measurements)
     if step.judged_on is None:
         return
     after, reference = content.readings[step.judged_on.after], content.readings[step.judged_on.reference]
@@ -123,11 +123,11 @@ def _check_step(content: Content, index: int, step: StepForm, findings: Findings
         ("divergence", step.divergence, after.divergence),
         ("losses", step.losses, after.losses),
     ):
-        findings.require_equal(where, name, json_digest(read), json_digest(stated))
+        findings.require_stated(where, name, json_digest(read), json_digest(stated))
     if step.record is not None:
-        findings.require_equal(where, "digest_after", after.model_digest, step.record.digest_after)
+        findings.require_stated(where, "digest_after", after.model_digest, step.record.digest_after)
         if not step.record.stray_names:
-            findings.require_equal(where, "digest_before", reference.model_digest, step.record.digest_before)
+            findings.require_stated(where, "digest_before", reference.model_digest, step.record.digest_before)
     known = {windows.digest for windows in content.predicate.windows}
     for reading in after.divergence:
         if reading.windows_digest not in known:
@@ -151,7 +151,7 @@ def check_parent(content: Content, parent: Certificate | None, findings: Finding
                 f"it goes on from certificate {stated.sha256[:16]}, which was not given to be checked"
             )
         return
-    findings.require_equal("parent", "digest", parent.digest, None if stated is None else stated.sha256)
+    findings.require_stated("parent", "digest", parent.digest, None if stated is None else stated.sha256)
     base, theirs = content.baseline.tensors, parent.tensors
     differing = sorted(name for name in base if base[name].digest != theirs.get(name))
     transient = set(content.predicate.transient)

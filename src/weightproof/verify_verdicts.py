@@ -42,7 +42,7 @@ def check_verdicts(content: Content, findings: Findings) -> None:
     except WeightproofError as error:
         findings.differs("policy", "resolved", "a policy that this version can use", str(error))
         return
-    findings.require_equal("policy", "digest", policy.digest, content.predicate.policy.digest)
+    findings.require_stated("policy", "digest", policy.digest, content.predicate.policy.digest)
     judged = short = 0
     for index, step in enumerate(content.predicate.steps):
         where = f"step {index} ({step.name})"
@@ -72,13 +72,13 @@ def _judge_again(content: Content, policy: Policy, where: str, step: StepForm, f
     for verdict in again.verdicts:
         _compare_verdict(where, verdict, stated.pop(verdict.guard, None), findings)
     for name, extra in stated.items():
-        findings.differs(f"{where}, {name}", "verdict", None, str(extra.outcome))
+        findings.misstated(f"{where}, {name}", "verdict", None, str(extra.outcome))
     _compare_measurements(f"{where}, reported", again.reported, step.reported, findings)
     if step.action is Action.HALT:
         findings.notes.append(f"{where} was halted: {step.reason}")
         return
     for name in ("action", "situation", "warned", "assurance", "reason"):
-        findings.require_equal(where, name, _value(getattr(again, name)), _value(getattr(step, name)))
+        findings.require_stated(where, name, _value(getattr(again, name)), _value(getattr(step, name)))
 
 
 def _guards(step: StepForm, findings: Findings, where: str) -> list[str]:
@@ -105,7 +105,7 @@ def _decide_again(
     stated = tuple(one.verdict for one in verdicts)
     again = decide(policy, stated, kind=step.kind, step=step.step, reported=step.reported, world_size=step.world_size)
     for name in ("action", "situation", "warned", "assurance", "reason"):
-        findings.require_equal(where, name, _value(getattr(again, name)), _value(getattr(step, name)))
+        findings.require_stated(where, name, _value(getattr(again, name)), _value(getattr(step, name)))
 
 
 def _value(value: object) -> Value:
@@ -115,14 +115,14 @@ def _value(value: object) -> Value:
 def _compare_verdict(where: str, again: Verdict, stated: VerdictForm | None, findings: Findings) -> None:
     at = f"{where}, {again.guard}"
     if stated is None:
-        findings.differs(at, "verdict", f"{again.outcome}: {again.reason}", None)
+        findings.misstated(at, "verdict", f"{again.outcome}: {again.reason}", None)
         return
     _compare_measurements(at, again.measurements, stated.measurements, findings)
-    findings.require_equal(at, "outcome", str(again.outcome), str(stated.outcome))
-    findings.require_equal(at, "num_measured", again.num_measured, stated.num_measured)
-    findings.require_equal(at, "num_eligible", again.num_eligible, stated.num_eligible)
+    findings.require_stated(at, "outcome", str(again.outcome), str(stated.outcome))
+    findings.require_stated(at, "num_measured", again.num_measured, stated.num_measured)
+    findings.require_stated(at, "num_eligible", again.num_eligible, stated.num_eligible)
     if again.outcome is stated.outcome:
-        findings.require_equal(at, "reason", again.reason, stated.reason)
+        findings.require_stated(at, "reason", again.reason, stated.reason)
 
 
 def _compare_measurements(
@@ -170,15 +170,15 @@ def _compare_one(
 ) -> None:
     """The first way in which a measurement is not what the readings give."""
     if again is None or stated is None:
-        findings.differs(where, statistic, _brief(again), _brief(stated))
+        findings.misstated(where, statistic, _brief(again), _brief(stated))
         return
     for name in ("value", "limit", "reference"):
         if not _close(getattr(again, name), getattr(stated, name)):
             what = statistic if name == "value" else f"{statistic} ({name})"
-            findings.differs(where, what, getattr(again, name), getattr(stated, name))
+            findings.misstated(where, what, getattr(again, name), getattr(stated, name))
             return
     for name in ("outcome", "family", "reason"):
-        findings.require_equal(
+        findings.require_stated(
             where, f"{statistic} ({name})", _value(getattr(again, name)), _value(getattr(stated, name))
         )
 
