@@ -16,13 +16,13 @@ import numpy as np
 from weightproof.loss_rates import PairedCounts, newcombe
 from weightproof.loss_scores import Metric
 from weightproof.loss_windows import Chunk, LossWindows
-from weightproof.paired import SEQUENTIAL_SHARE, Interval, PairedSums, interval
+from weightproof.paired import MIN_SEQUENTIAL_SIZE, SEQUENTIAL_SHARE, Interval, PairedSums, interval
 from weightproof.types import LossReading
 
 if TYPE_CHECKING:
     from weightproof.guards.loss import LossLimits
 
-_REPLICATES = 2000
+_REPLICATES = 5000
 # Resamples beyond both ends of an interval together, where alpha is so small that the usual number leaves fewer.
 _IN_TAILS = 20
 
@@ -116,7 +116,7 @@ class LossTally:
         return PairedSums(self._before[used, index], self._after[used, index], self._weight(index)[used])
 
     def _sequential(self, index: int, alpha: float) -> Interval:
-        size = self._limits.min_effective_size
+        size = max(self._limits.min_effective_size, MIN_SEQUENTIAL_SIZE)
         return interval(self._sums(index), alpha=alpha, method="confidence-sequence", min_effective_size=size)
 
     def _final(self, index: int) -> Interval:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sqlite3
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class LossWindows:
         self.task = form.task
         # An empty name is SQLite's private temporary file: unlinked, with a page cache of bounded size.
         self._file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._close = weakref.finalize(self, self._file.close)
         self._file.execute("pragma journal_mode = off")
         self._file.execute("pragma temp_store = file")
         self._file.executescript(_SCHEMA)
@@ -151,7 +153,7 @@ class LossWindows:
 
     def close(self) -> None:
         """Give the disk space back."""
-        self._file.close()
+        self._close()
 
 
 def _digest_of(item: LossItem) -> str:

@@ -33,7 +33,8 @@ class LossLimits:
         alpha: Two-sided error of the interval; a wrong acceptance has half of it.
         min_windows: Coverage floor: fewer windows are NOT_MEASURED. No test accepts before it has read as many.
         min_tokens: The same in scored tokens, where a window has many.
-        min_effective_size: Below this Kish size of the groups' weights no interval is trusted.
+        min_effective_size: Below this Kish size of the groups' weights no interval is trusted; stopping early needs
+            `paired.MIN_SEQUENTIAL_SIZE` besides.
         max_windows: Windows read at most, the first of the data.
         length: Tokens per window, cut to the model's position table as well.
         in_training: Whether windows of ordinary training are judged by the loss too.
@@ -45,7 +46,7 @@ class LossLimits:
     alpha: float = 0.05
     min_windows: int = 50
     min_tokens: int = 4096
-    min_effective_size: float = 12.0
+    min_effective_size: float = 16.0
     max_windows: int = 512
     length: int = 512
     in_training: bool = False
