@@ -89,10 +89,10 @@ def parse_kind_option(text: str | None) -> object:
 
     if text is None:
         return None
-    if match := _INT.fullmatch(text):
-        return Quantize(int(match[1]))
     name, _, rest = text.partition(":")
     try:
+        if match := _INT.fullmatch(text):
+            return Quantize(int(match[1]))
         if name == "quantize":
             return Quantize(**_settings(rest))
         if name == "cast":
