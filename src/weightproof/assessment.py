@@ -69,7 +69,8 @@ class Subject:
     """What is being judged: the declaration of a change and what its author knows about it.
 
     `planned` maps matrix names to the digest of what our own edit meant to write there; `digest_before` is that of
-    the model where it is not the state last read (None where it is).
+    the model where it is not the state last read (None where it is). `contract` is what was measured of the edit's
+    contract, where a correction of ours wrote over the edit since.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Subject:
     stray: frozenset[str] = frozenset()
     corrected: tuple[str, ...] = ()
     reverted: tuple[str, ...] = ()
+    contract: tuple[ContractReading, ...] | None = None
     digest_before: str | None = None
 
 
@@ -361,6 +363,9 @@ class Assessor:
         self, snapshot: Snapshot, before: Readings, change: Change, here: frozenset[str], subject: Subject
     ) -> EditRecord:
         in_matrices = frozenset(matrix.tensor_name for matrix in iter_weight_matrices(self.model))
+        contract = subject.contract
+        if contract is None:
+            contract = (*change.contract, *self._outside_readings(snapshot, here, in_matrices, subject))
         return EditRecord(
             name=subject.name,
             kind=subject.kind.name,
@@ -371,7 +376,7 @@ class Assessor:
             digest_before=subject.digest_before or before.model_digest,
             digest_after=change.state.readings.model_digest,
             relative_delta=change.relative_delta,
-            contract=(*change.contract, *self._outside_readings(snapshot, here, in_matrices, subject)),
+            contract=contract,
             stray_names=tuple(sorted(subject.stray)),
             corrections=subject.corrected,
             reverted=subject.reverted,

@@ -32,6 +32,7 @@ from weightproof import evidence, kinds
 from weightproof.assessment import Assessor, Subject
 from weightproof.baseline import Baseline
 from weightproof.certificate import Certificate
+from weightproof.equalisation import equalise, scales_for
 from weightproof.errors import (
     BaselineError,
     EditRejectedError,
@@ -40,12 +41,13 @@ from weightproof.errors import (
 )
 from weightproof.guard_state import STATE_FILE, GuardState
 from weightproof.guards.corrections import Correction, apply_correction
+from weightproof.guards.scope import Scope
 from weightproof.judging import Judged
 from weightproof.partial_revert import breaches, ranked, relative_changes, rounds, stored_name
 from weightproof.placements import settle
 from weightproof.plans import rewrite
 from weightproof.policy import Policy, load_policy
-from weightproof.probes import State, looks_untrained, read_state
+from weightproof.probes import State, common_matrices, looks_untrained, read_state
 from weightproof.publisher import Publisher
 from weightproof.session_checks import (
     as_losses,
@@ -256,6 +258,7 @@ class GuardSession:
                     yield handle
                 subject = replace(subject, planned=handle.planned)
                 state = self._judge(handle, point.snapshot, self._present, subject)
+                subject, state = self._equalised(handle, point.snapshot, subject, state)
                 if on_violation == "revert-worst":
                     state = self._revert_worst(handle, point.snapshot, subject, state)
             except BaseException:
@@ -463,6 +466,38 @@ class GuardSession:
         self.cost.check_seconds += handle.seconds
         self.cost.checks += 1
         return result.state
+
+    def _equalised(self, handle: Step, snapshot: Snapshot, subject: Subject, state: State) -> tuple[Subject, State]:
+        """Variance equalisation of an edit, where the policy asks for it and the loss gains; judged again then."""
+        limits, record = self._assessor.limits["variance"], handle.record
+        if not limits.equalise or handle.monitor or record is None or handle.kind.name == "train":
+            return subject, state
+        scope = Scope(self.baseline.readings)
+        matrices = [
+            one
+            for one in common_matrices(self.model, self.processes)
+            if subject.targets is None or scope.covers(one.tensor_name, subject.targets)
+        ]
+        moments = self._assessor.cache.second_moments if self._assessor.cache else {}
+        scales = scales_for(moments, state.readings.second_moments, matrices, limits)
+        if not scales:
+            return subject, state
+        probe, processes = self._assessor.loss, self.processes
+        done = equalise(self.model, scales, probe, limits.equalise_min_effect, processes)
+        logger.info("variance equalisation of %s: %s", handle.name, done.reason)
+        if not done.kept:
+            return subject, state
+        scaled = {name for scale in scales for name in scale.matrices}
+        subject = replace(
+            subject,
+            planned={name: digest for name, digest in subject.planned.items() if name not in scaled},
+            corrected=(*record.corrections, *done.corrections),
+            contract=record.contract,  # what the edit was, before it was scaled
+        )
+        spent = handle.seconds
+        state = self._judge(handle, snapshot, self._present, subject)
+        handle.seconds += spent
+        return subject, state
 
     def _revert_worst(self, handle: Step, snapshot: Snapshot, subject: Subject, state: State) -> State:
         """Take back the worst of a rejected edit, a little more in each round, until the rest of it is kept.

@@ -45,7 +45,7 @@ from weightproof.tensor_store import (
 from weightproof.types import WeightMatrix
 from weightproof.weights import clean_name, iter_tensors, iter_weight_matrices, storage_identity, unwrap
 
-__all__ = ["Snapshot", "model_digest", "tensor_digest", "write_matrix", "write_part"]
+__all__ = ["MatrixBits", "Snapshot", "model_digest", "tensor_digest", "write_matrix", "write_part"]
 
 logger = logging.getLogger("weightproof")
 
@@ -415,6 +415,39 @@ class Snapshot:
         if self._store is None:
             raise RestoreError("this snapshot was discarded: nothing can be read or restored from it")
         return self._store
+
+
+class MatrixBits:
+    """The present bits of a few matrices, to take a trial of other values back exactly.
+
+    Of sharded matrices the part that lies here. Nothing is divided or recomputed: what comes back are the same bits.
+    """
+
+    def __init__(self, matrices: Sequence[WeightMatrix]) -> None:
+        """Copy them.
+
+        Raises:
+            InputError: If one of them cannot be written.
+        """
+        for matrix in matrices:
+            _require_writable(matrix)
+        self._kept = [(one, _part_here(one), _part_here(one).detach().clone()) for one in matrices]
+
+    def put_back(self) -> None:
+        """Write the bits back; again and again gives the same.
+
+        Raises:
+            RestoreError: If a matrix does not hold them afterwards.
+        """
+        for matrix, target, kept in self._kept:
+            with torch.no_grad():
+                as_bits(target).copy_(as_bits(kept))
+            if not same_bits(target, kept):
+                raise RestoreError(f"{matrix.name} does not hold its earlier values: do not use the model")
+
+
+def _part_here(matrix: WeightMatrix) -> torch.Tensor:
+    return matrix.load() if matrix.shard is None else matrix.shard.local
 
 
 def write_matrix(matrix: WeightMatrix, values: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar, final
 
 from weightproof.errors import PolicyError
 from weightproof.guards.conclude import conclude, edit_kind, unmeasured
-from weightproof.guards.limits import check_number
+from weightproof.guards.limits import check_count, check_number
 from weightproof.types import Measurement, Outcome, Readings, Verdict
 
 
@@ -24,10 +24,23 @@ class VarianceLimits:
         band: |log(v'/v)|. Variance equalisation corrects scales down to .85 (docs/guards/variance.md), which is a
             ratio of second moments of .85^-2, in logarithms .325; beyond it equalisation cannot repair.
         gross_band: FAIL beyond this; a factor 10, as for a single matrix's top singular value.
+        equalise: Whether edits are corrected by variance equalisation (see `weightproof.equalisation`); off.
+        max_equalised: Sub-layers scaled at most, those furthest off.
+        equalise_min_scale: Least scale.
+        equalise_max_scale: Largest scale; a gain in size is trusted less than a loss.
+        equalise_deadband: Scales nearer to 1 are left at 1.
+        equalise_min_effect: Gain in nats per token that the interval must show as a whole: invarlock asks a
+            perplexity of 100 to drop by .05.
     """
 
     band: float = 0.325
     gross_band: float = 2.303
+    equalise: bool = False
+    max_equalised: int = 8
+    equalise_min_scale: float = 0.85
+    equalise_max_scale: float = 1.12
+    equalise_deadband: float = 0.02
+    equalise_min_effect: float = 0.0005
 
     def __post_init__(self) -> None:
         """Refuse wrong values: PolicyError names the key."""
@@ -35,6 +48,13 @@ class VarianceLimits:
         check_number("gross_band", self.gross_band)
         if self.gross_band < self.band:
             raise PolicyError(f"limit 'gross_band' ({self.gross_band!r}) must not be below 'band' ({self.band!r})")
+        if not isinstance(self.equalise, bool):
+            raise PolicyError(f"limit 'equalise' must be true or false, not {self.equalise!r}")
+        check_count("max_equalised", self.max_equalised, low=1)
+        check_number("equalise_min_scale", self.equalise_min_scale, high=1.0, strict=True)
+        check_number("equalise_max_scale", self.equalise_max_scale, low=1.0)
+        check_number("equalise_deadband", self.equalise_deadband, high=1.0)
+        check_number("equalise_min_effect", self.equalise_min_effect)
 
 
 @final
