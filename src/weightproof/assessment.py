@@ -140,7 +140,7 @@ class Assessor:
         """The first windows of the retain data, also where that was read to its end already, or is a file."""
         data = retain.data if isinstance(retain, LossData) else retain
         if isinstance(data, (str, os.PathLike, Iterator)):
-            data = self.loss.first(CALIBRATION_WINDOWS)
+            data = self.loss.first(CALIBRATION_WINDOWS) or data  # nothing was read where no loss is known
         return calibration_windows(data, self.model, count=CALIBRATION_WINDOWS)
 
     @property
