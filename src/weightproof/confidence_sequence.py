@@ -22,6 +22,8 @@ from weightproof.paired_sums import Decision, Interval, PairedSums, check_option
 
 # Below this effective sample size nothing is decided early.
 MIN_SEQUENTIAL_SIZE = 20.0
+# Nothing is accepted before as many groups were read: harm that few groups carry is not seen in fewer.
+MIN_GROUPS_TO_ACCEPT = 50
 # Prior variance of the effect size (mean over standard deviation of z) that the interval is tuned for.
 _EFFECT_VARIANCE = 1.0
 
@@ -36,18 +38,27 @@ class Sequential:
         limit: The largest difference allowed: log(tau) for perplexity ratios up to tau.
         alpha: Two-sided error over all looks together, in (0, 1); a wrong acceptance has half of it.
         min_effective_size: Nothing is decided below it.
+        accept_from: Nothing is accepted before as many groups; a rejection may come earlier.
 
     Raises:
         InputError: If an argument cannot be used.
     """
 
-    def __init__(self, limit: float, alpha: float = 0.05, *, min_effective_size: float = MIN_SEQUENTIAL_SIZE) -> None:
+    def __init__(
+        self,
+        limit: float,
+        alpha: float = 0.05,
+        *,
+        min_effective_size: float = MIN_SEQUENTIAL_SIZE,
+        accept_from: int = MIN_GROUPS_TO_ACCEPT,
+    ) -> None:
         if not math.isfinite(limit):
             raise InputError(f"the limit of a sequential test must be a finite number, got {limit}")
         check_options(alpha, min_effective_size)
         self._limit = float(limit)
         self._alpha = alpha
         self._min_effective_size = min_effective_size
+        self._accept_from = accept_from
         self._moments = _Moments()
         self._decision: Decision | None = None
 
@@ -89,8 +100,9 @@ class Sequential:
             raise InputError(f"group {self.num_groups} of a sequential test has losses, but weight {weight}")
         if weight > 0:
             self._moments.add(float(after) - float(before), float(weight))
-            if self._decision is None:
-                self._decision = self.interval().decide(self._limit)
+            found = self.interval().decide(self._limit) if self._decision is None else None
+            if found == "reject" or (found == "accept" and self.num_groups >= self._accept_from):
+                self._decision = found
         return self._decision
 
     def interval(self) -> Interval:
@@ -156,7 +168,8 @@ class _Moments:
         ends = self._ends(theta, alpha)
         undecided = too_small(self.effective_size, min_effective_size)
         if ends is None and undecided is None:
-            undecided = f"weights of {self.num_groups} groups are too unequal for an interval"
+            groups = f"{self.num_groups} groups, worth {self.effective_size:.1f} equal ones"
+            undecided = f"too unequal for an interval: {groups}"
         return Interval(
             estimate=theta,
             lower=None if ends is None else ends[0],

@@ -9,11 +9,12 @@ sums, in nats per token for losses, where it is the logarithm of the perplexity 
 What guards and metrics use, all of it from here:
 
     PairedSums(before, after, weight)      .estimate .effective_size .num_groups .before .after .weight
+                 .tail(threshold) -> Tail
     PairedSums.of_scores(before, after, weight=None)         one score per example in place of sums
     interval(sums, *, alpha=.05, method="bca", replicates=5000, min_effective_size=MIN_EFFECTIVE_SIZE) -> Interval
     Interval     .estimate .lower .upper .confidence .effective_size .num_groups .method .undecided
                  .decide(limit) -> "accept" | "reject" | None
-    Sequential(limit, alpha=.05, *, min_effective_size=MIN_SEQUENTIAL_SIZE)
+    Sequential(limit, alpha=.05, *, min_effective_size=MIN_SEQUENTIAL_SIZE, accept_from=MIN_GROUPS_TO_ACCEPT)
                  .add(before, after, weight) -> the same, .decision .interval() .num_groups .total_weight
     random_order(num_groups, digest)       the order in which a sequential test reads the groups
     perplexity(nll)                        exp that gives inf where it overflows
@@ -36,19 +37,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightproof.bootstrap import MIN_DEGREES_OF_FREEDOM, bootstrap, degrees_of_freedom
-from weightproof.confidence_sequence import MIN_SEQUENTIAL_SIZE, Sequential, confidence_sequence
+from weightproof.confidence_sequence import MIN_GROUPS_TO_ACCEPT, MIN_SEQUENTIAL_SIZE, Sequential, confidence_sequence
 from weightproof.errors import InputError
-from weightproof.paired_sums import MIN_EFFECTIVE_SIZE, Decision, Interval, PairedSums, check_options, too_small
+from weightproof.paired_sums import MIN_EFFECTIVE_SIZE, Decision, Interval, PairedSums, Tail, check_options, too_small
 
 __all__ = [
     "METHODS",
     "MIN_EFFECTIVE_SIZE",
+    "MIN_GROUPS_TO_ACCEPT",
     "MIN_SEQUENTIAL_SIZE",
     "SEQUENTIAL_SHARE",
     "Decision",
     "Interval",
     "PairedSums",
     "Sequential",
+    "Tail",
     "interval",
     "perplexity",
     "random_order",

@@ -16,6 +16,7 @@ Array: TypeAlias = NDArray[np.float64]
 
 # Below this effective sample size no interval is trusted: benchmarks/coverage.py, docs/coverage.md.
 MIN_EFFECTIVE_SIZE = 16.0
+TAIL_LEVELS = (0.5, 0.9, 0.95, 0.99)
 # Differences per unit of weight that are rounding of the inputs and of the limit's logarithm, not evidence.
 _ROUNDING = 1e-12
 
@@ -59,6 +60,23 @@ class Interval:
         if self.upper <= limit + _ROUNDING:
             return "accept"
         return "reject" if self.lower > limit + _ROUNDING else None
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """How the differences per unit of weight spread over groups; a mean hides harm that few groups carry.
+
+    Attributes:
+        quantiles: Level -> difference, each group counted once, linear between neighbours.
+        largest: The largest difference.
+        share_above: Share of the weight in groups whose difference is above `threshold`.
+        threshold: As asked for.
+    """
+
+    quantiles: dict[float, float]
+    largest: float
+    share_above: float
+    threshold: float
 
 
 class PairedSums:
@@ -132,6 +150,16 @@ class PairedSums:
         """How many groups of equal weight are worth as much as these: (sum w)^2 / sum w^2 (Kish, 1965)."""
         share = self.weight / self.weight.sum()
         return float(1.0 / (share @ share))
+
+    def tail(self, threshold: float) -> Tail:
+        """Spread of the groups' own differences, and the share of the weight above a threshold."""
+        per_unit = self.difference / self.weight
+        return Tail(
+            quantiles={level: float(np.quantile(per_unit, level)) for level in TAIL_LEVELS},
+            largest=float(per_unit.max()),
+            share_above=float(self.weight[per_unit > threshold].sum() / self.weight.sum()),
+            threshold=threshold,
+        )
 
     @property
     def is_constant(self) -> bool:
