@@ -17,11 +17,11 @@ from weightproof import kinds
 from weightproof.checkpoints import Checkpoint, StoredTensor, open_checkpoint
 from weightproof.collective import Processes
 from weightproof.errors import BaselineError, InputError
+from weightproof.file_digests import file_digests
 from weightproof.folder_readings import (
     FolderReadings,
     circuits_of,
     digests_of,
-    file_digests,
     read_folder,
     read_state_of,
     structure_of,

@@ -6,7 +6,6 @@ buffers that are computed when a model is built) is listed in `Readings.unmeasur
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,11 +16,11 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from weightproof.checkpoint_files import require_regular
 from weightproof.checkpoints import Checkpoint, StoredTensor, open_checkpoint
 from weightproof.circuit_readings import Kept, Vector, read_circuits
 from weightproof.collective import Processes
 from weightproof.families import family_of
+from weightproof.file_digests import file_digests
 from weightproof.probes import State, state_of, with_circuits
 from weightproof.tensor_readings import count_nonfinite
 from weightproof.tensor_store import digest_of_leaves, leaf_digests
@@ -50,18 +49,6 @@ class FolderReadings(NamedTuple):
     readings: Readings
     files: Mapping[str, str]
     tensors: Mapping[str, str]
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 (hex) of every regular file of a model folder, by relative path."""
-    found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            continue
-        require_regular(folder, path)
-        with path.open("rb") as handle:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(handle, "sha256").hexdigest()
-    return found
 
 
 def tensor_reading(stored: StoredTensor) -> TensorReading:
