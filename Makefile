@@ -6,7 +6,7 @@ WORKERS ?= 2
 ZERO := .venv-zero/bin
 ZERO_STAMP := .venv-zero/.installed
 
-.PHONY: demo test test-slow test-faults-slow test-zero test-browser lint format benchmark benchmark-distributed clean
+.PHONY: demo test test-slow test-faults-slow test-zero test-browser lint format benchmark benchmark-distributed benchmark-coverage clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -55,6 +55,9 @@ benchmark: $(STAMP)       ## speed ratios measured in one run, one thread
 
 benchmark-distributed: $(STAMP) ## what many processes save and send, two pinned cores
 	$(BIN)/python benchmarks/distributed.py
+
+benchmark-coverage: $(STAMP) ## how often the loss guard's intervals hold the truth; writes docs/coverage.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --write
 
 clean:
 	rm -rf .venv .venv-zero .cache weightproof-demo guarded-quantization

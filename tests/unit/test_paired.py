@@ -381,7 +381,7 @@ class TestDecide:
             (0.005, 0.02, 0.01, None),
             (math.log(0.9), math.log(1.01), math.log(1 - 0.05 / 100), None),
             (math.log(0.7), math.log(0.83), -0.2, None),
-            (math.log(0.7), math.exp(-0.2) and -0.2, -0.2, "accept"),
+            (math.log(0.7), math.log(0.8187), -0.2, "accept"),
         ],
     )
     def test_the_interval_decides_never_the_estimate(self, lower, upper, limit, expected):
