@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightproof.loss_rates import PairedCounts, newcombe
 from weightproof.loss_scores import Metric
 from weightproof.loss_windows import Chunk, LossWindows
 from weightproof.paired import MIN_SEQUENTIAL_SIZE, SEQUENTIAL_SHARE, Interval, PairedSums, interval
+from weightproof.proportions import PairedCounts, mcnemar, newcombe
 from weightproof.types import LossReading
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ class LossTally:
         self._before, self._after = np.zeros(shape), np.zeros(shape)
         self._tokens = np.zeros(windows.num_groups)
         self._sizes = np.zeros(windows.num_groups)
-        self._counts = [PairedCounts() for _ in metrics]
+        self._counts: list[tuple[int, ...]] = [(0, 0, 0, 0)] * len(
+            metrics
+        )  # right before and after, before, after, never
         self._is_rate = [metric.name != "nll" for metric in metrics]
         self._num_groups = 0
         self._is_all = False
@@ -57,11 +59,19 @@ class LossTally:
         np.add.at(self._after, groups, after)
         np.add.at(self._tokens, groups, [item.num_scored for item in chunk.items])
         np.add.at(self._sizes, groups, 1.0)
-        for index, counts in enumerate(self._counts):
-            self._is_rate[index] = self._is_rate[index] and counts.add(before[:, index], after[:, index])
+        for index in range(len(self._metrics)):
+            self._count(index, before[:, index], after[:, index])
         self._is_all = chunk.stop == self._windows.num_windows
         ends_here = self._is_all or self._windows.num_groups == self._windows.num_windows
         self._num_groups = chunk.groups[-1] + int(ends_here)
+
+    def _count(self, index: int, before: np.ndarray, after: np.ndarray) -> None:
+        """Count pairs of right and wrong answers, as long as every score is 1 or 0."""
+        self._is_rate[index] = self._is_rate[index] and bool(np.isin([before, after], (0.0, 1.0)).all())
+        if self._is_rate[index]:
+            right, still = before == 1.0, after == 1.0
+            pairs = (right & still, right & ~still, ~right & still, ~right & ~still)
+            self._counts[index] = tuple(a + int(b.sum()) for a, b in zip(self._counts[index], pairs, strict=True))
 
     @property
     def windows_used(self) -> int:
@@ -123,7 +133,7 @@ class LossTally:
         """The interval of everything, at the error that looking earlier has left."""
         alpha, size = (1.0 - SEQUENTIAL_SHARE) * self._limits.alpha, self._limits.min_effective_size
         if self._is_rate[index] and not self._windows.has_documents:
-            return newcombe(self._counts[index], alpha=alpha, min_effective_size=size)
+            return newcombe(PairedCounts(*self._counts[index]), alpha=alpha, min_examples=math.ceil(size))
         # Examples of one document are not independent: documents are resampled, for rates too.
         replicates = max(_REPLICATES, math.ceil(_IN_TAILS / alpha))
         return interval(self._sums(index), alpha=alpha, replicates=replicates, min_effective_size=size)
@@ -180,7 +190,9 @@ class LossTally:
         shown["weight"] = float(self._weight(index)[used].sum())
         shown["higher_is_better"] = float(self._metrics[index].higher_is_better)
         if self._is_rate[index] and self._is_all:
-            shown |= self._counts[index].as_sums()
+            counts = PairedCounts(*self._counts[index])
+            shown |= {name: float(getattr(counts, name)) for name in ("both", "lost", "gained", "neither")}
+            shown["mcnemar_p"] = mcnemar(counts)
         return shown
 
 
