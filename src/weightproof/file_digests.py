@@ -68,10 +68,6 @@ def _regular(top: Path, path: Path) -> Path:
     require_regular(top, path)
     if not path.exists():
         raise InputError(f"{path} is a link to nothing; remove it or download the model again")
-    if path.is_dir():
-        raise InputError(
-            f"{path} is a link to a folder, whose files would count twice or not at all; copy them instead"
-        )
     return path
 
 

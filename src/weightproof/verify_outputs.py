@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from weightproof.certificate_form import Content
 from weightproof.types import DivergenceReading, LossReading, Readings
@@ -36,16 +36,22 @@ def compare_outputs(content: Content, before: Readings, after: Readings, finding
         findings: Where differences go.
     """
     tolerance = tolerance_of(after)
-    _divergences(content.subject.divergence, after.divergence, tolerance, findings)
-    _moments("baseline", content.baseline.second_moments, before.second_moments, tolerance, findings)
-    _moments("subject", content.subject.second_moments, after.second_moments, tolerance, findings)
+    same = _divergences(content.subject.divergence, after.divergence, tolerance, findings)
+    relative = Tolerance(tolerance.relative)
+    for side, stated, found in (("baseline", content.baseline, before), ("subject", content.subject, after)):
+        taps = [name for name in stated.second_moments if name.partition(":")[0] in same]
+        for name in (name for name in taps if name in found.second_moments):
+            pair = stated.second_moments[name], found.second_moments[name]
+            _number(f"{side} {name}", "second moment", pair, relative, findings)
     _losses(content.subject.losses, after.losses, tolerance, findings)
 
 
 def _divergences(
     stated: Sequence[DivergenceReading], found: Sequence[DivergenceReading], tolerance: Tolerance, findings: Findings
-) -> None:
+) -> set[str]:
+    """Compare outputs window set by window set; the names of the sets that are the same here and there."""
     ours = {reading.windows: reading for reading in found}
+    same: set[str] = set()
     for theirs in stated:
         mine = ours.get(theirs.windows)
         where = f"outputs on {theirs.windows} windows"
@@ -55,12 +61,14 @@ def _divergences(
                 f"{where}: these windows {what}: give the data that the certificate was made with"
             )
             continue
+        same.add(theirs.windows)
         findings.require_stated(where, "finite", mine.finite, theirs.finite)
         findings.require_stated(where, "num_tokens", mine.num_tokens, theirs.num_tokens)
         for name in _DIVERGENCES:
             _number(where, name, _pair(theirs, mine, name), tolerance, findings)
         _number(where, "top1_flip_rate", _pair(theirs, mine, "top1_flip_rate"), _FLIPS, findings)
         findings.checked.append(where)
+    return same
 
 
 def _pair(stated: object, found: object, name: str) -> Pair:
@@ -75,13 +83,6 @@ def _number(where: str, name: str, pair: Pair, tolerance: Tolerance, findings: F
             findings.misstated(where, name, found, stated)
     elif not tolerance.allows(stated, found):
         findings.misstated(where, name, found, stated)
-
-
-def _moments(
-    side: str, stated: Mapping[str, float], found: Mapping[str, float], tolerance: Tolerance, findings: Findings
-) -> None:
-    for name in (name for name in stated if name in found):
-        _number(f"{side} {name}", "second moment", (stated[name], found[name]), tolerance, findings)
 
 
 def _losses(
