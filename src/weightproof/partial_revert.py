@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from weightproof.assessment import Subject
 from weightproof.collective import Processes
 from weightproof.families import blocks
 from weightproof.localisation import EMBEDDING, HEAD
@@ -159,6 +160,21 @@ def _place(name: str, trunk: Sequence[str], by_place: Mapping[str, float]) -> st
     if not ends:
         return name
     return EMBEDDING if "embed" in name or ".wte" in name or ".wpe" in name else HEAD
+
+
+def without(subject: Subject, reverted: Collection[str]) -> Subject:
+    """What is left to judge of a change once some of its tensors hold their earlier values again."""
+
+    def stays(name: str) -> bool:
+        return stored_name(name) not in reverted
+
+    return replace(
+        subject,
+        planned={name: digest for name, digest in subject.planned.items() if stays(name)},
+        corrected=tuple(text for text in subject.corrected if all(stays(word) for word in text.split())),
+        contract=None if subject.contract is None else tuple(one for one in subject.contract if stays(one.target)),
+        reverted=tuple(sorted(reverted)),
+    )
 
 
 def rounds(groups: Sequence[Group]) -> Iterator[list[Group]]:

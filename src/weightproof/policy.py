@@ -24,6 +24,7 @@ from weightproof.types import Action, Assurance, Decision, Measurement, Verdict
 
 TIERS = ("conservative", "balanced", "aggressive")
 CELLS = ("KEEP", "KEEP_WARNED", "ROLLBACK")
+MODES = ("gate", "monitor")
 GUARDS = "weightproof.guards"
 OVERRIDDEN = ", overridden"
 
@@ -41,6 +42,7 @@ class Policy:
         actions: Situation (see `situations.SITUATIONS`) to KEEP, KEEP_WARNED or ROLLBACK.
         sources: `limits.<guard>.<key>` or `actions.<situation>` to its source, in a sentence.
         provisional: Which of the sources are starting values, not yet calibrated.
+        mode: "gate" acts on its decisions; "monitor" only reports them: every change stays.
 
     Raises:
         PolicyError: On construction, if it names an unknown guard, limit, situation or action, gives
@@ -55,10 +57,13 @@ class Policy:
     actions: Mapping[str, str]
     sources: Mapping[str, str]
     provisional: tuple[str, ...] = ()
+    mode: str = "gate"
 
     def __post_init__(self) -> None:
         """Check every name and value against the registered guards and the table of situations."""
         where = f"policy {self.name!r}"
+        if self.mode not in MODES:
+            raise PolicyError(f"{where}: unknown mode {self.mode!r}{suggest(self.mode, MODES)}")
         for guard in (*self.required, *self.required_training):
             if guard not in plugins(GUARDS):
                 raise PolicyError(f"{where} requires an unknown guard {guard!r}{suggest(guard, plugins(GUARDS))}")
@@ -105,9 +110,10 @@ class Policy:
         actions: Mapping[str, str] | None = None,
         *,
         required: Sequence[str] | None = None,
+        mode: str | None = None,
         name: str | None = None,
     ) -> Policy:
-        """A new policy with some limits, actions or required guards replaced; their source is `user`.
+        """A new policy with some limits, actions, required guards or the mode replaced; their source is `user`.
 
         A mapping by family changes the families that it names and keeps the others. Without a `name` it is called
         "balanced, overridden" (or whatever it came from), so that no certificate takes it for the tier itself.
@@ -118,6 +124,7 @@ class Policy:
         changes = PolicyFile(
             name or f"{self.name.removesuffix(OVERRIDDEN)}{OVERRIDDEN}",
             required=None if required is None else tuple(required),
+            mode=mode,
             limits={guard: {key: Entry(item) for key, item in keys.items()} for guard, keys in (limits or {}).items()},
             actions={situation: Entry(action) for situation, action in (actions or {}).items()},
         )
@@ -160,6 +167,7 @@ def _resolve(file: PolicyFile) -> Policy:
         {situation: str(entry.value) for situation, entry in file.actions.items()},
         {key: entry.source for key, entry in _entries(file).items()},
         tuple(sorted(key for key, entry in _entries(file).items() if entry.provisional)),
+        file.mode or MODES[0],
     )
 
 
@@ -188,6 +196,7 @@ def _layer(base: Policy, file: PolicyFile) -> Policy:
         {**base.actions, **{situation: str(entry.value) for situation, entry in file.actions.items()}},
         {**base.sources, **{key: entry.source for key, entry in entries.items()}},
         tuple(sorted(provisional | {key for key, entry in entries.items() if entry.provisional})),
+        file.mode or base.mode,
     )
 
 

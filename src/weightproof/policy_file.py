@@ -17,7 +17,7 @@ from weightproof.errors import PolicyError
 
 LimitValue = float | int | str | None | Mapping[str, float]
 
-KEYS = ("name", "extends", "description", "required", "required_training", "limits", "actions")
+KEYS = ("name", "extends", "description", "mode", "required", "required_training", "limits", "actions")
 USER = "user"
 
 
@@ -39,6 +39,7 @@ class PolicyFile:
     description: str = ""
     required: tuple[str, ...] | None = None
     required_training: tuple[str, ...] | None = None
+    mode: str | None = None
     limits: Mapping[str, Mapping[str, Entry]] = field(default_factory=dict[str, Mapping[str, Entry]])
     actions: Mapping[str, Entry] = field(default_factory=dict[str, Entry])
 
@@ -112,6 +113,7 @@ def parse_policy(text: str, *, origin: str, name: str) -> PolicyFile:
         name=_text(body.get("name", name), f"{origin}, name"),
         extends=None if body.get("extends") is None else _text(body["extends"], f"{origin}, extends"),
         description=" ".join(_text(body.get("description", ""), f"{origin}, description").split()),
+        mode=None if body.get("mode") is None else _text(body["mode"], f"{origin}, mode"),
         required=_names(body, "required", origin),
         required_training=_names(body, "required_training", origin),
         limits=limits,

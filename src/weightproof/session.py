@@ -43,7 +43,7 @@ from weightproof.guard_state import STATE_FILE, GuardState
 from weightproof.guards.corrections import Correction, apply_correction
 from weightproof.guards.scope import Scope
 from weightproof.judging import Judged
-from weightproof.partial_revert import breaches, ranked, relative_changes, rounds, stored_name
+from weightproof.partial_revert import breaches, ranked, relative_changes, rounds, without
 from weightproof.placements import settle
 from weightproof.plans import rewrite
 from weightproof.policy import Policy, load_policy
@@ -259,7 +259,7 @@ class GuardSession:
                 subject = replace(subject, planned=handle.planned)
                 state = self._judge(handle, point.snapshot, self._present, subject)
                 subject, state = self._equalised(handle, point.snapshot, subject, state)
-                if on_violation == "revert-worst":
+                if on_violation == "revert-worst" and not handle.monitor:
                     state = self._revert_worst(handle, point.snapshot, subject, state)
             except BaseException:
                 # Whatever went wrong, in the block, in measuring or in drawing: the model goes back as it was.
@@ -371,7 +371,7 @@ class GuardSession:
                         "optimizer's state; use 'rollback'"
                     )
                 handle = Step(name, len(self._history) + 1 if step is None else step, kinds.parse_kind(kind))
-                handle.monitor = on_violation == "monitor"
+                handle.monitor = on_violation == "monitor" or self.policy.mode == "monitor"
                 self._open = handle
             # Whatever is raised on one process before the step is over, an interrupt too, is told to the others.
             with self.processes.together(f"step {name!r}"):
@@ -511,8 +511,7 @@ class GuardSession:
             with self.processes.together(f"reverting a part of {handle.name!r}"):
                 snapshot.restore_tensors(names)
             reverted |= names
-            planned = {name: digest for name, digest in subject.planned.items() if stored_name(name) not in reverted}
-            left, spent = replace(subject, planned=planned, reverted=tuple(sorted(reverted))), handle.seconds
+            left, spent = without(subject, reverted), handle.seconds
             state = self._judge(handle, snapshot, self._present, left)
             handle.seconds += spent
         if handle.decision is not None and handle.decision.action is Action.ROLLBACK and reverted:
@@ -549,7 +548,7 @@ class GuardSession:
         decision = handle.decision
         if decision is None:
             raise InputError(f"step {handle.name!r} was not judged")
-        keep = decision.action is Action.KEEP or on_violation == "monitor"
+        keep = decision.action is Action.KEEP or handle.monitor
         handle.applied = "kept" if keep else "restored"
         if keep:
             if not window:

@@ -25,9 +25,9 @@ SITUATIONS: Mapping[str, str] = {
     "loss_undecided": "the loss cannot decide",
     "no_loss_outputs_pass_quiet": "no loss data; the outputs pass and nothing warns",
     "no_loss_outputs_pass_warned": "no loss data; the outputs pass though a guard warns",
-    "no_forward_weights_pass": "no forward pass was possible; the weights are unsuspicious",
     "no_forward_weights_warned": "no forward pass was possible and the weights are suspicious or partly unread",
     "nothing_measured": "neither outputs nor weight statistics could be measured",
+    "no_forward_weights_pass": "no forward pass was possible; the weights are unsuspicious",
 }
 
 RAISED = (Outcome.WARN, Outcome.FAIL)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from trained_models import load
 from worlds import run_world
 
-from weightproof import GuardSession, InputError, edits
+from weightproof import GuardSession, InputError, edits, kinds
+from weightproof.assessment import Subject
 from weightproof.collective import Processes
 from weightproof.errors import RestoreError
 from weightproof.partial_revert import (
@@ -22,9 +24,10 @@ from weightproof.partial_revert import (
     relative_changes,
     rounds,
     stored_name,
+    without,
 )
 from weightproof.snapshot import Snapshot, tensor_digest, write_matrix
-from weightproof.types import Action, BlockError, Measurement, Outcome
+from weightproof.types import Action, BlockError, ContractReading, Measurement, Outcome
 from weightproof.weights import iter_weight_matrices
 
 DAMAGED = "model.layers.1.self_attn.q_proj.weight"
@@ -130,6 +133,18 @@ def test_relative_changes_of_matrices_vectors_and_what_is_not_finite():
         "lm_head.weight": pytest.approx(0.25),
         DAMAGED: math.inf,
     }
+
+
+def test_what_is_left_to_judge_forgets_what_went_back():
+    contract = tuple(ContractReading(name, "levels", 1.0, 2.0, rigorous=True) for name in ("a.weight", "stack[3]", "b"))
+    subject = Subject(
+        "e", kinds.parse_kind(None), None, planned={"stack[3]": "x", "b": "y"},
+        corrected=("equalise a.weight by 1.1", "scale b"), contract=contract,
+    )  # fmt: skip
+    left = without(subject, ["stack", "a.weight"])
+    assert (left.planned, left.corrected, left.reverted) == ({"b": "y"}, ("scale b",), ("a.weight", "stack"))
+    assert left.contract == contract[2:]
+    assert without(replace(subject, contract=None), ["b"]).contract is None
 
 
 # ---- a part of a snapshot -------------------------------------------------------------------------------------------

@@ -6,11 +6,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
+from architectures import build
 from hand_readings import verdict
 
+from weightproof import GuardSession
 from weightproof.errors import InputError, PolicyError
+from weightproof.guards.circuits import Circuits
 from weightproof.guards.divergence import Divergence
 from weightproof.guards.invariants import Invariants
+from weightproof.guards.loss import Loss
 from weightproof.guards.rmt import RMT
 from weightproof.guards.spectral import Spectral
 from weightproof.guards.variance import Variance
@@ -19,8 +24,8 @@ from weightproof.policy import TIERS, Policy, decide, decision_digest, evidence_
 from weightproof.situations import SITUATIONS
 from weightproof.types import Action, Assurance, Measurement, Outcome, Verdict
 
-GUARDS = (Invariants, Spectral, RMT, Divergence, Variance)
-QUIET = {"invariants": "PASS", "spectral": "PASS", "rmt": "PASS", "divergence": "PASS", "variance": "PASS"}
+GUARDS = (Invariants, Spectral, RMT, Circuits, Divergence, Variance, Loss)
+QUIET = dict.fromkeys(("invariants", "spectral", "rmt", "circuits", "divergence", "variance"), "PASS")
 BLIND = QUIET | {"divergence": "NOT_MEASURED", "variance": "NOT_MEASURED"}
 
 
@@ -70,7 +75,11 @@ NO_LOSS = [
     ("no_forward_weights_warned", {**BLIND, "spectral": "WARN"}, ROLL, ROLL),
     ("no_forward_weights_warned", {**BLIND, "invariants": "WARN"}, ROLL, ROLL),
     ("no_forward_weights_warned", {**BLIND, "rmt": "NOT_MEASURED"}, ROLL, ROLL),
-    ("nothing_measured", {**BLIND, "spectral": "NOT_MEASURED", "rmt": "NOT_MEASURED"}, ROLL, ROLL),
+    ("no_forward_weights_warned", {**BLIND, "circuits": "NOT_MEASURED"}, ROLL, ROLL),
+    ("no_forward_weights_warned", {**BLIND, "circuits": "WARN"}, ROLL, ROLL),
+    ("no_loss_outputs_pass_warned", {**QUIET, "circuits": "FAIL"}, WARNED, KEEP),
+    ("gross_without_outputs", {**BLIND, "circuits": "FAIL"}, ROLL, ROLL),
+    ("nothing_measured", {**BLIND, **dict.fromkeys(("spectral", "rmt", "circuits"), "NOT_MEASURED")}, ROLL, ROLL),
     ("nothing_measured", {"invariants": "PASS"}, ROLL, ROLL),
 ]
 
@@ -115,6 +124,16 @@ def test_every_situation_is_reachable_and_has_an_action_with_a_source():
     assert reached == {name for name in SITUATIONS if not name.startswith("train_")}
     for tier in TIERS:
         assert set(load_policy(tier).actions) == set(SITUATIONS)
+
+
+def test_a_guard_with_nothing_of_its_kind_in_the_model_leaves_nothing_open():
+    verdicts = [verdict(guard, outcome) for guard, outcome in BLIND.items() if guard != "circuits"]
+    empty = Verdict("circuits", Outcome.NOT_MEASURED, (), "the model has no attention", 0, 0)
+    found = decide(load_policy("aggressive"), [*verdicts, empty], kind="unknown", step=1)
+    assert (found.situation, found.action) == ("no_forward_weights_pass", Action.KEEP)
+    assert "circuits (the model has no attention)" in found.reason
+    unread = replace(empty, num_eligible=3)
+    assert decide(load_policy("aggressive"), [*verdicts, unread], kind="unknown", step=1).action is Action.ROLLBACK
 
 
 def test_conservative_says_that_loss_is_required_and_missing():
@@ -265,6 +284,8 @@ class TestTiers:
             (Variance, "band"),
             (RMT, "margin"),
             (RMT, "deadband"),
+            (Circuits, "distance"),
+            (Loss, "tau"),
         ):
             values = [getattr(policy.limits_for(guard), key) for policy in tiers]
             assert values == sorted(values)
@@ -313,6 +334,30 @@ class TestUserPolicies:
         assert "limits.rmt.epsilon" not in mine.provisional
         assert base.limits_for(RMT).epsilon["attn"] == 0.08
         assert load_policy(mine) is mine
+
+    def test_mode_is_part_of_the_policy_and_of_its_digest(self, tmp_path):
+        watching = load_policy(self.write(tmp_path, "extends: balanced\nmode: monitor\n"))
+        assert (watching.mode, load_policy("balanced").mode) == ("monitor", "gate")
+        assert load_policy("balanced").override(mode="monitor").mode == "monitor"
+        assert watching.override(actions={"loss_undecided": "KEEP"}).mode == "monitor"
+        assert load_policy("balanced").override(mode="monitor").digest != load_policy("balanced").override().digest
+        for text, said in (("mode: monitr", "did you mean 'monitor'"), ("mode: 3", "must be text")):
+            with pytest.raises(PolicyError, match=said):
+                load_policy(self.write(tmp_path, f"extends: balanced\n{text}\n"))
+
+    @pytest.mark.parametrize("on_violation", ["rollback", "raise", "revert-worst"])
+    def test_a_policy_that_monitors_reports_and_changes_nothing(self, on_violation):
+        model = build("llama")
+        session = GuardSession(model, policy=load_policy("balanced").override(mode="monitor"))
+        with session.edit("x1000", on_violation=on_violation) as step, torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1000.0)
+            broken = [parameter.clone() for parameter in model.parameters()]
+        assert step.decision is not None
+        assert (step.decision.action, step.applied, step.monitor) == (Action.ROLLBACK, "kept", True)
+        assert all(torch.equal(now, then) for now, then in zip(model.parameters(), broken, strict=True))
+        stated = session.certificate().statement["predicate"]
+        assert stated["policy"]["resolved"]["mode"] == "monitor"  # type: ignore[index]
 
     def test_any_cell_can_be_overridden(self):
         mine = load_policy("balanced").override(actions={"required_not_measured": "KEEP_WARNED"})
@@ -386,6 +431,7 @@ def test_documented_table_is_the_one_that_decides():
     cells = {"KEEP": "KEEP", "KEEP_WARNED": "KEEP, warned", "ROLLBACK": "ROLLBACK"}
     tiers = [load_policy(tier) for tier in TIERS]
     assert documented == {name: [cells[tier.actions[name]] for tier in tiers] for name in SITUATIONS}
+    assert list(documented) == list(SITUATIONS)  # in the order in which they are tried
 
 
 def test_what_is_done_to_one_loaded_tier_does_not_reach_the_next():
