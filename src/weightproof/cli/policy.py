@@ -79,6 +79,7 @@ def values_of(policy: Policy) -> dict[str, Any]:
     from weightproof.jsonable import to_jsonable
 
     found: dict[str, Any] = {
+        "mode": policy.mode,
         "required": list(policy.required),
         "required_training": list(policy.required_training),
     }
