@@ -38,9 +38,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weightproof.errors import InputError
 from weightproof.policy import Policy, load_policy
+from weightproof.publisher import CERTIFICATE, save_report
 from weightproof.session import STATE_FILE, GuardSession
 from weightproof.steps import Step
 from weightproof.types import Action
+from weightproof_callbacks.model_card import write_evidence
 from weightproof_callbacks.raw_loss import RawLossRecorder
 from weightproof_callbacks.sharded import find_masters
 from weightproof_callbacks.trainer_checks import (
@@ -56,6 +58,7 @@ from weightproof_callbacks.training_state import forget_moments
 from weightproof_callbacks.wandb_tracker import live_run
 
 if TYPE_CHECKING:
+    from weightproof.certificate import Certificate
     from weightproof.trackers import Tracker
 
 logger = logging.getLogger("weightproof.trainer")
@@ -84,6 +87,7 @@ class GuardCallback(TrainerCallback):
         snapshot_dir: Keep snapshots in this folder instead of in memory.
         timeout: Seconds that a process waits for the others before the run ends with an error. Rank 0 saves
             checkpoints while the others wait: give it more than that takes.
+        model_card: Write a section of evidence into `README.md` in `args.output_dir` when training ends.
 
     Attributes:
         session: The `GuardSession` of the present (or last) training; None before the first.
@@ -109,6 +113,7 @@ class GuardCallback(TrainerCallback):
         output_dir: str | Path | None = None,
         snapshot_dir: str | Path | None = None,
         timeout: float = 600.0,
+        model_card: bool = False,
     ) -> None:
         require_positive("every", every)
         if on_violation not in ON_VIOLATION:
@@ -122,6 +127,7 @@ class GuardCallback(TrainerCallback):
         self.output_dir = output_dir
         self.snapshot_dir = snapshot_dir
         self.timeout = timeout
+        self.model_card = model_card
         self.session: GuardSession | None = None
         self._recorder = RawLossRecorder()
         self._judged_at = self._warmup_steps = 0
@@ -294,12 +300,22 @@ class GuardCallback(TrainerCallback):
             self._check(state, control, optimizer)
         self._recorder.detach()
         if session.output_dir is not None and self._is_main:
-            path = session.certificate().save(session.output_dir / "certificate.json")
+            certificate = session.certificate()
+            path = certificate.save(session.output_dir / CERTIFICATE)
+            save_report(certificate, session.output_dir)
+            if self.model_card:
+                self._write_card(Path(str(args.output_dir)), certificate)
             actions = [step.decision.action for step in session.history if step.decision is not None]
             for tracker in session.trackers if actions else ():
                 tracker.log_certificate(path, action=actions[-1], step=state.global_step)
 
     # -- helpers -------------------------------------------------------------------------------
+
+    def _write_card(self, folder: Path, certificate: Certificate) -> None:
+        try:
+            write_evidence(folder, certificate)
+        except InputError as error:  # the training is over and its evidence is on disk
+            logger.error("the model card has no evidence: %s", error)
 
     @property
     def _session_mode(self) -> str:

@@ -10,7 +10,8 @@ What one judged change writes, all against `train/global_step`:
 | `guard/worst` | table of the worst matrices: for every edit, and for whatever is not a quiet KEEP |
 | `guard/<picture>` | a spectrum with its Marchenko-Pastur bulk |
 | an alert | on ROLLBACK and HALT |
-| an artifact of type `certificate` | aliases `step-<n>`, `verdict-<action>`; metadata action, step, sha256 |
+| artifact (`certificate`) | aliases `step-<n>`, `verdict-<action>`, `signed`; metadata: action, step, sha256, keys |
+| `guard/report` | the report of that certificate, as an HTML panel |
 
 The certificate on disk is the truth. Whatever W&B raises is reported once and changes no verdict.
 """
@@ -25,6 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightproof import report
+from weightproof.certificate import Certificate
+from weightproof.errors import InputError
 from weightproof.types import Action
 
 if TYPE_CHECKING:
@@ -84,8 +88,9 @@ class WandbTracker:
         self._attempt("log a picture", lambda run: _log_picture(run, key, png, step))
 
     def log_certificate(self, path: Path, *, action: str, step: int) -> None:
-        """Log the certificate file as an artifact of type `certificate`, and the verdict into the summary."""
+        """Log the certificate file as an artifact, the verdict into the summary, and the report as a panel."""
         self._attempt("log the certificate", lambda run: _log_certificate(run, path, action, step))
+        self._attempt("log the report", lambda run: _log_report(run, path, step))
 
     def close(self) -> None:
         """Leave the run open: whoever opened it finishes it."""
@@ -179,15 +184,33 @@ def _log_picture(run: Any, key: str, png: bytes, step: int) -> None:
 def _log_certificate(run: Any, path: Path, action: str, step: int) -> None:
     import wandb
 
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    keys = _key_ids(content)
     artifact = wandb.Artifact(
         name=f"certificate-{run.id}",
         type="certificate",
-        metadata={"action": str(action), "step": step, "sha256": sha256},
+        metadata={"action": str(action), "step": step, "sha256": sha256, "signed": bool(keys), "key_ids": keys},
     )
     artifact.add_file(str(path), name=path.name)
-    run.log_artifact(artifact, aliases=[f"step-{step}", f"verdict-{str(action).lower()}"])
+    aliases = [f"step-{step}", f"verdict-{str(action).lower()}", *(["signed"] if keys else [])]
+    run.log_artifact(artifact, aliases=aliases)
     run.summary.update({"guard/verdict": str(action), "guard/certificate_sha256": sha256})
+
+
+def _key_ids(content: bytes) -> list[str]:
+    """Key ids that a signed certificate names; none where it is not signed, or is no certificate."""
+    try:
+        return list(Certificate.from_json(content).signatures)
+    except InputError:  # the file is logged as it is; that it cannot be read is said with the report
+        return []
+
+
+def _log_report(run: Any, path: Path, step: int) -> None:
+    import wandb
+
+    page = report.html(Certificate.load(path))
+    run.log({"guard/report": wandb.Html(page, inject=False, data_is_not_path=True), **_axis(step)})
 
 
 def _axis(step: int) -> dict[str, int]:

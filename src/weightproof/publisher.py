@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightproof import evidence
+from weightproof import evidence, report
 from weightproof.errors import WeightproofError
 from weightproof.trackers import Tracker, open_trackers
 from weightproof.types import Action
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from weightproof.steps import Step
 
 logger = logging.getLogger("weightproof")
+
+CERTIFICATE = "certificate.json"
+REPORT = "report.html"
 
 
 class Publisher:
@@ -72,13 +75,20 @@ class Publisher:
                 logger.error("the evidence of step %d, %s, could not be written: %s", step.step, step.name, error)
 
     def complete(self, last: Step) -> None:
-        """Write what the certificate still lacks after the last step.
+        """Write what the certificate still lacks after the last step, and its report.
+
+        The report is written here and not after every step: it takes some 50 ms, and anyone can make it of the
+        certificate at any time.
 
         Raises:
-            InputError: If it cannot be written.
+            InputError: If the certificate cannot be written.
         """
+        if self._output_dir is None or not self._processes.is_main:
+            return
+        certificate = self._certificate()
         if _is_quiet(last):
-            self._save_certificate()
+            certificate.save(self._output_dir / CERTIFICATE)
+        save_report(certificate, self._output_dir)
 
     def close(self) -> None:
         """Close the trackers."""
@@ -100,7 +110,15 @@ class Publisher:
     def _save_certificate(self) -> Path | None:
         if self._output_dir is None or not self._processes.is_main:
             return None
-        return self._certificate().save(self._output_dir / "certificate.json")
+        return self._certificate().save(self._output_dir / CERTIFICATE)
+
+
+def save_report(certificate: Certificate, folder: Path) -> None:
+    """Write the report beside the certificate; where that fails the log says so, for the certificate has it all."""
+    try:
+        report.save(certificate, folder / REPORT)
+    except (OSError, WeightproofError) as error:
+        logger.error("the report could not be written: %s", error)
 
 
 def _is_quiet(step: Step) -> bool:

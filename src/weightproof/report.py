@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -22,6 +23,7 @@ from markupsafe import escape as markup_escape
 
 from weightproof import report_words as words
 from weightproof.errors import InputError
+from weightproof.files import write_atomically
 from weightproof.report_facts import WORST, Facts, StepFacts, facts_of, loss_sentence
 from weightproof.report_pictures import loss_interval, meter, metric_words, spectrum
 
@@ -88,6 +90,29 @@ def markdown(certificate: Certificate) -> str:
     facts = _facts(certificate)
     try:
         return "\n".join(_markdown_lines(facts)) + "\n"
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise _malformed(error) from error
+
+
+def save(certificate: Certificate, path: Path) -> Path:
+    """Write the page of a certificate; the old file is kept if this fails.
+
+    Raises:
+        InputError: If the file cannot be written, or the certificate is misshapen.
+    """
+    write_atomically(path, html(certificate).encode())
+    return path
+
+
+def section(certificate: Certificate) -> str:
+    """A few lines of Markdown for a model card: decision, verdicts, what was not tested, digests.
+
+    Raises:
+        InputError: If the certificate's predicate is not shaped as docs/certificate-format.md says.
+    """
+    facts = _facts(certificate)
+    try:
+        return "\n".join(_section_lines(facts)) + "\n"
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise _malformed(error) from error
 
@@ -256,6 +281,29 @@ def _markdown_lines(facts: Facts) -> list[str]:
     return lines
 
 
+def _section_lines(facts: Facts) -> list[str]:
+    certificate, assurance = facts.certificate, assurance_of(facts)
+    lines = ["## Evidence", "", f"**{escape(facts.word)}.** {escape(facts.lead)}", ""]
+    lines += [f"Assurance: {escape(assurance)}. {words.ASSURANCE.get(assurance, '')}", ""]
+    if facts.main is not None:
+        lines += _verdict_lines(facts.main)
+    untested = "; ".join(escape(item) for item in facts.predicate.get("not_tested") or ())
+    lines += [f"Not tested: {untested or 'the certificate does not say'}.", ""]
+    lines += [f"- Model, SHA-256 over its tensors: `{certificate.model_digest}`"]
+    lines += [f"- Certificate, SHA-256: `{certificate.digest}`"]
+    lines += [f"- {escape(signer_of(certificate))}", ""]
+    return [*lines, "`weightproof verify` recomputes this from the weights."]
+
+
+def _verdict_lines(step: StepFacts) -> list[str]:
+    lines = ["| guard | outcome | measured | what it found |", "| --- | --- | --- | --- |"]
+    for verdict in step.verdicts:
+        measured = f"{verdict['num_measured']} of {verdict['num_eligible']}"
+        outcome = words.OUTCOMES.get(verdict["outcome"], verdict["outcome"])
+        lines.append(f"| {' | '.join(map(escape, (verdict['guard'], outcome, measured, verdict['reason'])))} |")
+    return [*lines, ""]
+
+
 def _why_lines(step: StepFacts) -> list[str]:
     lines = ["## Why", "", f"{escape(step.situation)}: {escape(step.because)}.".capitalize(), ""]
     lines += ["| measured | where | value | limit | outcome |", "| --- | --- | --- | --- | --- |"]
@@ -273,12 +321,7 @@ def _why_lines(step: StepFacts) -> list[str]:
     for item in step.losses:
         about = f"{metric_words(item.reading)} on the {item.reading.get('role')} data"
         lines += ["", f"{escape(about)}: {escape(loss_sentence(item))}"]
-    lines += ["", "| guard | outcome | measured | what it found |", "| --- | --- | --- | --- |"]
-    for verdict in step.verdicts:
-        measured = f"{verdict['num_measured']} of {verdict['num_eligible']}"
-        outcome = words.OUTCOMES.get(verdict["outcome"], verdict["outcome"])
-        lines.append(f"| {' | '.join(map(escape, (verdict['guard'], outcome, measured, verdict['reason'])))} |")
-    return [*lines, ""]
+    return [*lines, "", *_verdict_lines(step)]
 
 
 def _step_lines(facts: Facts) -> list[str]:

@@ -10,8 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from report_cases import certificate as case
 from tests.support.wandb_records import read_offline_run
 
+from weightproof import report
+from weightproof.certificate import Certificate
+from weightproof.signing import generate_key
 from weightproof.trackers import GuardEvent
 from weightproof.types import Measurement, Outcome
 from weightproof_callbacks.wandb_tracker import STEP_METRIC, TABLE_COLUMNS, WandbTracker, needs_table, table_rows
@@ -42,8 +46,8 @@ def png() -> bytes:
 
 
 def test_offline_run_holds_rows_axis_table_picture_alert_and_artifact(wandb, tmp_path):
-    certificate = tmp_path / "certificate.json"
-    certificate.write_text("{}")
+    key = generate_key()
+    certificate = case().save(tmp_path / "certificate.json", key=key)
     wandb.init(project="guard", dir=tmp_path)
     tracker = WandbTracker()
     tracker.log_event(event(**QUIET, step=20))
@@ -55,7 +59,7 @@ def test_offline_run_holds_rows_axis_table_picture_alert_and_artifact(wandb, tmp
     wandb.finish()
 
     run = read_offline_run(tmp_path)
-    quiet, rejected, picture = run.history
+    quiet, rejected, picture, page = run.history
     assert quiet[STEP_METRIC] == 20
     assert quiet["guard/decision/keep"] == 1
     assert not [key for key in quiet if key.startswith("guard/worst")]
@@ -68,14 +72,40 @@ def test_offline_run_holds_rows_axis_table_picture_alert_and_artifact(wandb, tmp
     assert math.isnan(float(table["data"][0][7])), "a NaN stays visible"
     assert picture["guard/spectrum/_type"] == "image-file"
     assert run.media(picture, "guard/spectrum").startswith(b"\x89PNG")
+    assert page["guard/report/_type"] == "html-file"
+    assert page[STEP_METRIC] == 40
+    assert run.media(page, "guard/report").decode() == report.html(Certificate.load(certificate))
     assert [(m.glob_name, m.step_metric) for m in run.metrics if m.glob_name] == [("guard/*", STEP_METRIC)]
     (alert,) = run.alerts
     assert (alert.title, alert.level) == ("weightproof rolled back int2", "WARN")
     (artifact,) = [artifact for artifact in run.artifacts if artifact.type == "certificate"]
-    assert {"step-40", "verdict-rollback"} <= set(artifact.aliases)
-    assert json.loads(artifact.metadata)["action"] == "ROLLBACK"
+    assert {"step-40", "verdict-rollback", "signed"} <= set(artifact.aliases)
+    metadata = json.loads(artifact.metadata)
+    assert (metadata["action"], metadata["signed"]) == ("ROLLBACK", True)
+    assert metadata["key_ids"] == list(Certificate.load(certificate).signatures)
     assert [entry.path for entry in artifact.manifest.contents] == ["certificate.json"]
     assert run.summary["guard/verdict"] == "ROLLBACK"
+
+
+def test_unsigned_certificate_is_not_called_signed(wandb, tmp_path):
+    path = case().save(tmp_path / "certificate.json")
+    wandb.init(project="guard", dir=tmp_path)
+    WandbTracker().log_certificate(path, action="KEEP", step=1)
+    wandb.finish()
+    (artifact,) = [item for item in read_offline_run(tmp_path).artifacts if item.type == "certificate"]
+    assert "signed" not in artifact.aliases
+    assert json.loads(artifact.metadata)["key_ids"] == []
+
+
+def test_file_that_is_no_certificate_is_kept_as_an_artifact_and_warned_of(wandb, tmp_path, caplog):
+    path = tmp_path / "certificate.json"
+    path.write_text("{}")
+    wandb.init(project="guard", dir=tmp_path)
+    with caplog.at_level(logging.WARNING, "weightproof"):
+        WandbTracker().log_certificate(path, action="KEEP", step=1)
+    wandb.finish()
+    assert "could not log the report" in caplog.text
+    assert [item.type for item in read_offline_run(tmp_path).artifacts if item.type == "certificate"] == ["certificate"]
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from architectures import build
 from report_cases import HOSTILE, about_last, certificate, hostile, kept, statement, with_loss
 
-from weightproof import InputError, report
+from weightproof import Certificate, GuardSession, InputError, report
 from weightproof.cli import main
 from weightproof.report_heat import heat_map
 from weightproof.report_words import number
+from weightproof.signing import generate_key
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "base", "col", "wbr"}
 SHAPES = {"line", "rect", "path", "circle"}
@@ -246,11 +248,7 @@ def test_every_guard_not_tested_and_digest_is_shown():
 
 
 def test_signed_certificate_names_its_key(tmp_path):
-    from weightproof.certificate import Certificate
-    from weightproof.signing import generate_key
-
-    key = generate_key()
-    signed = Certificate.load(certificate().save(tmp_path / "c.json", key=getattr(key, "private", key)))
+    signed = Certificate.load(certificate().save(tmp_path / "c.json", key=generate_key()))
     assert len(signed.signatures) == 1
     text = Page(report.html(signed)).text
     assert f"Signed with key {signed.signatures[0]}" in text
@@ -390,6 +388,25 @@ def test_numbers_are_typeset():
     assert [number(x) for x in (6.96e-06, -0.296, 198, None, "NaN", "Infinity", 1234567, 0.0)] == [
         "6.96\u00d710\u207b\u2076", "\u22120.296", "198", "\u2013", "NaN", "∞", "1\u202f234\u202f567", "0",
     ]  # fmt: skip
+
+
+def test_session_leaves_its_report_beside_the_certificate(tmp_path):
+    session = GuardSession(build("llama"), output_dir=tmp_path)
+    with session.edit("nothing"):
+        pass
+    session.close()
+    assert (tmp_path / "report.html").read_text() == report.html(Certificate.load(tmp_path / "certificate.json"))
+
+
+def test_report_that_cannot_be_written_ends_no_session(tmp_path, caplog):
+    session = GuardSession(build("llama"), output_dir=tmp_path)
+    with session.edit("nothing") as step:
+        pass
+    (tmp_path / "report.html").mkdir()
+    session.close()
+    assert step.applied is not None
+    assert "the report could not be written" in caplog.text
+    assert (tmp_path / "certificate.json").is_file()
 
 
 # -- command line ----------------------------------------------------------------------------------
