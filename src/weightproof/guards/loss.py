@@ -37,7 +37,6 @@ class LossLimits:
             `paired.MIN_SEQUENTIAL_SIZE` besides.
         max_windows: Windows read at most, the first of the data.
         length: Tokens per window, cut to the model's position table as well.
-        in_training: Whether windows of ordinary training are judged by the loss too.
     """
 
     tau: float = 1.05
@@ -49,7 +48,6 @@ class LossLimits:
     min_effective_size: float = 16.0
     max_windows: int = 512
     length: int = 512
-    in_training: bool = False
 
     def __post_init__(self) -> None:
         """Refuse wrong values: PolicyError names the key."""
@@ -64,8 +62,6 @@ class LossLimits:
             raise PolicyError(
                 f"limit 'max_windows' ({self.max_windows}) must not be below 'min_windows' ({self.min_windows})"
             )
-        if not isinstance(self.in_training, bool):
-            raise PolicyError(f"limit 'in_training' must be true or false, not {self.in_training!r}")
         object.__setattr__(self, "metric_drop", _by_metric(self.metric_drop))
 
     def largest_harm(self, role: str, metric: str) -> float:
@@ -124,7 +120,7 @@ class Loss:
         """Judge every loss reading of `after`, which is paired in itself; `before` is not used.
 
         Rejects if any reading rejects, accepts only if all accept. What could not be measured beside something
-        that could is undecided.
+        that could is undecided, and so is a gain on a target set alone: it says nothing of what was lost elsewhere.
         """
         readings = after.losses
         if not readings:
@@ -139,6 +135,9 @@ class Loss:
         )
         sentences = [_sentence(reading, outcome, limits) for reading, outcome in zip(readings, outcomes, strict=True)]
         overall = _overall(outcomes)
+        if overall is Outcome.PASS and all(reading.role != "retain" for reading in readings):
+            reason = f"{'; '.join(sentences)}; no retain data say that nothing was lost elsewhere: give retain="
+            return Verdict(self.name, Outcome.WARN, measurements, reason, measured, len(readings))
         telling = [
             text
             for text, outcome in zip(sentences, outcomes, strict=True)

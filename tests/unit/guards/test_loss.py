@@ -85,7 +85,8 @@ def test_a_worse_interval_never_gets_a_better_verdict():
     order = [Outcome.PASS, Outcome.WARN, Outcome.FAIL]
     for role in ("retain", "target"):
         for width in (0.0, 0.01, 0.2):
-            verdicts = [judge(reading(x, x + width, role=role)).outcome for x in np.linspace(-0.5, 0.5, 101).tolist()]
+            ends = [(x, x + width) for x in np.linspace(-0.5, 0.5, 101).tolist()]
+            verdicts = [judge(GOOD, reading(*both, role=role)).outcome for both in ends]
             ranks = [order.index(outcome) for outcome in verdicts]
             assert ranks == sorted(ranks)
             assert {verdicts[0], verdicts[-1]} == {Outcome.PASS, Outcome.FAIL}
@@ -110,7 +111,7 @@ def test_a_worse_interval_never_gets_a_better_verdict():
     ],
 )
 def test_target_must_show_a_gain(lower, upper, gain, expected):
-    found = judge(reading(lower, upper, role="target"), limits=LossLimits(min_gain=gain))
+    found = judge(GOOD, reading(lower, upper, role="target"), limits=LossLimits(min_gain=gain))
     assert found.outcome == expected
     assert found.outcome is not Outcome.PASS or upper < 0
 
@@ -121,7 +122,7 @@ def test_target_must_show_a_gain(lower, upper, gain, expected):
     [(0.9, 1.01, 0.0, "WARN"), (0.75, 0.83, 0.2, "WARN"), (0.75, 0.8187, 0.2, "PASS"), (0.9996, 0.9998, 0.05, "FAIL")],
 )
 def test_ratios_of_perplexities(low, high, gain, expected):
-    found = judge(reading(math.log(low), math.log(high), role="target"), limits=LossLimits(min_gain=gain))
+    found = judge(GOOD, reading(math.log(low), math.log(high), role="target"), limits=LossLimits(min_gain=gain))
     assert found.outcome == expected
 
 
@@ -142,7 +143,7 @@ def test_perplexity_of_forty(now, expected):
 )
 def test_accuracy_may_drop_by_so_much(lower, upper, expected):
     assert judge(accuracy(lower, upper)).outcome == expected
-    gained = judge(accuracy(-upper, -lower, role="target"), limits=LossLimits(min_gain=0.01)).outcome
+    gained = judge(GOOD, accuracy(-upper, -lower, role="target"), limits=LossLimits(min_gain=0.01)).outcome
     assert gained is not Outcome.PASS or -upper > 0
 
 
@@ -162,6 +163,8 @@ UNREAD = replace(reading(None, None, before=None, after=None), role="target", re
     ("readings", "expected"),
     [
         ((GOOD, GAIN), "PASS"),
+        ((GAIN,), "WARN"),
+        ((NO_GAIN,), "FAIL"),
         ((GOOD, NO_GAIN), "FAIL"),
         ((BAD, GAIN), "FAIL"),
         ((BAD, UNREAD), "FAIL"),
@@ -179,6 +182,8 @@ def test_any_rejects_and_only_all_accept(readings, expected):
     assert found.reason
     if UNREAD in readings and BAD not in readings:
         assert "target nll was not measured: the loss before is NaN" in found.reason
+    if readings == (GAIN,):
+        assert "no retain data" in found.reason
     if NO_GAIN in readings:
         assert "target nll rejects" in found.reason
 
@@ -261,7 +266,6 @@ def test_measurements_carry_the_deciding_end_and_report_the_rest():
         ("min_effective_size", 1.0),
         ("max_windows", 10),
         ("length", 0),
-        ("in_training", "no"),
         ("metric_drop", {"accuracy": 0.1}),
         ("metric_drop", {"default": -0.1}),
     ],
