@@ -32,7 +32,8 @@ class Sequential:
     """Decide against a limit as soon as the groups read so far allow it, at any number of looks.
 
     Groups must come in random order (`paired.random_order`), chosen without their losses after the change.
-    Memory does not grow with their number.
+    Memory does not grow with their number. Differences must vary: of scores with two values that have not changed
+    yet, the spread is 0 and says nothing.
 
     Args:
         limit: The largest difference allowed: log(tau) for perplexity ratios up to tau.

@@ -117,6 +117,9 @@ class PairedSums:
     def of_scores(cls, before: ArrayLike, after: ArrayLike, weight: ArrayLike | None = None) -> PairedSums:
         """One score per example in place of sums of losses; the estimate is the difference of weighted means.
 
+        Scores of two values (right or wrong) rarely change, and where none has changed yet their spread says
+        nothing: compare them with `proportions.newcombe`.
+
         Args:
             before: (num_examples,) scores before the change. Where more is better, negate both.
             after: (num_examples,) scores after it.
