@@ -27,6 +27,7 @@ from weightproof.loading import LOADERS
 from weightproof.model_pair import Data, PairReadings, compare_models, tokenizers_differ
 from weightproof.policy import Policy
 from weightproof.registry import load_plugin
+from weightproof.spectrum_sketch import sketches_of
 from weightproof.steps import Step
 from weightproof.text_data import read_examples
 from weightproof.types import Action, Decision, Outcome, Readings
@@ -124,6 +125,9 @@ def certify_folders(request: Request, *, progress: bool = False) -> Certified:
     decision = decide_on(request.policy, judge_all(request.policy, judged), kind=kind.name, step=1, world_size=1)
     step = Step(request.subject.resolve().name, 1, kind)
     step.settle(decision, judged)
+    if step.record is not None:
+        matrices = open_checkpoint(request.subject).matrices
+        step.spectra = sketches_of(matrices, step.record.relative_delta, comparison.fits)
     step.seconds = time.perf_counter() - started
     cost = {"weights_seconds": read - started, "seconds": step.seconds}
     case = _case(request, comparison, pair, step, cost)

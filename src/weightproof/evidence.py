@@ -23,7 +23,7 @@ from weightproof.marchenko_pastur import fit_bulk
 from weightproof.plots import spectrum_png
 from weightproof.probes import values_of
 from weightproof.shards import dealt
-from weightproof.spectrum_sketch import sketch
+from weightproof.spectrum_sketch import sketch, spectrum_cost, worst_changed
 from weightproof.trackers import GuardEvent, metric_rows, severity, worst_measurements
 from weightproof.types import Decision, Measurement, Outcome, Readings, WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices, unwrap
@@ -48,9 +48,6 @@ RESUMED = "drift of the outputs before the resume: they are compared with those 
 # Of a window of training a certificate keeps every measurement that was not a plain PASS, and the worst of the rest.
 _KEPT_PASSES = 12
 _SHOWN = 5
-# Spectra drawn of one edit, and what those after the first may cost: products of both sides and the smaller one.
-_SKETCHED = 3
-_SKETCH_BUDGET = 2e10
 
 
 def now() -> str:
@@ -260,35 +257,17 @@ def spectrum_of_worst(
     Called on every process while the changed weights are still in place. Nothing where no fitted matrix changed.
     """
     deltas = step.record.relative_delta if step.record is not None else {}
-    known = {name: delta for name, delta in deltas.items() if delta is not None and name in baseline.fits}
-    worst = sorted(known, key=lambda name: (-known[name], name))[:_SKETCHED]
-    found = {matrix.name: matrix for matrix in iter_weight_matrices(model) if matrix.name in worst}
-    chosen = _affordable([found[name] for name in worst if name in found])
+    chosen = worst_changed(iter_weight_matrices(model), deltas, baseline.fits)
     drawn = dealt(
         processes,
         chosen,
-        cost=_spectrum_cost,
+        cost=spectrum_cost,
         parts=(values_of,),
         work=lambda matrix, weight: _draw(matrix, baseline, weight, with_picture=matrix is chosen[0]),
         operation="the spectra of the most changed matrices",
     )
     measured = [item for item in drawn if item is not None]
     return next((picture for _, picture in measured if picture is not None), None), tuple(s for s, _ in measured)
-
-
-def _spectrum_cost(matrix: WeightMatrix) -> float:
-    return float(matrix.d_out * matrix.d_in * min(matrix.d_out, matrix.d_in))
-
-
-def _affordable(worst: list[WeightMatrix]) -> list[WeightMatrix]:
-    """The first, and of the others as many as are spectra of small matrices: they take seconds, not minutes."""
-    chosen, spent = worst[:1], 0.0
-    for matrix in worst[1:]:
-        spent += _spectrum_cost(matrix)
-        if spent > _SKETCH_BUDGET:
-            break
-        chosen.append(matrix)
-    return chosen
 
 
 def _draw(

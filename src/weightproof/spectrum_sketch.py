@@ -7,15 +7,64 @@ Singular values are given in units of the upper Marchenko-Pastur edge of their o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from weightproof.types import BulkFit
+from weightproof.errors import InputError
+from weightproof.marchenko_pastur import fit_bulk
+from weightproof.types import BulkFit, WeightMatrix
 
 BINS = 48
+MOST = 3
+"""Matrices of one change that are drawn."""
+BUDGET = 2e10
+"""What spectra after the first may cost together, both sides times the smaller one: seconds, not minutes."""
 LOG_FROM = 4.0
 """From this ratio of top singular value to edge on, bins are equally wide in the logarithm."""
+
+
+def worst_changed(
+    matrices: Iterable[WeightMatrix], deltas: Mapping[str, float | None], fits: Mapping[str, BulkFit]
+) -> list[WeightMatrix]:
+    """The most changed of the matrices that have a fit before, most changed first; few enough to be fitted again.
+
+    Args:
+        matrices: Those of the changed model.
+        deltas: ||W' - W|| / ||W|| by name, None where W was zero.
+        fits: Fits before the change, by name.
+    """
+    known = {name: delta for name, delta in deltas.items() if delta is not None and name in fits}
+    worst = sorted(known, key=lambda name: (-known[name], name))[:MOST]
+    found = {matrix.name: matrix for matrix in matrices if matrix.name in worst}
+    chosen: list[WeightMatrix] = []
+    spent = 0.0
+    for name in worst:
+        if name not in found:
+            continue
+        spent += spectrum_cost(found[name]) if chosen else 0.0
+        if spent <= BUDGET:
+            chosen.append(found[name])
+    return chosen
+
+
+def spectrum_cost(matrix: WeightMatrix) -> float:
+    """Cost of an exact spectrum, in multiplications up to a factor."""
+    return float(matrix.d_out * matrix.d_in * min(matrix.d_out, matrix.d_in))
+
+
+def sketches_of(
+    matrices: Iterable[WeightMatrix], deltas: Mapping[str, float | None], fits: Mapping[str, BulkFit]
+) -> tuple[dict[str, Any], ...]:
+    """Sketches of the most changed matrices, read one at a time; those that cannot be fitted are left out."""
+    sketches: list[dict[str, Any]] = []
+    for matrix in worst_changed(matrices, deltas, fits):
+        with suppress(InputError):  # not finite, say: another guard tells of it
+            after = fit_bulk(matrix.load(), name=matrix.name)
+            sketches.append(sketch(matrix.name, matrix.family, fits[matrix.name], after))
+    return tuple(sketches)
 
 
 def sketch(name: str, family: str, before: BulkFit, after: BulkFit) -> dict[str, Any]:
