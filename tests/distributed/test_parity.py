@@ -80,10 +80,10 @@ def test_the_list_has_every_kind_of_outcome():
     """Parity of steps that all pass would show little."""
     seen = [one for name in GROUPS["b"] + GROUPS["c"] for one in alone("b" if name in GROUPS["b"] else "c")[name]]
     found = {(verdict.guard, str(verdict.outcome)) for one in seen for verdict in one.decision.verdicts}
-    guards = {"invariants", "spectral", "rmt", "divergence", "variance"}
-    assert {guard for guard, _ in found} == guards
+    guards = {"invariants", "spectral", "rmt", "circuits", "divergence", "variance"}
+    assert {guard for guard, _ in found} == guards | {"loss"}
     assert {("invariants", "FAIL"), ("spectral", "FAIL"), ("divergence", "FAIL"), ("variance", "FAIL")} <= found
-    assert {("invariants", "WARN"), ("spectral", "WARN"), ("rmt", "WARN")} <= found
+    assert {("invariants", "WARN"), ("spectral", "WARN"), ("rmt", "WARN"), ("circuits", "WARN")} <= found
     assert {(guard, "PASS") for guard in guards} <= found
     assert {one.applied for one in seen} == {"kept", "restored"}
     assert any(one.record.corrections for one in seen)
