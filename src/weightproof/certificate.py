@@ -33,6 +33,7 @@ TENSOR = "tensor:"
 _OURS = re.compile(r"urn:weightproof:certificate:v(\d+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES = 1 << 30
+_MAX_DEPTH = 64
 _EXPECTED: Mapping[str, type | tuple[type, ...]] = {
     "environment": dict,
     "policy": dict,
@@ -91,7 +92,9 @@ class Certificate:
         """
         loaded = _parse(text)
         if "payloadType" not in loaded:
-            return cls(_checked(loaded))
+            certificate = cls(_checked(loaded))
+            certificate.canonical()  # what has no canonical form has no digest
+            return certificate
         envelope = Envelope.from_json(loaded)
         certificate = cls(_checked(_parse(envelope.payload)), envelope)
         if certificate.canonical() != envelope.payload:
@@ -191,7 +194,7 @@ def _descriptor(name: str, digest: str, kind: str) -> dict[str, Any]:
 def _dumps(value: Mapping[str, Any]) -> bytes:
     try:
         return rfc8785.dumps(dict(value))
-    except rfc8785.CanonicalizationError as error:
+    except (rfc8785.CanonicalizationError, UnicodeError) as error:
         raise InputError(f"the certificate holds what JSON cannot carry exactly: {error}") from error
 
 
@@ -204,7 +207,25 @@ def _parse(text: str | bytes) -> dict[str, Any]:
         raise InputError(f"not a certificate: the text is not JSON ({error})") from error
     if not isinstance(loaded, dict):
         raise InputError("not a certificate: a JSON object was expected")
-    return cast("dict[str, Any]", loaded)
+    found = cast("dict[str, Any]", loaded)
+    _require_shallow(found)
+    return found
+
+
+def _require_shallow(loaded: object) -> None:
+    """Refuse what is nested so deeply that walking it would end the program."""
+    level = [loaded]
+    for _ in range(_MAX_DEPTH):
+        level = [item for one in level for item in _inside(one)]
+        if not level:
+            return
+    raise InputError("not a certificate: its JSON is nested too deeply")
+
+
+def _inside(one: object) -> Iterable[object]:
+    if isinstance(one, dict):
+        return cast("dict[str, object]", one).values()
+    return cast("list[object]", one) if isinstance(one, list) else ()
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def test_statement_has_the_in_toto_shape():
         ('{"predicateType": "x", "predicateType": "y"}', "occurs twice"),
         ('{"predicateType": NaN}', "NaN is not JSON"),
         ("[" * 100_000, "too deeply"),
+        ('{"a":' * 200 + "1" + "}" * 200, "too deeply"),
         ('{"payloadType": "text/plain"}', "payloadType"),
         ('{"payloadType": "application/vnd.in-toto+json", "payload": "%", "signatures": [{"sig": "x"}]}', "base64"),
         ('{"payloadType": "application/vnd.in-toto+json", "payload": "e30=", "signatures": []}', "no signature"),
@@ -82,6 +83,14 @@ def test_a_missing_part_is_named(name):
     statement = json.loads(build({}).to_json())
     del statement["predicate"][name]
     with pytest.raises(InputError, match=rf"predicate\.{name}"):
+        Certificate.from_json(json.dumps(statement))
+
+
+@pytest.mark.parametrize("value", [2**60, "\ud800"])
+def test_what_has_no_canonical_form_is_refused(value):
+    statement = json.loads(build({"value": 0}).to_json())
+    statement["predicate"]["value"] = value
+    with pytest.raises(InputError, match="cannot carry exactly"):
         Certificate.from_json(json.dumps(statement))
 
 

@@ -5,6 +5,7 @@
 
 import copy
 import json
+import random
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -593,3 +594,34 @@ def test_bad_input_is_one_sentence_and_code_3(scene, monkeypatch, capsys, argume
     assert code == 3
     assert message in err
     assert err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- broken certificates
+
+
+def test_any_damage_is_an_answer_or_a_sentence_never_a_crash(scene):
+    """Values of another kind anywhere: a difference, or one clear refusal."""
+    statement = statement_in(scene.certificate)
+    junk = [None, True, -1, 1.5, "", "NaN", [], {}, [[]], {"a": 1}, "ab" * 32]
+    rng = random.Random(0)
+    answers = {"refused": 0, "invalid": 0}
+    for _ in range(60):
+        damaged = copy.deepcopy(statement)
+        inner: Any = damaged
+        for _ in range(rng.randint(1, 7)):
+            key = rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+            if not isinstance(inner[key], dict | list) or not inner[key]:
+                break
+            inner = inner[key]
+        key = rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+        inner[key] = rng.choice(junk)
+        try:
+            certificate = Certificate.from_json(json.dumps(damaged))
+            found = verify(certificate, scene.subject, 1, Demands(unsigned_ok=True))
+        except InputError:
+            answers["refused"] += 1
+            continue
+        json.dumps(found.to_dict(), allow_nan=False)
+        answers["invalid"] += found.status is Status.INVALID
+    assert min(answers.values()) > 5
+    assert sum(answers.values()) >= 50
