@@ -20,6 +20,7 @@ from weightproof.types import Assurance
 from weightproof_callbacks.commands import demo_report
 from weightproof_callbacks.commands.corpus import (
     END,
+    beginning,
     cut_windows,
     read_corpus,
     source_files,
@@ -93,6 +94,12 @@ def test_windows_cover_the_text_without_its_rest():
     assert torch.equal(picked.ids[-1], windows.ids[-1])
     with pytest.raises(InputError, match="do not fill one window"):
         cut_windows(["x"], tokenizer, 16)
+
+
+def test_the_beginning_of_every_text_is_kept_within_the_bytes_that_are_allowed():
+    text = beginning(["ab\ncd\nef", "∞∞\n" * 9, "x"], 24)
+    assert text == "ab\ncd\n∞∞\n"
+    assert len(text.encode()) <= 24
 
 
 def test_bits_per_byte_of_a_uniform_model_is_the_entropy_of_its_vocabulary():
@@ -203,7 +210,8 @@ def test_the_fast_demo_keeps_int8_and_rolls_int2_back(fast_demo):
 @pytest.mark.xdist_group("fast-demo")
 def test_the_fast_demo_prints_paths_that_exist(fast_demo):
     output, done = fast_demo
-    printed = [line.split()[-1] for line in done.stdout.splitlines() if line.rstrip().split("/")[0].endswith(" out")]
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("  weightproof ")]
+    printed = [line.split()[-1] for line in lines if line.rstrip().split("/")[0].endswith(" out")]
     assert len(printed) >= 8
     assert all((output.parent / path).exists() for path in printed), printed
     assert (output / "spectra.png").read_bytes().startswith(b"\x89PNG")
@@ -225,6 +233,21 @@ def test_the_fast_demo_leaves_loadable_models_and_a_certificate(fast_demo):
     steps = certificate.statement["predicate"]["steps"]
     assert [step["action"] for step in steps] == ["KEEP", "ROLLBACK"]
     assert steps[0]["record"]["digest_after"] == certificate.statement["subject"][0]["digest"]["sha256"]
+
+
+@pytest.mark.xdist_group("fast-demo")
+def test_the_fast_demo_prints_commands_that_certify_and_verify_its_folders(fast_demo, monkeypatch, capsys):
+    output, done = fast_demo
+    monkeypatch.chdir(output.parent)
+    commands = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  weightproof ")]
+    codes = []
+    for arguments in commands:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        codes.append((arguments[0], stop.value.code or 0))
+    assert codes == [("certify", 0), ("verify", 0), ("certify", 1), ("verify", 0)], capsys.readouterr()
+    certificate = Certificate.load(output / "certified-int8" / "certificate.json")
+    assert certificate.predicate["assurance"] == "loss"
 
 
 @pytest.mark.xdist_group("fast-demo")

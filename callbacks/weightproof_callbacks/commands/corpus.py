@@ -130,6 +130,16 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     return sizes
 
 
+def beginning(texts: Sequence[str], max_bytes: int) -> str:
+    """The beginning of every text, each of the same length, together at most `max_bytes` of UTF-8.
+
+    Many files a little rather than a few whole: a loss on it is a loss on all of them.
+    """
+    share = max_bytes // max(1, len(texts))
+    parts = [text.encode()[:share].decode(errors="ignore").rpartition("\n")[0] for text in texts]
+    return "\n".join(part for part in parts if part.strip()) + "\n"
+
+
 def spread(windows: Windows, count: int) -> Windows:
     """`count` windows evenly spread over all, so that every part of the text is seen."""
     picks = torch.linspace(0, len(windows.ids) - 1, min(count, len(windows.ids))).round().long()

@@ -67,11 +67,29 @@ def show_paths(console: Console, result: DemoResult, *, live_dir: Path) -> None:
         ("picture", result.output / "spectra.png"),
         ("offline W&B run", live_dir),
         *((f"model {v.label}", v.folder) for v in result.versions if v.bits_per_byte is not None),
+        ("held-out text", result.output / "retain.txt"),
     ):
         table.add_row(what, _relative(path))
     console.print(table)
+    _show_commands(console, result)
     verdict = "everything as expected" if not result.failures else f"{len(result.failures)} not as expected"
     console.print(f"done in {result.timings['all']:.0f} s: {verdict}")
+
+
+def _show_commands(console: Console, result: DemoResult) -> None:
+    """Print commands to try on the folders: to certify a change from files alone, and to verify what was certified."""
+    base, text = (_relative(result.output / name) for name in ("base", "retain.txt"))
+    console.print("to try next (certify leaves with 0 where the change is kept, 1 where it is rejected):")
+    for version in result.versions:
+        if version.step is not None and version.bits_per_byte is not None:
+            out = _relative(result.output / f"certified-{version.folder.name}")
+            certify = f"weightproof certify {base} {_relative(version.folder)} --retain {text} -o {out}"
+            verify = (
+                f"weightproof verify {out}/certificate.json --model {_relative(version.folder)} --base {base} "
+                f"--retain {text} --level 3 --unsigned-ok"
+            )
+            for line in (certify, verify):
+                console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 def _decisions(result: DemoResult) -> Table:

@@ -26,6 +26,7 @@ from weightproof.weights import iter_checkpoint_matrices, iter_weight_matrices
 from weightproof_callbacks.commands import corpus, demo_report, small_model
 
 BASE = "base"
+RETAIN = "retain.txt"
 
 
 @dataclass
@@ -56,12 +57,13 @@ class DemoResult:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokenizer and windows: to train on, for the guard to look at, and for the ground truth."""
+    """Tokenizer and windows: to train on, for the guard to look at, and for the ground truth; the text held out."""
 
     tokenizer: PreTrainedTokenizerFast
     train: corpus.Windows
     retain: corpus.Windows
     truth: corpus.Windows
+    heldout: str
 
 
 def run(recipe: Mapping[str, Any], output: Path, *, seed: int) -> list[str]:
@@ -84,6 +86,7 @@ def run(recipe: Mapping[str, Any], output: Path, *, seed: int) -> list[str]:
     )
     try:
         text = prepare_text(recipe, console)
+        (output / RETAIN).write_text(text.heldout, encoding="utf-8")
         torch.set_num_threads(small_model.fastest_thread_count())
         model, training_cost = train_under_guard(recipe, text, result, seed)
         _check_training(recipe, result)
@@ -121,7 +124,8 @@ def prepare_text(recipe: Mapping[str, Any], console: Console) -> Text:
         f"{len(texts.heldout)} others held out; byte-level BPE of {len(tokenizer)} tokens"
     )
     retain, truth = recipe["heldout"]["retain_windows"], recipe["heldout"]["windows"]
-    return Text(tokenizer, train, corpus.spread(odd, retain), corpus.spread(even, truth))
+    beginning = corpus.beginning(list(texts.heldout.values()), recipe["heldout"]["text_bytes"])
+    return Text(tokenizer, train, corpus.spread(odd, retain), corpus.spread(even, truth), beginning)
 
 
 def train_under_guard(
