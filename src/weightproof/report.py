@@ -175,8 +175,7 @@ def _environment() -> Environment:
 
 def _breakable(name: object) -> Markup:
     """A name that may break after its dots and underscores, as names of tensors have to on a phone."""
-    shown = markup_escape(str(name).translate(_TURNING))
-    return Markup(shown.replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>")))
+    return Markup(_BREAK.sub(r"\1<wbr>", str(markup_escape(str(name).translate(_TURNING)))))
 
 
 def worst_of_each(step: StepFacts) -> tuple[_Group, ...]:
@@ -238,14 +237,13 @@ def _identity(facts: Facts) -> list[tuple[str, str, bool]]:
 
 def _cost(predicate: Mapping[str, Any]) -> list[tuple[str, str]]:
     cost, environment = predicate.get("cost") or {}, predicate.get("environment") or {}
-    rows = [
-        ("Guarding took", f"{words.seconds(cost.get('seconds'))} in {words.plural(cost.get('checks', 0), 'check')}"),
-        (
-            "Memory beside the model",
-            f"snapshot {words.size(cost.get('snapshot_bytes'))}, baseline {words.size(cost.get('baseline_bytes'))}",
-        ),
-        ("Processes", words.number(predicate.get("world_size"))),
+    checks = f" in {words.plural(cost['checks'], 'check')}" if cost.get("checks") else ""
+    held = [
+        f"{name} {words.size(cost[f'{name}_bytes'])}" for name in ("snapshot", "baseline") if f"{name}_bytes" in cost
     ]
+    rows = [("Guarding took", f"{words.seconds(cost.get('seconds'))}{checks}")]
+    rows += [("Memory beside the model", ", ".join(held))] if held else []
+    rows += [("Processes", words.number(predicate.get("world_size")))]
     differing = predicate.get("differing_ranks") or {}
     if differing:
         rows.append(("Copies that differ", "; ".join(f"{name} on ranks {ranks}" for name, ranks in differing.items())))
@@ -257,6 +255,7 @@ def _cost(predicate: Mapping[str, Any]) -> list[tuple[str, str]]:
 # Characters that turn the direction of what follows could make a digest or a name read as another one.
 _TURNING = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
 _SPECIAL = {**str.maketrans({char: f"\\{char}" for char in "\\`*_{}[]<>#|~"}), **_TURNING}
+_BREAK = re.compile(r"(?<=\w)([._])(?=[A-Za-z])")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -266,8 +265,14 @@ def escape(text: object) -> str:
 
 
 def _markdown_lines(facts: Facts) -> list[str]:
-    title = facts.subject + (f": {facts.main.name}" if facts.main else "")
-    lines = [MARKS["markdown"], "", f"# {escape(title)}", "", f"**{escape(facts.word)}.** {escape(facts.lead)}", ""]
+    lines = [
+        MARKS["markdown"],
+        "",
+        f"# {escape(facts.title)}",
+        "",
+        f"**{escape(facts.word)}.** {escape(facts.lead)}",
+        "",
+    ]
     assurance = assurance_of(facts)
     lines += [f"Assurance: {escape(assurance)}. {words.ASSURANCE.get(assurance, '')}", ""]
     if facts.main is not None:

@@ -108,6 +108,15 @@ class Facts:
         return str(self.certificate.statement["subject"][0].get("name") or "model")
 
     @property
+    def title(self) -> str:
+        """What the report is about: the model and the change, or the two folders that were compared."""
+        if self.main is None:
+            return self.subject
+        if self.main.name == self.subject:
+            return f"{self.subject}, changed from {_base_name(self.predicate)}"
+        return f"{self.subject}: {self.main.name}"
+
+    @property
     def status(self) -> str:
         """Status of the decision that the report is about."""
         return "none" if self.main is None else self.main.status
@@ -139,7 +148,8 @@ def facts_of(certificate: Any) -> Facts:
     steps = tuple(_step(raw, _readings(predicate, raw)) for raw in predicate["steps"])
     decision = predicate.get("decision")
     main = steps[decision["index"]] if decision else None
-    return Facts(certificate, predicate, steps, main, _lead(main, steps), _overrides(predicate))
+    name = "" if main is None else _change_name(main, certificate.subject_name, predicate)
+    return Facts(certificate, predicate, steps, main, _lead(main, name, steps), _overrides(predicate))
 
 
 def _readings(predicate: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -212,26 +222,36 @@ def _loss(reading: Mapping[str, Any], judged: Sequence[Mapping[str, Any]], outco
 # -- sentences -------------------------------------------------------------------------------------
 
 
-def _lead(main: StepFacts | None, steps: Sequence[StepFacts]) -> str:
+def _base_name(predicate: Mapping[str, Any]) -> str:
+    return str(predicate["baseline"].get("name") or "the base")
+
+
+def _change_name(main: StepFacts, subject: str, predicate: Mapping[str, Any]) -> str:
+    """What changed, as the subject of a sentence."""
+    if main.kind == "train":
+        return f"the last window of training (step {main.raw.get('step')})"
+    if main.name == subject:  # two folders: the change has no name of its own
+        return f"the change from \u201c{_base_name(predicate)}\u201d to \u201c{subject}\u201d"
+    return f"the change \u201c{main.name}\u201d"
+
+
+def _lead(main: StepFacts | None, name: str, steps: Sequence[StepFacts]) -> str:
     """The decision in two sentences for somebody who has never heard of the guard."""
     if main is None:
         return "The model was read, but no change of its weights has been judged yet."
-    return f"{_what_happened(main)} {_what_it_means(main, steps)}".strip()
+    return f"{_what_happened(main, name)} {_what_it_means(main, steps)}".strip()
 
 
-def _what_happened(main: StepFacts) -> str:
-    name = f"The change \u201c{main.name}\u201d"
-    if main.kind == "train":
-        name = f"The last window of training (step {main.raw.get('step')})"
-    if main.status == "halt":
-        return f"{name} could not be vouched for, and the guard stopped."
+def _what_happened(main: StepFacts, name: str) -> str:
     if main.status == "undecided":
-        return f"The measured loss cannot tell whether {name[0].lower()}{name[1:]} does harm."
-    if main.status == "rollback":
-        return f"{name} was rejected: {main.situation}."
-    if main.status == "warned":
-        return f"{name} is kept, but a guard warns about it."
-    return f"{name} is kept: no guard found harm in it."
+        return f"The measured loss cannot tell whether {name} does harm."
+    told = {
+        "halt": "could not be vouched for, and the guard stopped.",
+        "rollback": f"was rejected: {main.situation}.",
+        "warned": "is kept, but a guard warns about it.",
+        "keep": "is kept: no guard found harm in it.",
+    }
+    return f"{name[0].upper()}{name[1:]} {told[main.status]}"
 
 
 def _what_it_means(main: StepFacts, steps: Sequence[StepFacts]) -> str:

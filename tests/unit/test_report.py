@@ -229,6 +229,17 @@ def test_kept_change_stays_in_the_subject_of_a_rollback():
     assert "Kept before: rtn-int8-channel." in Page(report.html(certificate())).text
 
 
+def test_two_folders_are_named_by_both():
+    found = kept()
+    found["subject"][0]["name"] = found["predicate"]["steps"][0]["name"] = "model-int8"
+    found["predicate"]["baseline"]["name"] = "model"
+    found["predicate"]["cost"] = {"seconds": 40.8}
+    text = Page(report.html(certificate(about_last(found)))).text
+    assert "model-int8, changed from model" in text
+    assert "The change from \u201cmodel\u201d to \u201cmodel-int8\u201d is kept" in text
+    assert "Guarding took 40.8 s Processes 1" in text, "what was not measured of the cost is not told"
+
+
 def test_monitor_mode_says_that_the_change_is_still_there():
     found = changed_last(monitor=True, applied="kept")
     assert "the change is still in the model" in Page(report.html(certificate(found))).text
