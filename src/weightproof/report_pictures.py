@@ -125,20 +125,23 @@ def loss_interval(reading: Mapping[str, Any], limit: float | None, outcome: str)
     place = _placer([lower, upper, 0.0, *([] if limit is None else [limit])], limit)
     parts = _zones(place(limit), is_higher_better(reading)) if limit is not None else []
     parts += [
-        _line(place(0.0), 22, 100, "zero"),
-        _text(place(0.0), 114, "no change", "label faint"),
-        _rect(place(lower), 52, place(upper) - place(lower), 8, f"interval {outcome.lower()}"),
-        _line(place(lower), 46, 66, f"whisker {outcome.lower()}"),
-        _line(place(upper), 46, 66, f"whisker {outcome.lower()}"),
-        Markup('<circle class="point" cx="{}%" cy="56" r="5"/>').format(_px(place(middle))),
-        _text(place(middle), 40, f"{words(middle)}  ({words(lower)} to {words(upper)})", "label strong"),
+        _line(place(0.0), 40, 92, "zero"),
+        _text(place(0.0), 122, "no change", "label faint"),
+        _rect(place(lower), 62, place(upper) - place(lower), 8, f"interval {outcome.lower()}"),
+        _line(place(lower), 56, 76, f"whisker {outcome.lower()}"),
+        _line(place(upper), 56, 76, f"whisker {outcome.lower()}"),
+        Markup('<circle class="point" cx="{}%" cy="66" r="5"/>').format(_px(place(middle))),
+        _text(place(middle), 13, f"{words(middle)}  ({words(lower)} to {words(upper)})", "label strong"),
     ]
     if limit is not None:
-        parts += [_line(place(limit), 22, 84, "limit"), _text(place(limit), 98, f"limit {words(limit)}", "label limit")]
+        parts += [
+            _line(place(limit), 40, 92, "limit"),
+            _text(place(limit), 106, f"limit {words(limit)}", "label limit"),
+        ]
     title = f"Change of the {metric_words(reading)} on the {reading.get('role', '')} data"
     told = f"{words(middle)}, interval from {words(lower)} to {words(upper)}"
     told += "" if limit is None else f"; the limit is {words(limit)}"
-    return _svg(title, told + ".", 120, Markup("").join(parts), "loss")
+    return _svg(title, told + ".", 128, Markup("").join(parts), "loss")
 
 
 def metric_words(reading: Mapping[str, Any]) -> str:
@@ -178,10 +181,10 @@ def _zones(at: float, higher_is_better: bool) -> list[Markup]:
     """Two tinted halves, on either side of the limit."""
     names = ("rejected", "accepted") if higher_is_better else ("accepted", "rejected")
     return [
-        _rect(0, 22, at, 62, f"zone {names[0]}"),
-        _rect(at, 22, 100 - at, 62, f"zone {names[1]}"),
-        _text(at - 1, 15, names[0], f"label {names[0]}", "end"),
-        _text(at + 1, 15, names[1], f"label {names[1]}", "start"),
+        _rect(0, 40, at, 52, f"zone {names[0]}"),
+        _rect(at, 40, 100 - at, 52, f"zone {names[1]}"),
+        _text(at - 1, 33, names[0], f"label {names[0]}", "end"),
+        _text(at + 1, 33, names[1], f"label {names[1]}", "start"),
     ]
 
 
