@@ -6,6 +6,7 @@ import inspect
 import itertools
 import platform
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,7 @@ def certificate_of(session: GuardSession, parent: str | None = None) -> Certific
 def case_of(session: GuardSession, parent: str | None = None) -> CaseFile:
     """Everything that a session knows of its model."""
     resumed = len(session.resumed_steps)
-    judged = {resumed + index: s.judged for index, s in enumerate(session.history) if s.judged is not None}
+    judged = {resumed + index: _shared(s.judged) for index, s in enumerate(session.history) if s.judged is not None}
     current, baseline = session.current.readings, session.baseline
     name = type(unwrap(session.model)).__name__
     last = session.history[-1] if session.history else None
@@ -181,6 +182,15 @@ def case_of(session: GuardSession, parent: str | None = None) -> CaseFile:
         ],
         parent=parent,
     )
+
+
+def _shared(judged: Judged) -> Judged:
+    """The same with one reading for baseline and reference where they are of one state, so that it is written once.
+
+    What was read of the baseline's outputs is not in the readings of the state; exact guards do not look at it.
+    """
+    alike = replace(judged.reference, second_moments=judged.before.second_moments)
+    return replace(judged, reference=judged.before) if alike == judged.before else judged
 
 
 def _with_outputs(baseline: Readings, judged: Iterable[Judged]) -> Readings:
