@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from weightproof.matrices import full_precision, row_chunks
+from weightproof.matrices import full_precision, row_chunks, row_major
 
 # What is kept of one circuit of a layer: a baseline file holds four or so of them for every layer.
 MOST_VALUES = 512
@@ -84,22 +84,36 @@ def product_spectra(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return torch.full(left.shape[:2], math.nan, dtype=torch.float64)
     # Brought to size one first: the fourth power of an entry must neither overflow nor vanish.
     sizes = [gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=torch.finfo(torch.float64).tiny) for gram in (left, shared)]
-    values, vectors = torch.linalg.eigh(left / sizes[0][:, None, None])
-    root = vectors * values.clamp(min=0.0).sqrt()[:, None, :]
+    root = _root(left / sizes[0][:, None, None])
     squares = torch.linalg.eigvalsh(root.mT @ (shared / sizes[1][:, None, None]) @ root)
     scale = sizes[0].sqrt() * sizes[1].sqrt()
     return (squares.flip(1).clamp(min=0.0).sqrt() * scale[:, None]).cpu()
+
+
+def _root(grams: torch.Tensor) -> torch.Tensor:
+    """Any R with R R' = G, of every G."""
+    factor, failed = torch.linalg.cholesky_ex(grams)
+    if not bool(failed.any()):
+        return factor
+    values, vectors = torch.linalg.eigh(grams)  # some are of lower rank
+    return vectors * values.clamp(min=0.0).sqrt()[:, None, :]
 
 
 @full_precision
 def row_norms(matrix: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
     """||W_i diag(gain)|| of every row, (rows,) float64."""
     factor = None if gain is None else gain.to(matrix.device, torch.float64)
-    norms = torch.empty(matrix.shape[0], dtype=torch.float64)
-    for part in row_chunks(*matrix.shape):
-        chunk = matrix[part].to(torch.float64)
-        norms[part] = torch.linalg.vector_norm(chunk if factor is None else chunk * factor, dim=1).cpu()
-    return norms
+    stored, turned = row_major(matrix)
+    squares = torch.zeros(matrix.shape[0], dtype=torch.float64, device=matrix.device)
+    for part in row_chunks(*stored.shape):
+        chunk = stored[part].to(torch.float64)
+        if factor is not None:
+            chunk = chunk * (factor[part, None] if turned else factor)
+        if turned:
+            squares += chunk.square().sum(0)
+        else:
+            squares[part] = torch.linalg.vector_norm(chunk, dim=1).square()
+    return squares.sqrt().cpu()
 
 
 def summary(values: torch.Tensor, most: int = MOST_VALUES) -> tuple[float, ...]:

@@ -55,6 +55,8 @@ from weightproof.types import (
 )
 from weightproof.weights import iter_weight_matrices
 
+NO_CIRCUITS = "the model has no attention and no MLP of a known kind"
+
 
 @dataclass(frozen=True)
 class State:
@@ -141,11 +143,11 @@ def read_state(
     return with_circuits(state, read_circuits(every, vectors_of(model, processes), config_of(model), processes))
 
 
-def with_circuits(state: State, circuits: Mapping[str, CircuitReading]) -> State:
+def with_circuits(state: State, circuits: Mapping[str, CircuitReading], otherwise: str = NO_CIRCUITS) -> State:
     """The state with its circuits, or with the reason why there are none."""
     unmeasured = dict(state.readings.unmeasured)
     if not circuits:
-        unmeasured["circuits"] = "the model has no attention and no MLP of a known kind"
+        unmeasured["circuits"] = otherwise
     return State(replace(state.readings, circuits=circuits, unmeasured=unmeasured), state.fits)
 
 
@@ -271,6 +273,8 @@ def read_change(  # noqa: PLR0913 - the two states, the change and who reads it
     every = common_matrices(model, processes)
     structure = common_structure(model, current.readings.structure, processes)
     change = change_of(every, tensors, structure, snapshot, current, baseline, scope, processes)
+    if scope.kind.name == "train":  # reported there, judged nowhere: not worth its time in every window
+        return replace(change, state=with_circuits(change.state, {}, "they are not read in windows of training"))
     kept = kept_circuits(tensors, current, baseline, scope)
     circuits = read_circuits(every, vectors_of(model, processes), config_of(model), processes, kept)
     return replace(change, state=with_circuits(change.state, circuits))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.oracles.circuits import ov_values, qk_values
 
+from weightproof import GuardSession
 from weightproof.baseline import Baseline
 from weightproof.circuit_finder import UNKNOWN, find_circuits
 from weightproof.circuit_readings import config_of, read_circuits, vectors_of
@@ -25,7 +26,7 @@ from weightproof.circuits import (
 )
 from weightproof.collective import Processes
 from weightproof.probes import State, kept_circuits, read_state
-from weightproof.types import WeightMatrix
+from weightproof.types import Outcome, WeightMatrix
 from weightproof.weights import iter_weight_matrices
 
 ALONE = Processes.alone()
@@ -280,3 +281,20 @@ def test_only_circuits_with_a_changed_part_are_read_again():
     assert read_circuits(matrices, vectors_of(llama, ALONE), config_of(llama), ALONE, undone) == (
         state.readings.circuits
     )
+
+
+def test_windows_of_training_do_not_read_them_and_the_next_edit_does():
+    llama = build("llama")
+    session = GuardSession(llama)
+    session.watch()
+    with torch.no_grad():
+        llama.model.layers[0].mlp.up_proj.weight.mul_(1.001)
+    window = session.check_window(step=1, raw_losses=[1.0])
+    assert window.applied == "kept"
+    assert session.current.readings.circuits == {}
+    assert "training" in session.current.readings.unmeasured["circuits"]
+    with session.edit("nothing much") as step, torch.no_grad():
+        llama.model.layers[1].mlp.down_proj.weight.mul_(1.0001)
+    verdict = next(one for one in step.verdicts if one.guard == "circuits")
+    assert (verdict.outcome, verdict.num_measured) == (Outcome.PASS, 8)
+    assert session.current.readings.circuits == circuits(llama)
