@@ -14,11 +14,12 @@ from typing import Any
 from weightproof.report_heat import HeatMap, heat_map
 from weightproof.report_pictures import is_higher_better, share_of_limit
 from weightproof.report_spectra import SpectralChange, spectral_changes
-from weightproof.report_words import number, percent
+from weightproof.report_words import number, percent, plural
 from weightproof.situations import SITUATIONS
 
 WORST = 8
 """Measurements shown for one step; the certificate has all that were kept."""
+_NAMED = 4  # tensors named in a sentence
 GUARDS = ("loss", "divergence", "variance", "circuits", "spectral", "rmt", "invariants")
 """Order of equally bad verdicts: what says whether, before what says where."""
 _RANK = {"FAIL": 3, "NOT_MEASURED": 2, "WARN": 1, "PASS": 0}
@@ -66,6 +67,11 @@ class StepFacts:
     def kind(self) -> str:
         """What the change declared itself to be."""
         return str(self.raw.get("kind") or (self.raw.get("record") or {}).get("kind", "unknown"))
+
+    @property
+    def reverted(self) -> tuple[str, ...]:
+        """Tensors of the change that were taken back so that the rest could be kept."""
+        return tuple((self.raw.get("record") or {}).get("reverted") or ())
 
     @property
     def verdicts(self) -> list[Mapping[str, Any]]:
@@ -256,6 +262,10 @@ def _what_happened(main: StepFacts, name: str) -> str:
 
 def _what_it_means(main: StepFacts, steps: Sequence[StepFacts]) -> str:
     applied, action = main.raw.get("applied"), main.raw.get("action")
+    if action == "KEEP" and main.reverted:
+        shown = ", ".join(main.reverted[:_NAMED])
+        more = f" and {len(main.reverted) - _NAMED} more" if len(main.reverted) > _NAMED else ""
+        return f"Of the whole of it, {plural(len(main.reverted), 'tensor')} had to be taken back: {shown}{more}."
     if main.status == "halt":
         return "Do not use this model."
     if main.raw.get("monitor") and action != "KEEP":

@@ -505,6 +505,7 @@ class GuardSession:
         Where nothing passes the decision on the whole edit stands, and `_settle` restores everything.
         """
         rejected, reverted = (handle.decision, handle.judged), frozenset[str]()
+        spectra = handle.spectra
         for names in self._blamed(handle, snapshot):
             if handle.decision is None or handle.decision.action is not Action.ROLLBACK:
                 return state
@@ -516,6 +517,7 @@ class GuardSession:
             handle.seconds += spent
         if handle.decision is not None and handle.decision.action is Action.ROLLBACK and reverted:
             handle.settle(*cast("tuple[Decision, Judged]", rejected))
+            handle.spectra = spectra
         return state
 
     def _blamed(self, handle: Step, snapshot: Snapshot) -> Iterator[frozenset[str]]:

@@ -240,6 +240,13 @@ def test_two_folders_are_named_by_both():
     assert "Guarding took 40.8 s Processes 1" in text, "what was not measured of the cost is not told"
 
 
+def test_partial_revert_names_what_was_taken_back():
+    found = kept()
+    found["predicate"]["steps"][0]["record"]["reverted"] = [f"layers.{i}.w" for i in range(6)]
+    text = Page(report.html(certificate(about_last(found)))).text
+    assert "6 tensors had to be taken back: layers.0.w, layers.1.w, layers.2.w, layers.3.w and 2 more." in text
+
+
 def test_monitor_mode_says_that_the_change_is_still_there():
     found = changed_last(monitor=True, applied="kept")
     assert "the change is still in the model" in Page(report.html(certificate(found))).text
