@@ -334,7 +334,7 @@ def test_too_little_data_is_not_measured_and_not_a_pass(folders, call, tmp_path)
     code, text, _ = call(*argv, "--json")
     verdicts = {verdict["guard"]: verdict for verdict in json.loads(text)["verdicts"]}
     assert verdicts["loss"]["outcome"] == "NOT_MEASURED"
-    assert "windows of at least 50" in verdicts["loss"]["reason"]
+    assert "windows of at least 100" in verdicts["loss"]["reason"]
     assert (code, json.loads(text)["assurance"]) == (0, "outputs-only")
 
 

@@ -136,7 +136,7 @@ def test_data_is_examined_before_it_is_needed(folder, tmp_path):
     assert "is empty" in sentences["WP203"]
     levels, sentences = _levels(_plan(folder, retain=write_text(tmp_path / "short.txt", rows=5)))
     assert levels["WP204"] is Level.WARN
-    assert "at least 50" in sentences["WP204"]
+    assert "at least 100" in sentences["WP204"]
     for name in ("base", "subject"):
         plain = copied(folder / name, tmp_path / name)
         for path in plain.glob("tokenizer*"):

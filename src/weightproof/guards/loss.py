@@ -43,7 +43,7 @@ class LossLimits:
     metric_drop: Mapping[str, float] = field(default_factory=lambda: {DEFAULT: 0.01})
     min_gain: float = 0.0
     alpha: float = 0.05
-    min_windows: int = 50
+    min_windows: int = 100
     min_tokens: int = 4096
     min_effective_size: float = 16.0
     max_windows: int = 512

@@ -192,7 +192,7 @@ def test_any_rejects_and_only_all_accept(readings, expected):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"num_windows": 49}, "49 windows of at least 50"),
+        ({"num_windows": 99}, "99 windows of at least 100"),
         ({"num_tokens": 4000}, "4000 scored tokens of at least 4096"),
         ({"reason": "the loss before the change is NaN"}, "the loss before the change is NaN"),
         ({"before": math.nan}, "the loss before the change is nan"),
