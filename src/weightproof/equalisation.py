@@ -19,6 +19,7 @@ import torch
 
 from weightproof.collective import Processes
 from weightproof.losses import LossProbe
+from weightproof.placements import settle
 from weightproof.plans import rewrite
 from weightproof.snapshot import MatrixBits
 from weightproof.types import LossReading, WeightMatrix
@@ -152,6 +153,7 @@ def equalise(
     """
     trial = probe.again(min_gain=min_effect)
     trial.capture()
+    settle(model)  # the passes may have left weights gathered
     asked = {name: scale.alpha for scale in scales for name in scale.matrices}
     matrices = [matrix for matrix in iter_weight_matrices(model) if matrix.name in asked]
     kept = MatrixBits(matrices)
@@ -161,6 +163,7 @@ def equalise(
         reading = next((one for one in trial.measure() if one.metric == "nll"), None)
         done = helps(reading, min_effect)
     finally:
+        settle(model)
         if not done:
             kept.put_back()
     reason = "they help" if done else _why_not(reading, min_effect)

@@ -347,6 +347,7 @@ class Snapshot:
 
     def displaced(self, names: Collection[str]) -> tuple[str, ...]:
         """Those of some tensors that the model no longer holds in their original objects and storage."""
+        settle(self._model)
         registered = {id(tensor) for tensor in _registered(self._model).values()}
 
         def in_place(record: _Record) -> bool:

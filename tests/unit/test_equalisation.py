@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import build, example_inputs
+from sharding import shard
 from trained_models import chain_samples, load
 from worlds import run_world
 
@@ -14,6 +15,7 @@ from weightproof.activations import forward_outputs, tap_moments, undisturbed
 from weightproof.equalisation import Scale, equalise, helps, scale_of, scaled, scales_for, writers
 from weightproof.families import taps
 from weightproof.guards.variance import VarianceLimits
+from weightproof.placements import local_of
 from weightproof.policy import load_policy
 from weightproof.snapshot import MatrixBits
 from weightproof.types import LossReading
@@ -287,19 +289,23 @@ def test_a_trial_that_fails_midway_is_taken_back():
     assert torch.equal(model.get_parameter(f"{OUTPUT}.weight"), before)
 
 
-def _on_each(rank: int, size: int) -> tuple[str, tuple[str, ...], str]:
+def _on_each(rank: int, size: int) -> list[tuple[str, tuple[str, ...]]]:
+    """What was done and what was scaled: replicas, then shards."""
     del rank, size
-    model = load("llama").model
-    session = GuardSession(model, policy=policy(), retain=windows())
-    with session.edit("shrunk") as step:
-        shrink(model)
-    found = str(step.applied), step.record.corrections, session.model_digest  # type: ignore[union-attr]
-    session.close()
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for is_sharded in (False, True):
+        model = shard(load("llama").model) if is_sharded else load("llama").model
+        session = GuardSession(model, policy=policy(), retain=windows())
+        with session.edit("shrunk") as step, torch.no_grad():
+            for layer in range(3):
+                local_of(model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.weight")).mul_(0.85)
+        found.append((str(step.applied), step.record.corrections))  # type: ignore[union-attr]
+        session.close()
     return found
 
 
-def test_two_processes_scale_alike():
+def test_two_processes_scale_alike_whole_or_sharded():
     first, second = run_world(_on_each, 2)
     assert first == second
-    assert first[0] == "kept"
-    assert first[1]
+    assert [applied for applied, _ in first] == ["kept", "kept"]
+    assert len(first[0][1]) == len(first[1][1]) >= 3

@@ -7,6 +7,7 @@ import pytest
 import torch
 from architectures import build
 from hand_readings import verdict
+from sharding import shard
 from torch import nn
 from trained_models import load
 from worlds import run_world
@@ -26,7 +27,8 @@ from weightproof.partial_revert import (
     stored_name,
     without,
 )
-from weightproof.snapshot import Snapshot, tensor_digest, write_matrix
+from weightproof.placements import local_of
+from weightproof.snapshot import Snapshot, write_matrix
 from weightproof.types import Action, BlockError, ContractReading, Measurement, Outcome
 from weightproof.weights import iter_weight_matrices
 
@@ -259,20 +261,25 @@ def test_training_is_never_reverted_in_part():
         pass
 
 
-def _on_each(rank: int, size: int) -> tuple[str, list[str], dict[str, str]]:
+def _on_each(rank: int, size: int) -> list[tuple[str, list[str], bool]]:
+    """Action, what was reverted, and whether this process's part of it holds its bits: replicas, then shards."""
     del rank, size
-    model = build("llama", hidden_size=32)
-    session = GuardSession(model, policy="aggressive")
-    with session.edit("one broken", on_violation="revert-worst") as step, torch.no_grad():
-        model.lm_head.weight.mul_(1.001)
-        model.model.layers[1].mlp.down_proj.weight.fill_(math.nan)
-    digests = {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
-    found = str(step.decision.action), list(step.record.reverted), digests  # type: ignore[union-attr]
-    session.close()
+    found: list[tuple[str, list[str], bool]] = []
+    for is_sharded in (False, True):
+        model = shard(build("llama")) if is_sharded else build("llama")
+        broken = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+        before = local_of(broken).detach().clone()
+        session = GuardSession(model, policy="aggressive")
+        with session.edit("one broken", on_violation="revert-worst") as step, torch.no_grad():
+            local_of(model.get_parameter("lm_head.weight")).mul_(1.001)
+            local_of(broken).fill_(math.nan)
+        now = local_of(model.get_parameter("model.layers.1.mlp.down_proj.weight"))
+        assert step.record is not None
+        found.append((str(step.decision.action), list(step.record.reverted), torch.equal(now, before)))  # type: ignore[union-attr]
+        session.close()
     return found
 
 
-def test_two_processes_take_back_the_same_part():
+def test_two_processes_take_back_the_same_part_whole_or_sharded():
     first, second = run_world(_on_each, 2)
-    assert first == second
-    assert first[:2] == ("KEEP", ["model.layers.1.mlp.down_proj.weight"])
+    assert first == second == [("KEEP", ["model.layers.1.mlp.down_proj.weight"], True)] * 2
