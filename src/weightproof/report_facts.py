@@ -263,9 +263,7 @@ def _what_happened(main: StepFacts, name: str) -> str:
 def _what_it_means(main: StepFacts, steps: Sequence[StepFacts]) -> str:
     applied, action = main.raw.get("applied"), main.raw.get("action")
     if action == "KEEP" and main.reverted:
-        shown = ", ".join(main.reverted[:_NAMED])
-        more = f" and {len(main.reverted) - _NAMED} more" if len(main.reverted) > _NAMED else ""
-        return f"Of the whole of it, {plural(len(main.reverted), 'tensor')} had to be taken back: {shown}{more}."
+        return _in_part(main.reverted)
     if main.status == "halt":
         return "Do not use this model."
     if main.raw.get("monitor") and action != "KEEP":
@@ -274,9 +272,13 @@ def _what_it_means(main: StepFacts, steps: Sequence[StepFacts]) -> str:
         return f"It was taken back, bit for bit: this certificate is about the model as it was before.{_left(steps)}"
     if action == "ROLLBACK":
         return "The changed model should not be used in place of the base."
-    if main.status == "undecided":
-        return "The policy keeps it all the same."
-    return ""
+    return "The policy keeps it all the same." if main.status == "undecided" else ""
+
+
+def _in_part(reverted: Sequence[str]) -> str:
+    shown = ", ".join(reverted[:_NAMED])
+    more = f" and {len(reverted) - _NAMED} more" if len(reverted) > _NAMED else ""
+    return f"Of the whole of it, {plural(len(reverted), 'tensor')} had to be taken back: {shown}{more}."
 
 
 def _left(steps: Sequence[StepFacts]) -> str:
