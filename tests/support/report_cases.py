@@ -56,9 +56,9 @@ def with_loss(outcome: str, found: dict[str, Any] | None = None, **changes: Any)
     step = found["predicate"]["steps"][-1]
     difference, lower, upper = LOSSES[outcome]
     fields = {
-        "role": "retain", "windows_digest": "ab" * 32, "metric": "nll", "num_windows": 96, "num_groups": 96,
-        "num_tokens": 12192, "num_used": 96, "tokens_used": 12192, "before": 1.2609, "after": 1.2609 + difference,
-        "difference": difference, "lower": lower, "upper": upper, "confidence": 0.95, "effective_size": 95.2,
+        "role": "retain", "windows_digest": "ab" * 32, "metric": "nll", "num_windows": 400, "num_groups": 400,
+        "num_tokens": 50800, "num_used": 400, "tokens_used": 50800, "before": 1.2609, "after": 1.2609 + difference,
+        "difference": difference, "lower": lower, "upper": upper, "confidence": 0.95, "effective_size": 395.2,
         "method": "bca",
     }  # fmt: skip
     reading = LossReading(**{**fields, **changes})
