@@ -115,7 +115,7 @@ def coverage(windows: Windows, num_trials: int, num_windows: int) -> dict:
 def _by_token_share(sums: PairedSums, truth: float) -> bool:
     """Whether the scheme that draws windows by their token share and averages them plainly holds the truth."""
     rng = np.random.default_rng(sums.num_groups)
-    share, per_token = sums.weight / sums.weight.sum(), sums.difference / sums.weight
+    share, per_token = sums.weights / sums.weights.sum(), sums.difference / sums.weights
     draws = rng.choice(per_token, size=(800, sums.num_groups), p=share).mean(axis=1)
     below = np.clip(np.mean(draws < sums.estimate), 1e-3, 1 - 1e-3)
     left_out = (per_token.sum() - per_token) / (sums.num_groups - 1)

@@ -117,7 +117,7 @@ def _losses(
     if limit is not None and not limit > 0:
         raise InputError(f"limit is a perplexity ratio, such as 1.05, got {limit}")
     found = interval(sums, alpha=1.0 - confidence, method=method)
-    total = float(sums.weight.sum())
+    total = float(sums.weights.sum())
     ends = (found.lower, found.upper)
     ratios = [None if end is None else perplexity(end) for end in ends]
     return {

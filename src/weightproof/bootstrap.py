@@ -54,7 +54,7 @@ def resampled(sums: PairedSums, replicates: int) -> Array:
     found: list[Array] = []
     for start in range(0, replicates, rows):
         drawn = generator.integers(0, n, size=(min(rows, replicates - start), n))
-        found.append(sums.difference[drawn].sum(axis=1) / sums.weight[drawn].sum(axis=1))
+        found.append(sums.difference[drawn].sum(axis=1) / sums.weights[drawn].sum(axis=1))
     return np.concatenate(found)
 
 
@@ -65,8 +65,8 @@ def degrees_of_freedom(sums: PairedSums) -> float:
     give them ((sum w^2)^2 / sum w^4), and by the spread found, u = difference - estimate * w
     (3 (sum u^2)^2 / sum u^4, which is n for a normal sample and less for heavy tails).
     """
-    shares = sums.weight / sums.weight.max()
-    residual = sums.difference - sums.estimate * sums.weight
+    shares = sums.weights / sums.weights.max()
+    residual = sums.difference - sums.estimate * sums.weights
     largest = np.abs(residual).max()
     residual = residual / largest if largest > 0 else np.ones_like(residual)
     by_weight = float((shares**2).sum() ** 2 / (shares**4).sum())
@@ -92,7 +92,7 @@ def bca_levels(sums: PairedSums, draws: Array, tail: float) -> tuple[float, floa
     below = float(np.mean(draws < sums.estimate) + np.mean(draws <= sums.estimate)) / 2
     if sums.num_groups < 2 or not 0 < below < 1:
         return None
-    left_out = (sums.difference.sum() - sums.difference) / (sums.weight.sum() - sums.weight)
+    left_out = (sums.difference.sum() - sums.difference) / (sums.weights.sum() - sums.weights)
     deviation = left_out.mean() - left_out
     spread = float((deviation**2).sum())
     acceleration = float((deviation**3).sum()) / (6.0 * spread**1.5) if spread > 0 else 0.0
@@ -106,6 +106,6 @@ def bca_levels(sums: PairedSums, draws: Array, tail: float) -> tuple[float, floa
 
 def _seed(sums: PairedSums) -> int:
     """From the ranks of the sorted sample: they change neither with its order nor with its units."""
-    ranks = [np.unique(array, return_inverse=True)[1] for array in (sums.before, sums.after, sums.weight)]
+    ranks = [np.unique(array, return_inverse=True)[1] for array in (sums.before, sums.after, sums.weights)]
     content = b"".join(rank.astype("<i8").tobytes() for rank in ranks)
     return int.from_bytes(hashlib.sha256(content).digest(), "big")

@@ -120,7 +120,7 @@ class Sequential:
 def confidence_sequence(sums: PairedSums, alpha: float, min_effective_size: float) -> Interval:
     """The interval of `Sequential` after all groups of a sample, whatever their order was."""
     moments = _Moments()
-    for difference, weight in zip(sums.difference.tolist(), sums.weight.tolist(), strict=True):
+    for difference, weight in zip(sums.difference.tolist(), sums.weights.tolist(), strict=True):
         moments.add(difference, weight)
     return moments.interval(alpha, min_effective_size)
 

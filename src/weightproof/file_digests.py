@@ -56,7 +56,9 @@ def files_of(folder: Path) -> Iterator[Path]:
 
 
 def _below(top: Path, folder: Path) -> Iterator[Path]:
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
         path = folder / entry.name
         if entry.is_dir(follow_symlinks=False):
             yield from _below(top, path)

@@ -8,7 +8,7 @@ sums, in nats per token for losses, where it is the logarithm of the perplexity 
 
 What guards and metrics use, all of it from here:
 
-    PairedSums(before, after, weight)      .estimate .effective_size .num_groups .before .after .weight
+    PairedSums(before, after, weight)      .estimate .effective_size .num_groups .before .after .weights
                  .tail(threshold) -> Tail
     PairedSums.of_scores(before, after, weight=None)         one score per example in place of sums
     interval(sums, *, alpha=.05, method="bca", replicates=5000, min_effective_size=MIN_EFFECTIVE_SIZE) -> Interval

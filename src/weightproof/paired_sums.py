@@ -111,7 +111,7 @@ class PairedSums:
         if empty.all():
             raise InputError("every group has weight 0: nothing was scored, so there is no mean")
         order = np.lexsort((arrays[2], arrays[1], arrays[0]))
-        self.before, self.after, self.weight = (array[order[~empty[order]]] for array in arrays)
+        self.before, self.after, self.weights = (array[order[~empty[order]]] for array in arrays)
 
     @classmethod
     def of_scores(cls, before: ArrayLike, after: ArrayLike, weight: ArrayLike | None = None) -> PairedSums:
@@ -136,7 +136,7 @@ class PairedSums:
     @property
     def num_groups(self) -> int:
         """Groups with weight."""
-        return len(self.weight)
+        return len(self.weights)
 
     @cached_property
     def difference(self) -> Array:
@@ -146,28 +146,28 @@ class PairedSums:
     @cached_property
     def estimate(self) -> float:
         """(sum after - sum before) / sum weight: of losses in nats, the logarithm of the perplexity ratio."""
-        return float(self.difference.sum() / self.weight.sum())
+        return float(self.difference.sum() / self.weights.sum())
 
     @cached_property
     def effective_size(self) -> float:
         """How many groups of equal weight are worth as much as these: (sum w)^2 / sum w^2 (Kish, 1965)."""
-        share = self.weight / self.weight.sum()
+        share = self.weights / self.weights.sum()
         return float(1.0 / (share @ share))
 
     def tail(self, threshold: float) -> Tail:
         """Spread of the groups' own differences, and the share of the weight above a threshold."""
-        per_unit = self.difference / self.weight
+        per_unit = self.difference / self.weights
         return Tail(
             quantiles={level: float(np.quantile(per_unit, level)) for level in TAIL_LEVELS},
             largest=float(per_unit.max()),
-            share_above=float(self.weight[per_unit > threshold].sum() / self.weight.sum()),
+            share_above=float(self.weights[per_unit > threshold].sum() / self.weights.sum()),
             threshold=threshold,
         )
 
     @property
     def is_constant(self) -> bool:
         """Whether every group has the same difference per unit of weight, up to the rounding of the losses."""
-        residual = np.abs(self.difference - self.estimate * self.weight)
+        residual = np.abs(self.difference - self.estimate * self.weights)
         return bool(np.all(residual <= 1e-13 * (np.abs(self.before) + np.abs(self.after))))
 
 

@@ -190,7 +190,7 @@ class TestBootstrap:
             bootstrap_distribution = draws
 
         expected = stats.bootstrap(
-            (sums.difference, sums.weight),
+            (sums.difference, sums.weights),
             ratio,
             n_resamples=0,
             bootstrap_result=Drawn(),
