@@ -16,8 +16,11 @@ from weightproof.checkpoints import StoredTensor, open_checkpoint
 from weightproof.errors import InputError
 from weightproof.tensor_store import digest_of_leaves, leaf_digests
 
-OWN_FILES = ("certificate.json", "report.html", "report.md")
-"""Files at the top of a folder that `certify` and `report` write there: about the model, not part of it."""
+OWN_FILES = ("certificate.json", "report.html", "report.md", "README.md")
+"""Files at the top of a folder that `certify` and `report` write there: about the model, not part of it.
+
+A model card that quotes a certificate's digest cannot have its own digest in that certificate.
+"""
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
 """How the names of the files end that say where a tensor is stored."""
 

@@ -1,4 +1,4 @@
-"""Plug-ins by entry point: guards, edits, trackers, loaders, recipes, commands.
+"""Plug-ins by entry point: guards, edits, trackers, loaders, recipes, commands, model cards.
 
 The library reaches its own adapters only this way, exactly as it reaches anyone else's.
 """
@@ -19,6 +19,7 @@ GROUPS = (
     "weightproof.loaders",
     "weightproof.recipes",
     "weightproof.commands",
+    "weightproof.cards",
 )
 
 

@@ -143,6 +143,20 @@ def test_a_signed_certificate_refers_to_its_parent(folders, call, tmp_path):
     assert "is not about" in err
 
 
+def test_a_model_card_is_written_when_asked_and_the_folder_still_verifies(folders, call, tmp_path):
+    subject = copied(folders / "int8", tmp_path / "subject")
+    (subject / "README.md").write_text("# My model\n")
+    argv = ("certify", folders / "base", subject, "--weights-only", "-o", tmp_path / "out", "--model-card", "--json")
+    digest = json.loads(call(*argv)[1])["digest"]
+    card = (subject / "README.md").read_text()
+    assert "# My model" in card
+    assert digest in card
+    verified = call("verify", tmp_path / "out" / "certificate.json", "--model", subject, "--unsigned-ok")
+    assert verified[0] == 0, verified
+    code, _, err = call("certify", folders / "base", "owner/name", "--model-card", "-o", tmp_path / "out")
+    assert (code, "is no local folder" in err) == (3, True)
+
+
 # ---------------------------------------------------------------- a subject that is not whole
 
 

@@ -43,12 +43,17 @@ def certify(  # noqa: PLR0913, PLR0917 - one option a line
     sign: Annotated[Path | None, typer.Option(help="Private key (weightproof keygen) to sign with.")] = None,
     parent: Annotated[Path | None, typer.Option(help="Certificate of the base: the new one refers to it.")] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Run no model: tiers T0 and T1.")] = False,
+    model_card: Annotated[
+        bool, typer.Option("--model-card", help="Write a section of evidence into the subject's README.md.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where the models are run, as torch names it.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Certify a change from one model folder to another. Exit code 0 kept, 1 rejected, 2 undecided."""
     declared = parse_kind_option(kind)
     check_output(output)
+    if model_card and not Path(subject).expanduser().is_dir():
+        raise InputError(f"--model-card writes into the subject's folder, and {subject} is no local folder")
     from weightproof.certification import Request, certify_folders
     from weightproof.model_pair import Data
     from weightproof.policy import load_policy
@@ -70,6 +75,11 @@ def certify(  # noqa: PLR0913, PLR0917 - one option a line
     )
     certified = certify_folders(request, progress=True)
     paths = write_evidence(certified.certificate, output, key)
+    if model_card:
+        from weightproof.certificate import Certificate
+        from weightproof.registry import load_plugin
+
+        load_plugin("weightproof.cards", "readme")(request.subject, Certificate.load(paths[0]))
     _show(certified, paths, as_json=as_json)
     if certified.code:
         raise typer.Exit(certified.code)
