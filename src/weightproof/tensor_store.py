@@ -64,19 +64,20 @@ def digest_of_leaves(dtype: torch.dtype, shape: Iterable[int], leaves: bytes) ->
 def leaf_digests(tensor: torch.Tensor) -> bytes:
     """SHA-256 of the row-major bytes of each leaf of a plain tensor, 32 bytes each, one after the other."""
     if tensor.ndim < 2:
-        return hashlib.sha256(_raw(tensor)).digest()
+        return hashlib.sha256(raw_bytes(tensor)).digest()
     in_place = tensor.device.type == "cpu" and tensor.is_contiguous()
     rows = max(1, tensor.shape[0] if in_place else _COPIED_BYTES * tensor.shape[0] // max(tensor.nbytes, 1))
     return b"".join(_row_digests(part) for part in tensor.split(rows))
 
 
 def _row_digests(tensor: torch.Tensor) -> bytes:
-    raw, sha256 = _raw(tensor), hashlib.sha256
+    raw, sha256 = raw_bytes(tensor), hashlib.sha256
     step = len(raw) // max(tensor.shape[0], 1)
     return b"".join([sha256(raw[row * step : (row + 1) * step]).digest() for row in range(tensor.shape[0])])
 
 
-def _raw(tensor: torch.Tensor) -> bytes | memoryview:
+def raw_bytes(tensor: torch.Tensor) -> bytes | memoryview:
+    """The row-major bytes of a plain tensor; its own memory where it lies so on the CPU."""
     if tensor.numel() == 0:  # has strides that cannot be viewed as bytes
         return b""
     return as_bits(tensor.detach().cpu().contiguous()).reshape(-1).view(torch.uint8).numpy().data

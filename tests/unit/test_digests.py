@@ -50,8 +50,8 @@ def test_what_lies_otherwise_in_memory_is_copied_in_pieces(monkeypatch):
     array, sizes = np.arange(60, dtype=np.float32).reshape(20, 3), []
     turned = torch.from_numpy(array.T.copy()).T
     monkeypatch.setattr("weightproof.tensor_store._COPIED_BYTES", 64)
-    raw = tensor_store._raw
-    monkeypatch.setattr(tensor_store, "_raw", lambda tensor: sizes.append(tensor.nbytes) or raw(tensor))
+    raw = tensor_store.raw_bytes
+    monkeypatch.setattr(tensor_store, "raw_bytes", lambda tensor: sizes.append(tensor.nbytes) or raw(tensor))
     assert tensor_digest(turned) == by_definition(array, "float32")
     assert sizes == [60, 60, 60, 60]
     assert tensor_digest(torch.from_numpy(array)) == by_definition(array, "float32")
