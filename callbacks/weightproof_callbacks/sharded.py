@@ -21,7 +21,7 @@ from weightproof.errors import InputError
 from weightproof.tensor_store import same_bits
 from weightproof.weights import iter_tensors, unwrap
 
-__all__ = ["ZeroMasters", "clear_moments", "find_masters"]
+__all__ = ["ZeroMasters", "clear_moments", "find_masters", "flat_masters", "zero_optimizer"]
 
 # What marks the optimizers: the list of flat masters that each of them keeps.
 _STAGE_3 = "fp32_partitioned_groups_flat"
@@ -186,7 +186,7 @@ def find_masters(accelerator: Any, model: nn.Module | None, optimizer: Any) -> Z
         InputError: DeepSpeed keeps masters in a way that is not supported; the message says which.
     """
     engine = _engine_of(accelerator, model)
-    found = _zero_optimizer(optimizer) or _zero_optimizer(getattr(engine, "optimizer", None))
+    found = zero_optimizer(optimizer) or zero_optimizer(getattr(engine, "optimizer", None))
     if found is None:
         return None
     trained = model if model is not None else engine
@@ -204,17 +204,17 @@ def clear_moments(optimizer: Any) -> int | None:
     Returns:
         How many of this process's flat masters had some; None if this is no ZeRO optimizer.
     """
-    found = _zero_optimizer(optimizer)
-    if found is None or not _flat_masters(found):
+    found = zero_optimizer(optimizer)
+    if found is None or not flat_masters(found):
         return None
     # Stage 3 puts the flat masters into the parameter groups only while it steps: the groups are empty here.
-    cleared = sum(found.optimizer.state.pop(flat, None) is not None for flat in _flat_masters(found))
+    cleared = sum(found.optimizer.state.pop(flat, None) is not None for flat in flat_masters(found))
     if hasattr(found, "_hp_optimizer_states_linked"):
         found._hp_optimizer_states_linked = False  # so that checkpoints link each weight to its moments anew
     return cleared
 
 
-def _zero_optimizer(optimizer: Any) -> Any:
+def zero_optimizer(optimizer: Any) -> Any:
     """The DeepSpeed optimizer with masters inside accelerate's wrappers, or None."""
     marks = (_STAGE_3, *_STAGES_1_AND_2, *_WHOLE_MASTERS)
     while optimizer is not None:
@@ -244,10 +244,10 @@ def _refusal_of(optimizer: Any) -> str | None:
         return "it updates its masters beside the training loop, so that no moment is safe to read them"
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
         return "weights or masters are offloaded to NVMe: offload to the CPU, or not at all"
-    return None if _flat_masters(optimizer) else "it keeps whole fp32 masters without ZeRO: choose ZeRO stage 1, 2 or 3"
+    return None if flat_masters(optimizer) else "it keeps whole fp32 masters without ZeRO: choose ZeRO stage 1, 2 or 3"
 
 
-def _flat_masters(optimizer: Any) -> list[Tensor]:
+def flat_masters(optimizer: Any) -> list[Tensor]:
     """This process's flat masters; none where they are not flat."""
     kept = (getattr(optimizer, name, None) for name in (_STAGE_3, *_STAGES_1_AND_2))
     return next((masters for masters in kept if masters is not None), [])

@@ -32,6 +32,10 @@ ALLOWED = {
         "_carry",
     ): "fills the wholes and parts that assemble and distribute allocate",
     ("src/weightproof/shards.py", "_copy_here"): "as in _carry, whose moves it makes",
+    (
+        "callbacks/weightproof_callbacks/optimizer_state.py",
+        "_write",
+    ): "writes the state tensors of an optimizer; one that shares memory with a weight is refused at capture",
     ("src/weightproof/gram.py", "_add_gram"): "total is the accumulator that gram() allocates",
     ("src/weightproof/lanczos.py", "_orthogonalise"): "vector is a Lanczos vector, a product with the matrix",
     ("src/weightproof/lanczos.py", "_step"): "left and right are vectors, products with the matrix",
