@@ -15,9 +15,10 @@ from weightproof.baseline import Baseline
 from weightproof.errors import BaselineError
 from weightproof.files import write_atomically
 from weightproof.probes import State
+from weightproof.sealed_json import open_sealed, seal
 
 STATE_FILE = "guard_state.json"
-STATE_FORMAT = "weightproof-state-v1"
+STATE_FORMAT = "weightproof-state-v2"
 CURRENT_FILE = "guard_current.safetensors"
 
 
@@ -42,7 +43,7 @@ class GuardState:
     policy_digest: str
 
     def save(self, folder: Path) -> None:
-        """Write the files; the JSON file, which refers to the others, comes last."""
+        """Write the files; the JSON file, which refers to the others and carries its own digest, comes last."""
         moved = self.current.readings.model_digest != self.baseline.model_digest
         content = {
             "format": STATE_FORMAT,
@@ -56,7 +57,7 @@ class GuardState:
         self.baseline.save(folder)
         if moved:
             replace(self.baseline, readings=self.current.readings, fits=self.current.fits).save(folder / CURRENT_FILE)
-        write_atomically(folder / STATE_FILE, json.dumps(content, allow_nan=False).encode())
+        write_atomically(folder / STATE_FILE, seal(content, allow_nan=False))
 
     @classmethod
     def load(cls, folder: Path) -> GuardState:
@@ -67,7 +68,8 @@ class GuardState:
         """
         path = folder / STATE_FILE
         try:
-            content = json.loads(path.read_bytes())
+            text = path.read_bytes()
+            content = json.loads(text)
         except (OSError, ValueError) as error:
             raise BaselineError(f"no usable guard state at {path} ({error})") from error
         if not isinstance(content, dict) or content.get("format") != STATE_FORMAT:
@@ -83,9 +85,12 @@ class GuardState:
                 steps=tuple(content["steps"]),
                 policy_digest=content["policy_digest"],
             )
+            is_as_written = bool(content["digest"]) and open_sealed(text) is not None
             is_of_these_files = content["model_digest"] == current.readings.model_digest
         except (KeyError, TypeError) as error:
             raise BaselineError(f"{path} was altered: {error} is missing or of another kind") from error
+        if not is_as_written:
+            raise BaselineError(f"{path} was altered after it was written: its digest does not match")
         if not is_of_these_files:
             raise BaselineError(f"{path} and the readings beside it are of different moments: was a save cut short?")
         return state

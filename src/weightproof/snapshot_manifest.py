@@ -5,7 +5,6 @@ The text has one form: writing again what was read gives the same bytes, or the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from weightproof.errors import RestoreError, SnapshotError
 from weightproof.files import FileSystem, reason_of
+from weightproof.sealed_json import json_text_digest, open_sealed, seal
 from weightproof.tensor_files import StoredTensor, file_size
 
 FORMAT = "weightproof-snapshot-v2"
@@ -51,7 +51,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over everything it says."""
-        return hashlib.sha256(self._body()).hexdigest()
+        return json_text_digest(self._content())
 
     def render(self) -> bytes:
         """The content of its file.
@@ -59,12 +59,11 @@ class Manifest:
         Raises:
             SnapshotError: If a value has no JSON form, or another one after it was read back.
         """
-        body = self._body()
-        return b'{"manifest":' + body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+        return seal(self._content())
 
-    def _body(self) -> bytes:
+    def _content(self) -> dict[str, Any]:
         _require_json(self.values, "values")
-        content = {
+        return {
             "format": FORMAT,
             "id": self.id,
             "step": self.step,
@@ -75,7 +74,6 @@ class Manifest:
             "values": self.values,
             "others": list(self.others),
         }
-        return json.dumps(content).encode()
 
     @classmethod
     def read(cls, path: Path, files: FileSystem) -> Manifest:
@@ -85,22 +83,21 @@ class Manifest:
             RestoreError: If it is gone, cannot be read, or is not the file that was written.
         """
         try:
-            content = bytes(files.read(path))
+            content = open_sealed(bytes(files.read(path)))
+            if content is None:
+                raise RestoreError(f"the manifest {path} was altered after it was written")
+            return cls._of(content)
         except OSError as error:
-            raise RestoreError(f"the snapshot's manifest {path} cannot be read: {reason_of(error)}") from error
-        try:
-            found = cls.parse(content)
-            is_as_written = found.render() == content
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SnapshotError) as error:
-            raise RestoreError(f"the snapshot's manifest {path} was altered or is of another kind ({error})") from error
-        if not is_as_written:
-            raise RestoreError(f"the snapshot's manifest {path} was altered after it was written")
-        return found
+            raise RestoreError(f"the manifest {path} cannot be read: {reason_of(error)}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RestoreError(f"the manifest {path} was altered or is of another kind ({error})") from error
+
+    def as_read(self) -> Manifest:
+        """What will be read from its file; it shares nothing with `values`."""
+        return self._of(json.loads(json.dumps(self._content())))
 
     @classmethod
-    def parse(cls, content: bytes) -> Manifest:
-        """What the content of a file says; nothing is proven yet."""
-        found = json.loads(content)["manifest"]
+    def _of(cls, found: Mapping[str, Any]) -> Manifest:
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']!r}, this version reads {FORMAT}")
         objects = tuple(

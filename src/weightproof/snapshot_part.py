@@ -186,7 +186,7 @@ class RankFolder:
             values=dict(values),
         )
         # What is kept is what the file will say: `values` are the caller's, who may change them.
-        manifest = Manifest.parse(manifest.render())
+        manifest = manifest.as_read()
         self._require_room(sum(map(file_size, files)))
         return Plan(manifest, {held: [fresh[item] for item in held] for held in files})
 
