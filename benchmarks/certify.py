@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,8 @@ def measure(base: Path, subject: Path, kind: str | None) -> dict[str, Any]:
     certified = certify_folders(request)
     total, used = time.perf_counter() - started, time.process_time() - used
     after = certified.case.current
-    methods: dict[str, int] = {}
-    for matrix in after.matrices.values():
-        rung = matrix.method.split(",")[0].rstrip("0123456789").rstrip("-")
-        methods[rung] = methods.get(rung, 0) + 1
+    rungs = Counter(one.method.split(",")[0].rstrip("0123456789").rstrip("-") for one in after.matrices.values())
+    counts = Counter(one.method.split("(")[0] for one in after.bulks.values())
     return {
         "situation": certified.decision.situation,
         "num_changed": len(after.edit.changed_names) if after.edit else 0,
@@ -183,7 +182,8 @@ def measure(base: Path, subject: Path, kind: str | None) -> dict[str, Any]:
         "in_reads_from_page_cache": round(total / from_memory),
         "in_hashes": round(total / seconds["file_digests"]),
         "seconds_by_step": {name: round(value, 1) for name, value in seconds.items()},
-        "norm_rungs_of_the_subject": methods,
+        "norm_rungs_of_the_subject": rungs,
+        "spike_counts_of_the_subject": counts,
         "certificate_mib": round(len(certified.certificate.canonical()) / (1 << 20), 2),
     }
 
