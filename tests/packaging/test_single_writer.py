@@ -36,6 +36,10 @@ ALLOWED = {
         "callbacks/weightproof_callbacks/optimizer_state.py",
         "_write",
     ): "writes the state tensors of an optimizer; one that shares memory with a weight is refused at capture",
+    (
+        "src/weightproof/testing/tampering.py",
+        "overwrite",
+    ): "an injected fault: it damages a weight, a gradient or a moment on purpose, in drills that a user asked for",
     ("src/weightproof/gram.py", "_add_gram"): "total is the accumulator that gram() allocates",
     ("src/weightproof/lanczos.py", "_orthogonalise"): "vector is a Lanczos vector, a product with the matrix",
     ("src/weightproof/lanczos.py", "_step"): "left and right are vectors, products with the matrix",
