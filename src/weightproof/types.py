@@ -373,12 +373,32 @@ class EditRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowReading:
+    """What a window of training steps showed beside its raw losses (see `weightproof.spikes`).
+
+    `grad_norms` are those of the steps that were taken, None where nobody read them; `num_skipped` steps were left
+    out, because their gradients were not finite or far too large. `loss_z`, `loss_ratio` and `loss_rise` compare the
+    mildest of the last three losses with what was usual, `norm_z` and `norm_ratio` the largest gradient norm; None
+    where too little is known. `stale_masters` are weights that the optimizer's next step would undo.
+    """
+
+    grad_norms: tuple[float, ...] | None = None
+    num_skipped: int = 0
+    loss_z: float | None = None
+    loss_ratio: float | None = None
+    loss_rise: float | None = None
+    norm_z: float | None = None
+    norm_ratio: float | None = None
+    stale_masters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Readings:
     """Everything the probes read from a model at one moment. Frozen; guards see nothing else.
 
     `unmeasured` maps a probe's name to the reason why it gave nothing at all.
     `second_moments` maps (windows, tap) names joined by `:` to mean squared block outputs.
-    `raw_losses` are the unfiltered losses of a window of training steps.
+    `raw_losses` are the unfiltered losses of a window of training steps, `window` what else was seen of it.
     """
 
     model_digest: str
@@ -396,6 +416,7 @@ class Readings:
     loss_spike: bool | None = None
     in_warmup: bool = False
     untrained: frozenset[str] = frozenset()
+    window: WindowReading | None = None
 
 
 @dataclass(frozen=True, slots=True)

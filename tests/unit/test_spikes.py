@@ -1,10 +1,22 @@
 """Loss spikes from raw losses."""
 
 import math
+import random
+import statistics
 
 import pytest
 
-from weightproof.spikes import is_loss_spike
+from weightproof import spikes
+from weightproof.spikes import (
+    is_gross_norm,
+    is_high,
+    is_lasting,
+    is_loss_spike,
+    is_witnessed,
+    lasting_score,
+    level_of,
+    norm_score,
+)
 
 STEADY = [2.0 + 0.02 * (-1) ** i for i in range(40)]
 
@@ -25,3 +37,95 @@ STEADY = [2.0 + 0.02 * (-1) ** i for i in range(40)]
 )
 def test_spike_needs_both_a_robust_deviation_and_a_ratio(history, window, expected):
     assert is_loss_spike(history, window) is expected
+
+
+# ---- against the moving average -------------------------------------------------------------------------------------
+
+
+def wandering(count, *, seed=0, around=2.0, spread=0.03, fall=0.0):
+    draw = random.Random(seed)
+    return [around * math.exp(draw.gauss(0.0, spread) - fall * i) for i in range(count)]
+
+
+def test_level_is_the_median_first_and_follows_slowly_after():
+    start = [math.e] * spikes.START_UP
+    assert level_of(start[1:]) is None, "too few to tell"
+    assert level_of(start) == spikes.Level(1.0, spikes.LEAST_SPREAD)
+    with_an_outlier = [math.e] * (spikes.START_UP - 1) + [1e9]
+    assert level_of(with_an_outlier) == level_of(start), "one wild value in the start-up teaches nothing"
+    risen = level_of([*start, 50.0])
+    assert risen.mean == pytest.approx(1.0 + 0.03 * 3 * spikes.LEAST_SPREAD), "a later one as if 3 spreads away"
+    useless = [math.nan, math.inf, 0.0]
+    assert level_of([*useless, *start, *useless]) == level_of(start)
+
+
+def test_level_of_noise_has_its_mean_and_spread():
+    values = wandering(128, spread=0.1)
+    level, logs = level_of(values), [math.log(v) for v in values]
+    assert level.mean == pytest.approx(statistics.fmean(logs), abs=0.05)
+    assert level.spread == pytest.approx(0.1, rel=0.4)
+
+
+@pytest.mark.parametrize(
+    ("window", "lasts"),
+    [
+        pytest.param([2.0, 2.0, 3.5, 3.4, 3.5], True, id="rose and stayed"),
+        pytest.param([2.0, 3.5, 3.5, 3.5, 2.1], False, id="came back"),
+        pytest.param([9.0, 2.0, 2.0, 2.0], False, id="one bad batch"),
+        pytest.param([2.0, 2.0, 9.0], False, id="one bad batch at the very end"),
+        pytest.param([2.6, 2.6, 2.6], False, id="a harder part of the data"),
+        pytest.param([math.nan] * 3, True, id="not finite"),
+        pytest.param([3.5, 3.5], False, id="too short to have lasted"),
+    ],
+)
+def test_a_loss_acts_by_itself_only_when_it_rose_far_and_stayed(window, lasts):
+    assert is_lasting(lasting_score(wandering(60), window)) is lasts
+
+
+def test_short_windows_are_seen_together_with_the_losses_before():
+    history = wandering(60)
+    assert not is_lasting(lasting_score([*history, 3.5], [3.5]))
+    assert is_lasting(lasting_score([*history, 3.5, 3.5], [3.5]))
+    assert lasting_score(history, []) is None
+    assert lasting_score(history[: spikes.START_UP - 1], [9.0, 9.0, 9.0]) is None
+
+
+def test_with_losses_near_zero_factors_are_nothing():
+    assert not is_lasting(lasting_score(wandering(60, around=0.01), [0.1, 0.1, 0.1]))
+
+
+def test_a_smaller_rise_needs_the_gradient_norm_as_a_witness():
+    losses, norms = wandering(60), wandering(60, around=0.5, spread=0.2)
+    rise = lasting_score(losses, [2.7, 2.7, 2.7])
+    assert not is_lasting(rise)
+    assert is_witnessed(rise, norm_score(norms, [0.5, 6.0, 0.6]))
+    assert not is_witnessed(rise, norm_score(norms, [0.5, 1.0, 0.6]))
+    assert not is_witnessed(lasting_score(losses, [2.1, 2.0, 2.1]), norm_score(norms, [6.0])), "a bad batch"
+    assert not is_witnessed(rise, None)
+
+
+def test_only_a_gradient_that_is_useless_is_not_stepped_with():
+    norms = wandering(60, around=0.5, spread=0.3)
+    assert [is_gross_norm(norms, norm) for norm in (math.nan, math.inf, 500.0)] == [True] * 3
+    assert [is_gross_norm(norms, norm) for norm in (0.5, 5.0, 20.0, 0.0)] == [False] * 4
+    assert not is_gross_norm(norms[:5], 1e6), "nothing is known yet"
+    assert is_gross_norm([], math.nan)
+
+
+def test_one_loss_can_be_high():
+    assert is_high(wandering(60), 4.0)
+    assert not is_high(wandering(60), 2.3)
+    assert not is_high([], 4.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_falling_and_noisy_losses_are_left_alone(seed):
+    """Healthy curves: a fall by half with 10 % of noise, windows of 10 steps, and of 1."""
+    losses = wandering(300, seed=seed, around=4.0, spread=0.1, fall=0.0025)
+    norms = wandering(300, seed=seed, around=1.0, spread=0.5)
+    for width in (1, 10):
+        for start in range(0, 300, width):
+            score = lasting_score(losses[:start], losses[start : start + width])
+            assert not is_lasting(score)
+            assert not is_witnessed(score, norm_score(norms[:start], norms[start : start + width]))
+    assert not any(is_gross_norm(norms[:i], norm) for i, norm in enumerate(norms))

@@ -7,6 +7,8 @@ No number here is a tuned limit: each is exact. In the order in which they are r
   changed dtype, storage or module class is FAIL where the declared kind forbids it, else WARN;
 - replicas: a tensor of which two processes hold different copies is FAIL, and names tensor and ranks;
 - finiteness of every parameter and buffer, and of the raw losses of a window of training;
+- what else a window of training showed: too many steps without a usable gradient, masters that hold other weights,
+  and a loss that rose and stayed there (limits in `weightproof.spikes`; the one entry that is no exact fact);
 - scope: a changed tensor that no declared target covers is FAIL;
 - contract: a breach of a rigorous bound is FAIL, of a typical size WARN, an unmeasured one WARN.
 """
@@ -20,6 +22,7 @@ from typing import ClassVar, final
 from weightproof.guards.conclude import conclude, edit_kind, unmeasured
 from weightproof.guards.scope import Scope, changed_tensors
 from weightproof.guards.structure import judge_structure
+from weightproof.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is_witnessed
 from weightproof.types import EditRecord, Measurement, Outcome, Readings, Verdict
 
 WITH_CONTRACT = frozenset({"cast", "quantize", "prune", "lora_merge"})
@@ -47,6 +50,7 @@ class Invariants:
             *_judge_finite(before, after),
             *_judge_replicas(before, after),
             *_judge_losses(after),
+            *_judge_window(after),
             *judge_structure(before, after),
             *_judge_edit(before, after),
             *_judge_contract(before, after),
@@ -114,6 +118,35 @@ def _judge_losses(after: Readings) -> Iterator[Measurement]:
         outcome=Outcome.FAIL if bad else Outcome.PASS,
         reason=f"of {len(after.raw_losses)} steps in this window" if bad else None,
     )
+
+
+def _judge_window(after: Readings) -> Iterator[Measurement]:
+    """What a window of training showed beside its losses; nothing where nobody looked."""
+    window = after.window
+    if window is None:
+        return
+    if window.loss_z is not None and window.loss_ratio is not None and window.loss_rise is not None:
+        score = Score(window.loss_z, window.loss_ratio, window.loss_rise)
+        norm = None
+        if window.norm_z is not None and window.norm_ratio is not None:
+            norm = Score(window.norm_z, window.norm_ratio, 0.0)
+        lasting, witnessed = is_lasting(score), is_witnessed(score, norm)
+        why = f"the last losses lie {score.z:.3g} spreads above what was usual"
+        why += f", with a gradient norm {norm.ratio:.3g} times the usual" if norm is not None and witnessed else ""
+        yield Measurement(
+            "invariants", "raw losses", "lasting_rise", score.ratio, 1.0, LASTING_RATIO,
+            outcome=Outcome.FAIL if lasting or witnessed else Outcome.PASS,
+            reason=why if lasting or witnessed else None,
+        )  # fmt: skip
+    if window.grad_norms is not None or window.num_skipped:
+        many = window.num_skipped > MAX_SKIPPED
+        yield Measurement(
+            "invariants", "gradients", "num_steps_skipped", float(window.num_skipped), 0.0, float(MAX_SKIPPED),
+            outcome=Outcome.FAIL if many else Outcome.PASS,
+            reason="steps left out because their gradients were not finite, or a hundred times too large",
+        )  # fmt: skip
+    for name in window.stale_masters:
+        yield _broken(name, "stale_master", 1.0, 0.0, "the optimizer's master weights hold something else")
 
 
 def _is_finite(value: float) -> bool:
