@@ -231,20 +231,25 @@ class BatchMemory:
 
     def _again(self, given: _Given, owner: Any) -> Any:
         if given.draws is not None:
-            before, after = given.draws
-            if GlobalDraws.now().same_as(before):
-                after.put_back()
-            elif not self._warned:
-                self._warned = True
-                logger.warning(
-                    "a batch is given again whose fetch drew random numbers, and the generators stand elsewhere than "
-                    "they did then: the numbers drawn from here on differ from those of the first time"
-                )
+            self._draw_again(*given.draws)
         if given.ends_epoch is not None:
             self._register(owner)
             owner.end_of_dataloader = given.ends_epoch
         self._given.append(given)
         return _rewrapped(given.batch)
+
+    def _draw_again(self, before: GlobalDraws, after: GlobalDraws) -> None:
+        """Leave the generators as fetching the batch here would have left them."""
+        now = GlobalDraws.now()
+        drawn = after if now.same_as(before) else now.after_as_many(before, after)
+        if drawn is not None:
+            drawn.put_back()
+        elif not self._warned:
+            self._warned = True
+            logger.warning(
+                "a batch is given again whose fetch drew random numbers, and the generators stand elsewhere than they "
+                "did then: the numbers drawn from here on differ from those of an undisturbed run"
+            )
 
     def _register(self, owner: Any) -> None:
         """Show the owner to accelerate as the loader in use, also between two passes over it."""

@@ -18,6 +18,8 @@ from weightproof.tensor_store import same_bits
 
 __all__ = ["GlobalDraws", "generator_names", "generator_value", "put_generator_back", "require_generators"]
 
+_FEW_DRAWS = 64
+
 
 def require_generators(generators: Iterable[Any]) -> tuple[Any, ...]:
     """The given generators, after refusing what is none.
@@ -89,6 +91,24 @@ class GlobalDraws:
         torch.set_rng_state(self.values["torch"])
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+    def after_as_many(self, before: GlobalDraws, after: GlobalDraws) -> GlobalDraws | None:
+        """Where the generators stand after as many numbers as were drawn between `before` and `after`.
+
+        None where that cannot be told: others than torch's on the CPU drew, or it drew more than a few. A few are
+        what the beginning of an epoch draws.
+        """
+        if not GlobalDraws({**before.values, "torch": None}).same_as(GlobalDraws({**after.values, "torch": None})):
+            return None
+        then, now = torch.Generator(), torch.Generator()
+        then.set_state(before.values["torch"])
+        now.set_state(self.values["torch"])
+        for _ in range(_FEW_DRAWS):
+            for generator in (then, now):
+                torch.empty((), dtype=torch.int32).random_(generator=generator)
+            if same_bits(then.get_state(), after.values["torch"]):
+                return GlobalDraws({**self.values, "torch": now.get_state()})
+        return None
 
     def same_as(self, other: GlobalDraws) -> bool:
         """Whether every generator stands where it stands in `other`."""

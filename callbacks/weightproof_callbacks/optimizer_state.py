@@ -72,6 +72,10 @@ class OptimizerState:
             raise InputError(
                 f"the kept optimizer state has groups of {tree['sizes']} parameters, and this optimizer of {sizes}"
             )
+        keys = _Keys(optimizer)
+        for name, state in tree["states"]["map"].items():
+            if is_composed(keys.owner(name)):
+                values.describe(state, keys.owner(name))
         return cls(optimizer, values, [{} for _ in sizes])
 
     def in_words(self) -> str:

@@ -30,12 +30,36 @@ Write = Callable[[Tensor, Tensor], None]
 
 
 class _Composition(NamedTuple):
-    """How a tensor of several parts is put together again."""
+    """How a tensor of several parts is put together again from those that are plain."""
 
     kind: type
-    context: Any
     shape: torch.Size
-    stride: tuple[int, ...]
+    layout: object
+    make: Callable[[dict[str, Tensor]], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Any) -> _Composition:
+        """That of a tensor with values: everything but its plain parts is kept by reference."""
+        names, context = tensor.__tensor_flatten__()
+        objects = {name: value for name in names if not isinstance(value := getattr(tensor, name), Tensor)}
+        kind, shape, stride = type(tensor), tensor.shape, tuple(tensor.stride())
+
+        def make(parts: dict[str, Tensor]) -> Tensor:
+            return kind.__tensor_unflatten__({**parts, **objects}, context, shape, stride)
+
+        return cls(kind, shape, _layout(tensor), make)
+
+    @classmethod
+    def like(cls, sharded: Any) -> _Composition:
+        """That of a DTensor cut as `sharded` is, of any dtype."""
+        kind: Any = type(sharded.detach())
+        place = {"shape": sharded.shape, "stride": tuple(sharded.stride())}
+
+        def make(parts: dict[str, Tensor]) -> Tensor:
+            local = parts["_local_tensor"]
+            return kind.from_local(local, sharded.device_mesh, sharded.placements, run_check=False, **place)
+
+        return cls(kind, sharded.shape, _layout(sharded), make)
 
 
 class Values:
@@ -158,22 +182,36 @@ class Values:
 
     def _composed(self, tree: Mapping[str, Any], now: Any, write: Write | None) -> Tensor:
         name, composition = tree["tensor"], self._compositions.get(tree["tensor"])
-        like = composition is None or (type(now) is composition.kind and now.shape == composition.shape)
-        if write is not None and like and is_composed(now) and _kind_name(type(now)) == tree["kind"]:
-            parts = dict(plain_parts(now))
-            fits = all(_takes_part(parts.get(part), self._leaf(kept)) for part, kept in tree["parts"].items())
-            if fits and (composition is None or _same_layout(now, composition)):
-                for part, kept in tree["parts"].items():
-                    self.written(kept, parts[part], write)
-                return now
+        parts = dict(plain_parts(now)) if write is not None and is_composed(now) else {}
+        if parts and self._fits(tree, now, parts, composition):
+            for part, kept in tree["parts"].items():
+                self.written(kept, parts[part], write)
+            return now
         if composition is None:
             raise RestoreError(
                 f"{name} is a {tree['kind']} of several parts, which files alone do not describe: let the optimizer "
                 "take one step before its state is loaded"
             )
-        parts = {part: self.written(kept, None, None) for part, kept in tree["parts"].items()}
-        kind: Any = composition.kind
-        return kind.__tensor_unflatten__(parts, composition.context, composition.shape, composition.stride)
+        return composition.make({part: self.written(kept, None, None) for part, kept in tree["parts"].items()})
+
+    def _fits(
+        self, tree: Mapping[str, Any], now: Tensor, parts: Mapping[str, Tensor], composition: _Composition | None
+    ) -> bool:
+        """Whether a present wrapper can be written to, part for part."""
+        if _kind_name(type(now)) != tree["kind"] or list(now.shape) != tree["shape"]:
+            return False
+        if composition is not None and _layout(now) != composition.layout:
+            return False
+        return all(_takes_part(parts.get(part), self._leaf(kept)) for part, kept in tree["parts"].items())
+
+    def describe(self, tree: Any, sharded: Tensor) -> None:
+        """Take the wrappers of a tree from files, where they have the shape of `sharded`, to be cut as that is."""
+        if isinstance(tree, Mapping) and "parts" in tree:
+            if tree["shape"] == list(sharded.shape) and tree["kind"] == _kind_name(type(sharded.detach())):
+                self._compositions.setdefault(tree["tensor"], _Composition.like(sharded))
+        elif isinstance(tree, Mapping | list):
+            for part in tree.values() if isinstance(tree, Mapping) else tree:
+                self.describe(part, sharded)
 
     def _leaf(self, tree: Mapping[str, Any]) -> Tensor | None:
         return None if "parts" in tree else self.tensors[tree["tensor"]]
@@ -228,10 +266,8 @@ class _Writer:
         return {"tensor": path} if tensor.device.type == "cpu" else {"tensor": path, "device": tensor.device.type}
 
     def _composed(self, tensor: Any, path: str) -> dict[str, Any]:
-        attributes, context = tensor.__tensor_flatten__()
-        composition = _Composition(type(tensor), context, tensor.shape, tuple(tensor.stride()))
-        self._found._compositions[path] = composition
-        parts = {name: self.form(getattr(tensor, name), f"{path}.{name}") for name in attributes}
+        self._found._compositions[path] = _Composition.of(tensor)
+        parts = {name: self.form(part, f"{path}.{name}") for name, part in plain_parts(tensor)}
         return {"tensor": path, "kind": _kind_name(type(tensor)), "shape": list(tensor.shape), "parts": parts}
 
 
@@ -241,17 +277,16 @@ def is_composed(tensor: Any) -> bool:
 
 
 def plain_parts(tensor: Any) -> Iterator[tuple[str, Tensor]]:
-    """(attribute, tensor) of every part of a wrapper."""
+    """(attribute, tensor) of every part of a wrapper that is a tensor."""
     for name in tensor.__tensor_flatten__()[0]:
-        yield name, getattr(tensor, name)
+        part = getattr(tensor, name)
+        if isinstance(part, Tensor):
+            yield name, part
 
 
-def _same_layout(tensor: Any, composition: _Composition) -> bool:
-    """Whether a present wrapper is cut as the kept one was; others than DTensor differ by their parts alone."""
-    if not hasattr(tensor, "placements"):
-        return True
-    spec = composition.context[0]
-    return tensor.placements == spec.placements and tensor.device_mesh == spec.mesh
+def _layout(tensor: Any) -> object:
+    """How a DTensor is cut; other wrappers differ by their parts alone."""
+    return (tensor.placements, tensor.device_mesh) if hasattr(tensor, "placements") else None
 
 
 def _takes_part(now: Tensor | None, kept: Tensor | None) -> bool:
