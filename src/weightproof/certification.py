@@ -33,6 +33,7 @@ from weightproof.text_data import read_examples
 from weightproof.types import Action, Decision, Outcome, Readings
 
 KEPT, REJECTED, UNDECIDED = 0, 1, 2
+TRAINING = "train"
 # Situations in which a change is not taken because too little is known of it, not because harm was found.
 _UNDECIDED = frozenset(
     {
@@ -145,6 +146,11 @@ def check_request(request: Request) -> None:
     """
     if request.base.resolve() == request.subject.resolve():
         raise InputError(f"{request.base} is given as base and as subject: there is no change to certify")
+    if parse_kind(request.kind).name == TRAINING:
+        raise InputError(
+            "kind 'train' is for windows of a guarded training run, which are judged by their raw losses as well: two "
+            "folders hold none, and too little would be asked of them; leave the kind out for a fine-tuned model"
+        )
     for folder in (request.base, request.subject):
         open_checkpoint(folder)
     data = {"retain": request.data.retain, "target": request.data.target}

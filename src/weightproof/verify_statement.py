@@ -50,6 +50,10 @@ def check_statement(content: Content, findings: Findings) -> None:
     _check_decision(content, findings)
     for index, step in enumerate(content.predicate.steps):
         _check_step(content, index, step, findings)
+        if content.certificate.files and step.kind == "train":
+            findings.differs(
+                f"step {index} ({step.name})", "kind", "an edit: two folders are no window of training", step.kind
+            )
     findings.checked.append("digests and references inside the certificate")
 
 

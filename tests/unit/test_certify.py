@@ -369,6 +369,8 @@ def test_options_that_cannot_be_used_are_one_sentence(folders, call, tmp_path):
     assert "no change to certify" in _refused(call, out, base, base)
     assert "there is no folder" in _refused(call, out, base, f"{tmp_path}/absent")
     assert "--kind int99" in _refused(call, out, base, subject, "--kind", "int99")
+    # A window of training is judged by less than an edit: int2 was kept as one, and loss was not asked for.
+    assert "windows of a guarded training run" in _refused(call, out, base, subject, "--kind", "train")
     assert "tier" in _refused(call, out, base, subject, "--policy", "balansed")
     data = ("--weights-only", "--retain", folders / "retain.txt")
     assert "--retain would not be read" in _refused(call, out, base, subject, *data)

@@ -34,6 +34,7 @@ from weightproof.tensor_store import model_digest
 from weightproof.verify import Demands, Status, verify
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
+INT8 = kinds.Quantize(8)
 KEY = signing.generate_key()
 TRUSTED = (KEY.public_key(),)
 
@@ -417,13 +418,13 @@ def retell(statement: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return statement
 
 
-def judged_anew(statement: dict[str, Any]) -> dict[str, Any]:
+def judged_anew(statement: dict[str, Any], kind: kinds.Kind = INT8) -> dict[str, Any]:
     """The same with the verdicts that the changed readings give: nothing inside contradicts anything."""
     content = content_of(Certificate(statement))
     policy = load_policy("balanced")
     judged = Judged(content.baseline, content.baseline, content.subject)
-    step = Step("int8", 1, kinds.Quantize(8))
-    step.settle(decide_on(policy, judge_all(policy, judged), kind="quantize", step=1, world_size=1), judged)
+    step = Step("int8", 1, kind)
+    step.settle(decide_on(policy, judge_all(policy, judged), kind=kind.name, step=1, world_size=1), judged)
     form = content.predicate
     case = CaseFile(
         subject_name=content.certificate.subject_name,
@@ -484,6 +485,15 @@ def test_a_signed_lie_that_is_consistent_is_found_in_weights_or_outputs(scene, l
     found = verify(scene.certificate, scene.subject, level, scene.demands())
     assert found.status is Status.INVALID
     assert named(found, *words), found.differences
+
+
+def test_two_folders_are_never_judged_as_a_window_of_training(scene):
+    statement = statement_in(scene.certificate)
+    edit = statement["predicate"]["readings"]["subject"]["edit"]
+    edit |= {"kind": "train", "params": {}, "contract": []}
+    sign(judged_anew(statement, kinds.Plain("train")), scene.certificate)
+    found = verify(scene.certificate, scene.subject, 1, scene.demands())
+    assert named(found, "step 0 (int8)", "kind", "train"), found.differences
 
 
 @pytest.mark.parametrize("lie", ["spectral norm", "divergence", "loss"])

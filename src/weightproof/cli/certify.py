@@ -25,9 +25,7 @@ OUTCOMES = (
     "[bold red]rejected[/]: the subject must not take the place of the base",
     "[bold yellow]undecided[/]: too little was measured for the subject to take the place of the base",
 )
-KINDS = (
-    "int8, int4, quantize:bits=4,granularity=group,group_size=64, cast:bfloat16, prune:0.5, preserving, train, unknown"
-)
+KINDS = "int8, int4, quantize:bits=4,granularity=group,group_size=64, cast:bfloat16, prune:0.5, preserving, unknown"
 _INT = re.compile(r"int(\d{1,2})")
 
 
