@@ -50,6 +50,7 @@ from weightproof.types import (
     Outcome,
     Readings,
     Verdict,
+    WindowReading,
 )
 from weightproof.weights import iter_tensors, iter_weight_matrices
 from weightproof.windows import Windows, random_windows
@@ -80,6 +81,7 @@ class Subject:
     raw_losses: tuple[float, ...] | None = None
     loss_spike: bool | None = None
     in_warmup: bool = False
+    window: WindowReading | None = None
     stray: frozenset[str] = frozenset()
     corrected: tuple[str, ...] = ()
     reverted: tuple[str, ...] = ()
@@ -270,6 +272,7 @@ class Assessor:
             raw_losses=subject.raw_losses,
             loss_spike=subject.loss_spike,
             in_warmup=subject.in_warmup,
+            window=subject.window,
         )
         before = replace(baseline.readings, second_moments=self.cache.second_moments if self.cache else {})
         judged = Judged(before, current.readings, readings)

@@ -49,6 +49,7 @@ from weightproof.plans import rewrite
 from weightproof.policy import Policy, load_policy
 from weightproof.probes import State, common_matrices, looks_untrained, read_state
 from weightproof.publisher import Publisher
+from weightproof.rolling import GoodState, Rolling
 from weightproof.session_checks import (
     as_losses,
     common_losses,
@@ -60,12 +61,12 @@ from weightproof.session_checks import (
     require_sound,
 )
 from weightproof.snapshot import Snapshot
-from weightproof.spikes import MEMORY, is_loss_spike
+from weightproof.spikes import HISTORY, is_high, is_loss_spike, lasting_score, norm_score
 from weightproof.steps import Cost, MasterWeights, SafePoint, Step
 from weightproof.tensor_readings import digest_of, digests_at, read_tensors
 from weightproof.tensor_store import model_digest
 from weightproof.trackers import Tracker
-from weightproof.types import Action, Decision, WeightMatrix
+from weightproof.types import Action, Decision, WeightMatrix, WindowReading
 from weightproof.weights import iter_tensors, iter_weight_matrices, unwrap
 
 logger = logging.getLogger("weightproof")
@@ -124,8 +125,9 @@ class GuardSession:
         self.cost = Cost()
         self._history: list[Step] = []
         self._losses: list[float] = []
+        self._norms: list[float] = []
         self._open: Step | None = None
-        self._last_good: SafePoint | None = None
+        self.rolling: Rolling | None = None
         self._held: State | None = None
         self._closed = False
         self._resumed: list[Any] = []
@@ -291,11 +293,31 @@ class GuardSession:
 
     # -- training ------------------------------------------------------------------------------
 
-    def watch(self) -> None:
-        """Keep the present weights as the last good state of a training run (every process its own part)."""
-        if self._last_good is not None:
-            self._last_good.snapshot.discard()
-        self._last_good = self._safe_point()
+    def watch(self, rolling: Rolling | None = None, *, step: int = 0) -> None:
+        """Keep the present state as the last good one of a training run, and none that is older.
+
+        Args:
+            rolling: The good states of the run and how it goes back to them; that of the call before if None, and
+                of the weights alone at the first.
+            step: Step of the run.
+        """
+        if self.rolling is not None:
+            self.rolling.restart()
+        self.rolling = rolling or self.rolling or Rolling()
+        self._remember(step)
+
+    def _remember(self, step: int) -> None:
+        """The present state becomes the last good one (every process its own part)."""
+        rolling = self.rolling
+        if rolling is None:
+            return
+        rolling.make_room()
+        point = self._safe_point()
+        with self.processes.together("keeping the training state"):
+            training = None if rolling.capture is None else rolling.capture()
+        state = GoodState(point, training, self._current, self.baseline, step)
+        rolling.push(state, lambda size: max(self.processes.gather("size of the good states", size)))
+        self.cost.snapshot_bytes = max(self.cost.snapshot_bytes, rolling.nbytes)
 
     def has_changed(self) -> bool:
         """Whether any tensor, on any process, is not as it was in the last good state (`watch` keeps one).
@@ -304,17 +326,20 @@ class GuardSession:
             InputError: Nobody watches.
         """
         with self.processes.together("comparing with the last good state"):
-            if self._last_good is None:
+            good = None if self.rolling is None else self.rolling.newest
+            if good is None:
                 raise InputError("has_changed needs a last good state: call session.watch() when training begins")
             settle(self.model)
-            ours = bool(self._last_good.snapshot.changed_names())
+            ours = bool(good.point.snapshot.changed_names())
         return any(self.processes.gather("changed since the last good state", ours))
 
-    def check_window(
+    def check_window(  # noqa: PLR0913 - what a window of training is known by
         self,
         *,
         step: int,
         raw_losses: Sequence[float] | None = None,
+        grad_norms: Sequence[float] | None = None,
+        num_skipped: int = 0,
         in_warmup: bool = False,
         on_violation: str = "rollback",
         name: str = "train",
@@ -323,11 +348,14 @@ class GuardSession:
 
         Healthy training moves outputs and spectra, so only invariants, finiteness, gross growth and
         the raw loss decide; the rest is reported. Kept: the present state becomes the last good one
-        and the baseline. Rejected: the weights go back to the last good state.
+        and the baseline. Rejected: the run goes back to the last good state, or to an older one where that
+        is in doubt; after too many rollbacks the decision is HALT, with that state in place.
 
         Args:
             step: Global step.
             raw_losses: Unfiltered losses of the steps since the last check; those of many processes are averaged.
+            grad_norms: Gradient norms of these steps.
+            num_skipped: Steps since the last check that were left out for their gradients; their losses are not given.
             in_warmup: Whether the learning rate is still warming up.
             on_violation: As in `edit`.
             name: Shown in the log.
@@ -338,18 +366,48 @@ class GuardSession:
         """
         with self._begun(name, "train", on_violation, step) as handle:
             with self.processes.together(f"losses of {name!r}"):
-                if (point := self._last_good) is None:
+                if self.rolling is None or (good := self.rolling.newest) is None:
                     raise InputError("check_window needs a last good state: call session.watch() when training begins")
-                ours = as_losses(raw_losses)
+                ours, our_norms = as_losses(raw_losses), as_losses(grad_norms)
             require_same_call(self.processes, handle, on_violation, in_warmup=in_warmup)
             losses = common_losses(ours, self.processes)
-            spike = None if losses is None else is_loss_spike(self._losses, losses)
-            subject = Subject(name, handle.kind, None, raw_losses=losses, loss_spike=spike, in_warmup=in_warmup)
-            state = self._judge(handle, point.snapshot, self._current, subject)
-            self._settle(handle, point, state, on_violation, window=True)
+            # Whole gradients have one norm; where one process steps and another does not, the weights show it.
+            every = self.processes.gather("gradient norms", (our_norms, num_skipped))
+            norms, skipped = every[0][0], max(count for _, count in every)
+            subject = Subject(
+                name,
+                handle.kind,
+                None,
+                raw_losses=losses,
+                loss_spike=None if losses is None else is_loss_spike(self._losses, losses),
+                in_warmup=in_warmup,
+                window=self._window_reading(losses or (), norms, skipped),
+            )
+            state = self._judge(handle, good.point.snapshot, self._current, subject)
+            self._settle(handle, good.point, state, on_violation, window=True)
         if handle.decision is not None and handle.decision.action is Action.KEEP:
-            self._losses = [*self._losses, *(losses or ())][-MEMORY:]
+            self._losses = [*self._losses, *(losses or ())][-HISTORY:]
+            self._norms = [*self._norms, *(norms or ())][-HISTORY:]
         return handle
+
+    def _window_reading(
+        self, losses: Sequence[float], norms: tuple[float, ...] | None, num_skipped: int
+    ) -> WindowReading:
+        loss, norm = lasting_score(self._losses, losses), norm_score(self._norms, norms or ())
+        stale: set[str] = set()
+        if self.masters is not None:
+            for theirs in self.processes.gather("stale master weights", sorted(self.masters.stale())):
+                stale.update(theirs)
+        return WindowReading(
+            grad_norms=norms,
+            num_skipped=num_skipped,
+            loss_z=None if loss is None else loss.z,
+            loss_ratio=None if loss is None else loss.ratio,
+            loss_rise=None if loss is None else loss.rise,
+            norm_z=None if norm is None else norm.z,
+            norm_ratio=None if norm is None else norm.ratio,
+            stale_masters=tuple(sorted(stale)),
+        )
 
     # -- the transaction -----------------------------------------------------------------------
 
@@ -556,12 +614,13 @@ class GuardSession:
             if not window:
                 self._refresh_masters(handle, point)
             kept = decision.action is Action.KEEP
-            self._accept(state, window=window, trained=kept and handle.kind.name == "train", spiked=not kept)
+            self._accept(state, handle, window=window, trained=kept and handle.kind.name == "train", spiked=not kept)
         else:
             try:
-                self._restore(point)
                 if window:
-                    self._held = None
+                    self._go_back(handle, decision)
+                else:
+                    self._restore(point)
             except RestoreError as error:
                 handle.applied = "not restored"
                 handle.decision = self._assessor.halted(decision, str(error))
@@ -572,6 +631,26 @@ class GuardSession:
         self._publish(handle)
         if on_violation == "raise" and not keep:
             raise EditRejectedError(f"{handle.name} was rolled back: {decision.reason}")
+
+    def _go_back(self, handle: Step, decision: Decision) -> None:
+        """Take the run back to a good state, with all that belongs to it; HALT where that was done too often."""
+        if self.rolling is None:
+            raise InputError("nobody watches: there is no good state to go back to")
+        losses = () if handle.judged is None else handle.judged.after.raw_losses or ()
+        # The first loss of a window is that of the state it began with.
+        doubtful = bool(losses) and is_high(self._losses, losses[0])
+        good = self.rolling.choose(handle.step, decision.reason, doubtful=doubtful)
+        self._restore(good.point)
+        notes: dict[str, Any] = {"back_to_step": good.step, "rollbacks": len(self.rolling.rollbacks)}
+        if good.training is not None and not self.processes.lost:
+            with self.processes.together("restoring the training state"):
+                notes.update(good.training.put_back())
+        self._held, self._current, self.baseline = None, good.current, good.baseline
+        if handle.record is not None:
+            handle.record = replace(handle.record, params={**handle.record.params, **notes})
+        if self.rolling.exhausted and decision.action is not Action.HALT:
+            reason = f"{decision.reason}. {self.rolling.tried()}"
+            handle.decision = self._assessor.halted(decision, reason, situation="rollbacks_exhausted")
 
     def _refresh_masters(self, handle: Step, point: SafePoint) -> None:
         """Write a kept edit into the optimizer's copies; half written ones go back with the weights."""
@@ -590,18 +669,28 @@ class GuardSession:
             self._restore(point)
             raise
 
-    def _accept(self, state: State, *, window: bool, trained: bool, spiked: bool) -> None:
-        if window and self._held is None and not spiked and self._grew_untrained(state):
-            # Growth of an unlearned matrix proves nothing until a loss has been seen with it: keep
-            # the older last good state for one more window.
+    def _accept(self, state: State, handle: Step, *, window: bool, trained: bool, spiked: bool) -> None:
+        if window and self._held is None and not spiked and (self._grew_untrained(state) or self._ends_high(handle)):
+            # Growth of an unlearned matrix proves nothing until a loss has been seen with it, and one high loss
+            # may be a batch or the beginning of something: keep the older last good state for one more window.
             self._held = state
             return
         self._held, self._current = None, state
         if window or trained:
             self.baseline = replace(self.baseline, readings=state.readings, fits=state.fits)
             self._assessor.outputs_moved()
-        if self._last_good is not None:
-            self.watch()
+        if self.rolling is None:
+            return
+        if window:
+            self.rolling.kept()
+            self._remember(handle.step)
+        else:
+            self.watch(step=handle.step)  # no later rollback may undo a kept edit
+
+    def _ends_high(self, handle: Step) -> bool:
+        """Whether the last loss of a window that is kept was far too high."""
+        losses = () if handle.judged is None else handle.judged.after.raw_losses or ()
+        return bool(losses) and is_high(self._losses, losses[-1])
 
     def _grew_untrained(self, state: State) -> bool:
         """Whether a matrix without learned structure changed its norm grossly."""
@@ -674,8 +763,8 @@ class GuardSession:
             if self.processes.is_main:
                 state.save(Path(folder))
 
-    def load_state(self, folder: Path | str) -> None:
-        """Continue from sidecar files, after proving that the weights are those they describe.
+    def load_state(self, folder: Path | str, *, step: int = 0) -> None:
+        """Continue from sidecar files at a step of the run, after proving that the weights are those they describe.
 
         Later edits are still judged against the baseline of the first session, so that many small harms add up.
         The run may have had another number of processes when the files were written.
@@ -696,8 +785,8 @@ class GuardSession:
             self._assessor.outputs_moved()
         else:
             self._assessor.capture_outputs()
-        if self._last_good is not None:
-            self.watch()
+        if self.rolling is not None:
+            self.watch(step=step)
 
     def close(self) -> None:
         """Write what the certificate still lacks, free the last good snapshot, close the trackers.
@@ -715,9 +804,9 @@ class GuardSession:
 
     def _release(self) -> None:
         self._closed = True
-        if self._last_good is not None:
-            self._last_good.snapshot.discard()
-            self._last_good = None
+        if self.rolling is not None:
+            self.rolling.restart()
+            self.rolling = None
         self._publisher.close()
         self._assessor.loss.close()
         self.processes.close()
