@@ -25,8 +25,8 @@ __all__ = ["OptimizerState", "require_known_optimizer", "stepping_optimizer"]
 _KNOWN = ("torch.optim.", "transformers.optimization", "bitsandbytes.optim.", "torchao.optim.", "deepspeed.ops.")
 # Step inside of the backward pass, where no moment between two steps exists.
 _WITHOUT_STEPS = ("Lomo", "AdaLomo")
-# Buffers of apex and DeepSpeed that are written before they are read.
-_SCRATCH = ("_dummy_overflow_buf",)
+# Buffers that are written before they are read (apex, DeepSpeed) and tables that never change (bitsandbytes).
+_HARMLESS = ("_dummy_overflow_buf", "name2qmap")
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -186,7 +186,7 @@ def _refusal_of(inner: torch.optim.Optimizer) -> str | None:
         held = list(_flat(value))
         if any(isinstance(one, torch.optim.Optimizer) for one in held):
             return f"it holds other optimizers ({name}), and what each of them keeps is not known"
-        if name not in _SCRATCH and any(isinstance(one, Tensor) and id(one) not in own for one in held):
+        if name not in _HARMLESS and any(isinstance(one, Tensor) and id(one) not in own for one in held):
             return f"it keeps tensors outside of its state ({name})"
     if f"{type(inner).__module__}.".startswith(_KNOWN) or inner.state:
         return None

@@ -344,9 +344,6 @@ def require_restorable(optimizer: Any, model: nn.Module) -> None:
     """
     require_known_optimizer(optimizer)
     model = unwrap(model)
-    for named in iter_tensors(model):
-        if reason := _parameter_refusal(named.tensor):
-            raise InputError(f"{named.name} could not be restored: {reason}")
     for name, module in model.named_modules():
         if type(module).__module__.startswith(_PACKED):
             raise InputError(
@@ -359,6 +356,9 @@ def require_restorable(optimizer: Any, model: nn.Module) -> None:
                 f"the parameters of {name or 'the model'} are offloaded by accelerate and lie elsewhere between two "
                 "steps: train with a device map without offload, or shard with FSDP version 2"
             )
+    for named in iter_tensors(model):
+        if reason := _parameter_refusal(named.tensor):
+            raise InputError(f"{named.name} could not be restored: {reason}")
 
 
 def _parameter_refusal(tensor: Any) -> str | None:
@@ -402,4 +402,7 @@ def clear_optimizer_state(optimizer: Any) -> int:
         return flat
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the torch optimizer
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    return sum(inner.state.pop(parameter, None) is not None for parameter in parameters)
+    cleared = sum(inner.state.pop(parameter, None) is not None for parameter in parameters)
+    if isinstance(inner, torch.optim.Adagrad):  # makes its state when it is made, and steps with none that is missing
+        inner.state.update(type(inner)([{**group} for group in inner.param_groups], **inner.defaults).state)
+    return cleared
