@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,14 +80,15 @@ def show_paths(console: Console, result: DemoResult, *, live_dir: Path) -> None:
 
 def _show_commands(console: Console, result: DemoResult) -> None:
     """Print commands to try on the folders: to certify a change from files alone, and to verify what was certified."""
+    program = "weightproof" if shutil.which("weightproof") else _relative(Path(sys.executable).with_name("weightproof"))
     base, text = (_relative(result.output / name) for name in ("base", "retain.txt"))
     console.print("to try next (certify leaves with 0 where the change is kept, 1 where it is rejected):")
     for version in result.versions:
         if version.step is not None and version.bits_per_byte is not None:
             out = _relative(result.output / f"certified-{version.folder.name}")
-            certify = f"weightproof certify {base} {_relative(version.folder)} --retain {text} -o {out}"
+            certify = f"{program} certify {base} {_relative(version.folder)} --retain {text} -o {out}"
             verify = (
-                f"weightproof verify {out}/certificate.json --model {_relative(version.folder)} --base {base} "
+                f"{program} verify {out}/certificate.json --model {_relative(version.folder)} --base {base} "
                 f"--retain {text} --level 3 --unsigned-ok"
             )
             for line in (certify, verify):
