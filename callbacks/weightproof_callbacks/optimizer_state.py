@@ -83,6 +83,17 @@ class OptimizerState:
         states = self.values.tree["map"]["states"]["map"]
         return f"optimizer {type(self._inner).__name__}, the state of {len(states)} parameters"
 
+    def require_intact(self) -> None:
+        """Refuse what could not be put back whole, before anything is written.
+
+        Raises:
+            RestoreError: Naming the tensor.
+        """
+        self.values.require_intact()
+        keys = _Keys(self._optimizer)
+        for name, tree in self.values.tree["map"]["states"]["map"].items():
+            self.values.require_writable(tree, self._inner.state.get(keys.owner(name)))
+
     def restore(self) -> None:
         """Put the state back: into the tensors that are there, and without what was not there at capture."""
         for group, parameters, _ in self._groups:

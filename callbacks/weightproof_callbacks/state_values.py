@@ -182,27 +182,46 @@ class Values:
 
     def _composed(self, tree: Mapping[str, Any], now: Any, write: Write | None) -> Tensor:
         name, composition = tree["tensor"], self._compositions.get(tree["tensor"])
-        parts = dict(plain_parts(now)) if write is not None and is_composed(now) else {}
-        if parts and self._fits(tree, now, parts, composition):
+        if write is not None and self._fits(tree, now):
+            parts = dict(plain_parts(now))
             for part, kept in tree["parts"].items():
                 self.written(kept, parts[part], write)
             return now
         if composition is None:
-            raise RestoreError(
-                f"{name} is a {tree['kind']} of several parts, which files alone do not describe: let the optimizer "
-                "take one step before its state is loaded"
-            )
+            raise RestoreError(f"{name} cannot be made anew")
         return composition.make({part: self.written(kept, None, None) for part, kept in tree["parts"].items()})
 
-    def _fits(
-        self, tree: Mapping[str, Any], now: Tensor, parts: Mapping[str, Tensor], composition: _Composition | None
-    ) -> bool:
+    def _fits(self, tree: Mapping[str, Any], now: Any) -> bool:
         """Whether a present wrapper can be written to, part for part."""
-        if _kind_name(type(now)) != tree["kind"] or list(now.shape) != tree["shape"]:
+        if not is_composed(now) or _kind_name(type(now)) != tree["kind"] or list(now.shape) != tree["shape"]:
             return False
+        composition, parts = self._compositions.get(tree["tensor"]), dict(plain_parts(now))
         if composition is not None and _layout(now) != composition.layout:
             return False
         return all(_takes_part(parts.get(part), self._leaf(kept)) for part, kept in tree["parts"].items())
+
+    def require_writable(self, tree: Any, now: Any) -> None:
+        """Refuse a tree that `written` could not put back whole; nothing is touched.
+
+        Raises:
+            RestoreError: Naming the tensor, with what to do.
+        """
+        if isinstance(tree, list):
+            for i, part in enumerate(tree):
+                self.require_writable(part, _at(now, i))
+        elif isinstance(tree, Mapping) and "map" in tree:
+            for key, part in tree["map"].items():
+                self.require_writable(part, _at(now, key))
+        elif self._is_out_of_reach(tree, now):
+            raise RestoreError(
+                f"{tree['tensor']} is a {tree['kind']} of several parts, which files alone do not describe: let the "
+                "optimizer take one step before its state is loaded. Nothing was restored"
+            )
+
+    def _is_out_of_reach(self, tree: Any, now: Any) -> bool:
+        """Whether a wrapper can neither be made anew nor written to."""
+        is_wrapper = isinstance(tree, Mapping) and "parts" in tree
+        return is_wrapper and tree["tensor"] not in self._compositions and not self._fits(tree, now)
 
     def describe(self, tree: Any, sharded: Tensor) -> None:
         """Take the wrappers of a tree from files, where they have the shape of `sharded`, to be cut as that is."""

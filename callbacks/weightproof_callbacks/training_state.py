@@ -229,7 +229,8 @@ class TrainingState:
                 it held: do not train on.
         """
         self.require_replayable(data)
-        for values in self._all().values():
+        self._optimizer.require_intact()
+        for values in (*(part.values for part in self._parts.values()), self._draws):
             values.require_intact()
         try:
             self._optimizer.restore()

@@ -12,6 +12,9 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 from worlds import run_world
 
+from weightproof.errors import RestoreError
+from weightproof_callbacks.training_state import TrainingState
+
 
 def same_twins(data, run, **settings):
     ours, twin = run(data, **settings), run(None, skipped=data == "skip", **settings)
@@ -75,11 +78,8 @@ def test_sharded_runs_of_two_processes(tmp_path):
     assert not set(first) & set(second), "each process keeps its own part"
 
 
-def unlike(rank, size):
-    """A copy that was altered on one process is refused there before anything is written."""
-    from weightproof.errors import RestoreError
-    from weightproof_callbacks.training_state import TrainingState
-
+def kept_parts(rank, size):
+    """The state of a sharded run through clearing, through files, and with a copy altered on one process."""
     model = shard(dropout_llama())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for parameter in model.parameters():
@@ -87,19 +87,31 @@ def unlike(rank, size):
     optimizer.step()
     state = TrainingState.capture(optimizer=optimizer)
     digest = state.digest
+
+    optimizer.state.clear()
+    state.restore()
+    assert TrainingState.capture(optimizer=optimizer).digest == digest, "made anew, cut as it was"
+    fresh = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    TrainingState.from_parts(state.tensors(), state.values(), optimizer=fresh).restore()
+    assert TrainingState.capture(optimizer=fresh).digest == digest
+    assert all(isinstance(held["exp_avg"], DTensor) for held in fresh.state.values())
+    fresh.step()
+    optimizer.step()
+    after = TrainingState.capture(optimizer=optimizer).digest
+    assert TrainingState.capture(optimizer=fresh).digest == after
+
     if rank == 1:
         next(one for name, one in state.tensors().items() if name.endswith("exp_avg._local_tensor")).view(-1)[0] += 1
-    optimizer.step()
-    before = TrainingState.capture(optimizer=optimizer).digest
+    words = ""
     try:
         state.restore()
     except RestoreError as error:
-        return str(error), TrainingState.capture(optimizer=optimizer).digest == before
-    return "", TrainingState.capture(optimizer=optimizer).digest == digest
+        words = str(error)
+    return words, TrainingState.capture(optimizer=optimizer).digest == (after if rank == 1 else digest)
 
 
-def test_an_altered_copy_of_a_shard_is_refused_by_name():
-    (none, restored), (words, untouched) = run_world(unlike, 2)
+def test_the_state_of_shards_is_made_anew_read_from_files_and_refused_where_it_was_altered():
+    (none, restored), (words, untouched) = run_world(kept_parts, 2)
     assert none == ""
     assert restored
     assert untouched

@@ -425,3 +425,72 @@ def test_replay_is_refused_before_anything_is_written(model):
             state.restore(data)
     assert optimizer.param_groups[0]["lr"] == 5.0
     assert "data position" in TrainingState.capture(optimizer=optimizer, loader=ReplayableLoader([1])).covered
+
+
+# ---- tensors of several parts ---------------------------------------------------------------------------------------
+
+
+class Halves(torch.Tensor):
+    """A float tensor kept as 8-bit codes and one scale, as 8-bit optimizers keep theirs."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts, context, shape, stride):
+        return cls(parts["codes"], parts["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(func)
+
+
+class EightBit(torch.optim.Optimizer):
+    """Keeps the last gradient in 8 bits."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                scale = parameter.grad.abs().max() / 127
+                self.state[parameter]["last"] = Halves((parameter.grad / scale).to(torch.int8), scale)
+                parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+def test_tensors_of_several_parts_are_kept_part_by_part(model):
+    optimizer = EightBit(model.parameters())
+    step(model, optimizer, seed=1)
+    state = TrainingState.capture(optimizer=optimizer)
+    assert state.tensors()["optimizer/optimizer.states.0.last.codes"].dtype is torch.int8
+    held = optimizer.state[model.weight]["last"]
+    held.codes.zero_()
+    state.restore()
+    assert optimizer.state[model.weight]["last"] is held, "written in place"
+    assert held.codes.count_nonzero() > 0
+    optimizer.state.clear()
+    state.restore()
+    assert TrainingState.capture(optimizer=optimizer).digest == state.digest
+    assert type(optimizer.state[model.weight]["last"]) is Halves
+
+    read = TrainingState.from_parts(state.tensors(), state.values(), optimizer=optimizer)
+    held = optimizer.state[model.weight]["last"]
+    held.codes.zero_()
+    read.restore()
+    assert TrainingState.capture(optimizer=optimizer).digest == state.digest
+    optimizer.state.clear()
+    optimizer.param_groups[0]["lr"] = 5.0
+    with pytest.raises(RestoreError, match=r"last is a .*Halves of several parts.*let the optimizer take one step"):
+        read.restore()
+    assert optimizer.param_groups[0]["lr"] == 5.0, "nothing was restored"
