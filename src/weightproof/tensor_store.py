@@ -10,12 +10,10 @@ rename after fsync, so a reader finds all of it or nothing.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +21,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from weightproof.errors import RestoreError, SnapshotError, WeightproofError
-from weightproof.files import sync_folder, write_atomically
+from weightproof.files import is_out_of_space, sync_folder, write_atomically
+from weightproof.scratch_folders import claim_folder
 from weightproof.shards import whole_here
+from weightproof.store_lock import HeldLock
 
 TENSORS_FILE = "tensors.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -180,9 +179,9 @@ class FolderStore:
             raise SnapshotError(f"cannot use {directory} for snapshots: {error.strerror or error}") from error
         if free < self.nbytes + _SPARE_BYTES:
             raise SnapshotError(_no_room(directory, self.nbytes + _SPARE_BYTES, f"{readable(free)} are free"))
-        self.folder = self._fresh_folder(directory)
+        self.folder, lock = claim_folder(directory)
         # Gigabytes must not stay behind when a session ends without discarding its snapshots.
-        self._remove = weakref.finalize(self, _remove_folder, self.folder, os.getpid())
+        self._remove = weakref.finalize(self, _remove_folder, self.folder, os.getpid(), lock)
         # The experts of one stacked tensor are asked for one after the other.
         self._last_read: tuple[str, torch.Tensor] | None = None
         try:
@@ -190,19 +189,12 @@ class FolderStore:
             self._write(tensors)
         except (OSError, SafetensorError, WeightproofError, RuntimeError, KeyError, ValueError) as error:
             self.discard()
-            if _is_out_of_space(error):
+            if is_out_of_space(error):
                 raise SnapshotError(_no_room(directory, self.nbytes, "the disk filled up while writing")) from error
             raise SnapshotError(f"cannot write a snapshot to {directory}: {error}; the model is untouched") from error
         except BaseException:
             self.discard()
             raise
-
-    @staticmethod
-    def _fresh_folder(directory: Path) -> Path:
-        try:
-            return Path(tempfile.mkdtemp(prefix=f"snapshot-{_rank()}", dir=directory))
-        except OSError as error:
-            raise SnapshotError(f"cannot write to {directory}: {error.strerror or error}") from error
 
     def _write(self, tensors: Mapping[str, torch.Tensor]) -> None:
         path = self.folder / TENSORS_FILE
@@ -240,15 +232,12 @@ class FolderStore:
         self._remove()
 
 
-def _rank() -> str:
-    """So that people know whose folder it is; that no two ranks share one is the operating system's promise."""
-    return f"rank{dist.get_rank()}-" if dist.is_available() and dist.is_initialized() else ""
-
-
-def _remove_folder(folder: Path, owner: int) -> None:
+def _remove_folder(folder: Path, owner: int, lock: HeldLock | None) -> None:
     """Remove a snapshot's folder, unless this is a forked child of the process that wrote it."""
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.release()
 
 
 def readable(count: int) -> str:
@@ -279,16 +268,6 @@ def _writable(tensor: torch.Tensor) -> torch.Tensor:
     """Row-major on the CPU, in memory that no other tensor of the file shares."""
     plain = tensor.detach().cpu().contiguous()
     return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
-
-
-def _is_out_of_space(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left" in str(error):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _no_room(directory: Path, needed: int, found: str) -> str:

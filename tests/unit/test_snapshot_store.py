@@ -39,6 +39,7 @@ from worlds import run_world
 from weightproof.collective import Processes
 from weightproof.errors import CollectiveError, InputError, RestoreError, SnapshotError
 from weightproof.files import write_atomically
+from weightproof.snapshot import Snapshot
 from weightproof.snapshot_store import SnapshotFolder
 from weightproof.store_lock import LOCK_FILE
 
@@ -320,6 +321,34 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(SnapshotError, match=r"has no locks \(flock: No locks available\).*another file system"):
         opened(tmp_path)
+
+
+def test_snapshots_in_scratch_folders_are_swept_once_their_process_was_killed(tmp_path, caplog):
+    theirs = tmp_path / "snapshot-of-the-user"
+    theirs.mkdir()
+
+    def capture_and_wait():
+        kept = [Snapshot.capture(torch.nn.Linear(3, 3), tmp_path) for _ in range(2)]
+        (tmp_path / "ready").touch()
+        time.sleep(60)
+        assert kept
+
+    child = crash_cases._forked(capture_and_wait)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    (tmp_path / "ready").unlink()
+    living = Snapshot.capture(torch.nn.Linear(3, 3), tmp_path)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3, "nothing of a living process is removed"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    second = Snapshot.capture(torch.nn.Linear(3, 3), tmp_path)
+    assert "removed 2 snapshots that killed processes left" in caplog.text
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    living.restore()
+    second.restore()
+    living.discard()
+    second.discard()
+    assert list(tmp_path.iterdir()) == [theirs]
 
 
 # ---------------------------------------------------------------- disks that fail
