@@ -25,7 +25,7 @@ logger = logging.getLogger("weightproof")
 
 # Locks of some network file systems reach no other host: only this host's folders can be known to be dead.
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-_NAME = re.compile(rf"snapshot-{_HOST}-(rank\d+-)?\w{{8}}")
+_NAME = re.compile(rf"snapshot-(rank\d+-)?{_HOST}-\w{{8}}")
 
 
 def claim_folder(directory: Path) -> tuple[Path, HeldLock | None]:
@@ -47,7 +47,7 @@ def claim_folder(directory: Path) -> tuple[Path, HeldLock | None]:
                 raise
             lock = None
         suffix = unnamed.name.removeprefix(".new-")
-        return unnamed.rename(directory / f"snapshot-{_HOST}-{_rank()}{suffix}"), lock
+        return unnamed.rename(directory / f"snapshot-{_rank()}{_HOST}-{suffix}"), lock
     except OSError as error:
         raise SnapshotError(f"cannot write to {directory}: {reason_of(error)}") from error
 
