@@ -24,7 +24,7 @@ step is left to do but the gradient scaler's update: a rollback there is a rollb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,12 @@ import torch
 from accelerate import Accelerator
 
 from weightproof.errors import InputError
+from weightproof.rolling import RollingOptions
 from weightproof.session import GuardSession
+from weightproof.session_checks import require_same
 from weightproof_callbacks.accelerator_checks import plain, require_attachable
 from weightproof_callbacks.attached_guard import EDIT_MODES, AttachedGuard
+from weightproof_callbacks.rolling_policy import RollingPolicy, Run, require_replayable_run
 from weightproof_callbacks.sharded import find_masters
 from weightproof_callbacks.trainer_checks import known_to_all, require_positive
 from weightproof_callbacks.wandb_tracker import live_run
@@ -59,14 +62,25 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
     trackers: Sequence[Tracker | str] | None = None,
     output_dir: str | Path | None = None,
     snapshot_dir: str | Path | None = None,
+    rollback: str = "full",
+    data: str = "skip",
+    lr_factor: float | None = None,
+    max_rollbacks: int | None = 3,
+    keep: int = 2,
+    cooldown: int = 2,
+    snapshot_budget: int | None = None,
+    scheduler: Any = None,
+    loader: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    generators: Sequence[Any] = (),
     timeout: float = 600.0,
     warmup_steps: int = 0,
 ) -> AttachedGuard:
     """Guard a prepared model: call it on every process, after `accelerator.prepare`.
 
-    On a violation the weights go back to the last good snapshot, bit for bit and in place on every
-    process, and the optimizer's per-parameter state is cleared. Learning rate, generators and data
-    order run on: the data of the window is skipped.
+    On a violation the run goes back to its last good state, bit for bit and in place on every process: weights,
+    moments, learning-rate schedule, random generators. The batches of the window are skipped: the run continues as one
+    that was never given them. An optimizer step with a gradient that is not finite is left out.
 
     Args:
         accelerator: The run's `Accelerator`.
@@ -84,6 +98,18 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
         output_dir: Folder for certificate and log; by default `weightproof` in the Accelerator's
             `project_dir`. Without either, only checkpoints get a certificate.
         snapshot_dir: Keep snapshots in this folder instead of in memory.
+        rollback: "full": weights and training state. "weights": the weights; moments are cleared, everything else
+            runs on. Saves the memory of the moments.
+        data: "skip", or "replay": the batches of the window are given again (`loader` must be a `ReplayableLoader`).
+        lr_factor: After a rollback the learning rate is multiplied by this; None leaves it.
+        max_rollbacks: Rollbacks of a run; the violation after them raises, with the last good state in place.
+        keep: Last good states that are kept; the older one is for a violation that comes soon after a rollback.
+        cooldown: Checks after a rollback within which another violation goes back to the older one.
+        snapshot_budget: Bytes that the states may take together; older ones are dropped first.
+        scheduler: Of the learning rate; found by itself where it was prepared with the optimizer.
+        loader: The `ReplayableLoader` that the loop iterates over.
+        extra: Further objects with `state_dict` and `load_state_dict` that go back with the run, by name.
+        generators: Further random generators that training draws from.
         timeout: Seconds that a process waits for the others before it says who is missing.
         warmup_steps: Optimizer steps of learning-rate warm-up: gross growth rejects nothing in them.
 
@@ -98,10 +124,29 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
     """
     with known_to_all(timeout):
         require_positive("every", every)
+        options = RollingOptions(
+            rollback=rollback,
+            data=data,
+            lr_factor=lr_factor,
+            max_rollbacks=max_rollbacks,
+            keep=keep,
+            cooldown=cooldown,
+            snapshot_budget=snapshot_budget,
+        )
         if on_violation not in EDIT_MODES:
             raise InputError(f"on_violation must be one of {', '.join(EDIT_MODES)}, not {on_violation!r}")
         require_attachable(accelerator, model, optimizer)
         masters = find_masters(accelerator, model, optimizer)
+        run = Run(
+            optimizer=optimizer,
+            wrapper=_wrapper_of(accelerator, optimizer),
+            scheduler=_scheduler_of(accelerator, optimizer) if scheduler is None else scheduler,
+            scaler=accelerator.scaler,
+            loader=loader,
+            extra=lambda: extra or {},
+            generators=tuple(generators),
+        )
+        require_replayable_run(options, run, "wrap it, data = ReplayableLoader(data), and give it as loader=")
     if output_dir is None and accelerator.project_dir is not None:
         output_dir = Path(accelerator.project_dir) / "weightproof"
     session = GuardSession(
@@ -116,17 +161,44 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
         timeout=timeout,
         masters=masters,
     )
-    settings = (every, on_violation, warmup_steps, optimizer is None)
+    policy_of_run: RollingPolicy | None = None
+    settings = {"every": str(every), "on_violation": on_violation, "warmup_steps": str(warmup_steps)}
+    settings |= {"optimizer": "none" if optimizer is None else type(optimizer).__name__, **options.in_words()}
     try:
-        if any(others != settings for others in session.processes.gather("attach: compare the settings", settings)):
-            raise InputError("every, on_violation, warmup_steps and optimizer must be the same on every process")
-        session.watch()
+        require_same(
+            session.processes, "attach: compare the settings", settings, "Give every process the same arguments"
+        )
+        with session.processes.together("attach: what the run consists of"):
+            policy_of_run = RollingPolicy(options, session, run, acts=on_violation != "monitor")
+        policy_of_run.begin(0)
     except BaseException:
+        if policy_of_run is not None:
+            policy_of_run.remove()
         session.close()
         raise
-    guard = AttachedGuard(session, optimizer, every=every, on_violation=on_violation, warmup_steps=warmup_steps)
+    guard = AttachedGuard(session, policy_of_run, every=every, on_violation=on_violation, warmup_steps=warmup_steps)
     guard.hang_in(accelerator, model)
     return guard
+
+
+def _wrapper_of(accelerator: Accelerator, optimizer: Any) -> Any:
+    """The wrapper that accelerate put around an optimizer, whichever of the two was given."""
+    wrappers = [
+        one for one in accelerator._optimizers if optimizer is one or optimizer is getattr(one, "optimizer", one)
+    ]
+    return wrappers[0] if wrappers and optimizer is not None else None
+
+
+def _scheduler_of(accelerator: Accelerator, optimizer: Any) -> Any:
+    """The one prepared schedule of an optimizer; None where there is none, or where they are several."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    found = [
+        one
+        for one in accelerator._schedulers
+        if inner is not None
+        and any(getattr(each, "optimizer", each) is inner for each in getattr(one, "optimizers", ()))
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _default_trackers(accelerator: Accelerator, output_dir: object) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ class StepTrigger:
             self._stalled()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if _only_fills_its_state(optimizer):
+        if only_fills_its_state(optimizer):
             return
         self._passes = 0
         try:
@@ -98,7 +98,7 @@ class StepTrigger:
             raise
 
 
-def _only_fills_its_state(optimizer: torch.optim.Optimizer) -> bool:
+def only_fills_its_state(optimizer: torch.optim.Optimizer) -> bool:
     """Whether this step is the dry run by which torch's checkpoints fill the state of an optimizer that has none.
 
     It is told by its caller: learning rates of 0 are also what many schedules begin with, and whether all

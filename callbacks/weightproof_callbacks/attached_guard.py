@@ -19,6 +19,7 @@ from weightproof.types import Action
 from weightproof_callbacks.accelerator_checkpoints import GuardedCheckpoints
 from weightproof_callbacks.accelerator_trigger import StepTrigger
 from weightproof_callbacks.raw_loss import RawLossRecorder
+from weightproof_callbacks.rolling_policy import RollingPolicy, words_of
 from weightproof_callbacks.training_state import forget_moments
 
 logger = logging.getLogger("weightproof.accelerate")
@@ -39,11 +40,12 @@ class AttachedGuard:
     """
 
     def __init__(
-        self, session: GuardSession, optimizer: Any, *, every: int, on_violation: str, warmup_steps: int
+        self, session: GuardSession, policy: RollingPolicy, *, every: int, on_violation: str, warmup_steps: int
     ) -> None:
         self.session = session
+        self._policy = policy
         self.step = 0
-        self._optimizer = optimizer
+        self._optimizer = policy.run.optimizer
         self._every = every
         self._on_violation = on_violation
         self._warmup_steps = warmup_steps
@@ -122,12 +124,12 @@ class AttachedGuard:
                 "the model returned no loss in training mode: raw losses are not judged; call guard.log_loss(loss)"
             )
         try:
-            step = self.session.check_window(
-                step=self.step,
-                raw_losses=losses,
+            step = self._policy.check(
+                self.step,
+                losses,
                 # A window that began in the warm-up belongs to it: its growth is what warming up is for.
                 in_warmup=self._judged_at < self._warmup_steps,
-                on_violation="monitor" if self._on_violation == "monitor" else "rollback",
+                on_violation=self._on_violation,
             )
             self._judged_at = self.step
             self._after_window(step)
@@ -138,9 +140,8 @@ class AttachedGuard:
 
     def _after_window(self, step: Step) -> None:
         self._report(step)
-        if step.applied == "restored" and self._optimizer is not None:
-            cleared = forget_moments(step, self._optimizer)
-            self._log(f"step {step.step}: the optimizer state of {cleared} parameters is cleared, too")
+        if step.applied == "restored" and step.record is not None:
+            self._log(f"step {step.step}: {words_of(step.record.params)}")
         self._require_no_halt(step)
         if self._on_violation == "stop" and step.applied == "restored" and step.decision is not None:
             raise EditRejectedError(
@@ -214,6 +215,7 @@ class AttachedGuard:
         finally:
             self._editing = nested
             self._recorder.drain()
+            self._policy.forget()
             self._judged_at = self.step
 
     # -- checkpoints and the end ---------------------------------------------------------------
@@ -225,7 +227,8 @@ class AttachedGuard:
             BaselineError: The weights are not those that the files describe. The guard stays stopped.
         """
         self._stopped = f"the weights loaded from {folder} were not proven"
-        self.session.load_state(folder)
+        self.session.load_state(folder, step=step)
+        self._policy.forget()
         self._stopped = None
         self.step = self._judged_at = step
         self._recorder.attach(self.session.model)
@@ -245,6 +248,7 @@ class AttachedGuard:
         if trigger is None:
             return
         trigger.remove()
+        self._policy.remove()
         self._recorder.detach()
         if self._checkpoints is not None:
             self._checkpoints.remove()
@@ -286,8 +290,11 @@ class AttachedGuard:
 
     def _require_no_halt(self, step: Step) -> None:
         """Nobody may go on with a model for which the processes found no common verdict."""
-        if step.decision is not None and step.decision.action is Action.HALT:
-            raise RestoreError(f"{step.name} at step {step.step} halts the run: {step.decision.reason}")
+        decision = step.decision
+        if decision is not None and decision.action is Action.HALT:
+            if decision.situation == "rollbacks_exhausted":
+                raise EditRejectedError(f"training stopped at step {step.step}: {decision.reason}")
+            raise RestoreError(f"{step.name} at step {step.step} halts the run: {decision.reason}")
 
     def _report(self, step: Step) -> None:
         decision = step.decision

@@ -39,11 +39,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from weightproof.errors import InputError
 from weightproof.policy import Policy, load_policy
 from weightproof.publisher import CERTIFICATE, save_report
+from weightproof.rolling import RollingOptions
 from weightproof.session import STATE_FILE, GuardSession
 from weightproof.steps import Step
 from weightproof.types import Action
 from weightproof_callbacks.model_card import write_evidence
 from weightproof_callbacks.raw_loss import RawLossRecorder
+from weightproof_callbacks.rolling_policy import RollingPolicy, Run, require_replayable_run, words_of
 from weightproof_callbacks.sharded import find_masters
 from weightproof_callbacks.trainer_checks import (
     checked_edits,
@@ -54,7 +56,6 @@ from weightproof_callbacks.trainer_checks import (
     require_same_flags,
     require_same_schedule,
 )
-from weightproof_callbacks.training_state import forget_moments
 from weightproof_callbacks.wandb_tracker import live_run
 
 if TYPE_CHECKING:
@@ -69,9 +70,9 @@ ON_VIOLATION = ("rollback", "monitor", "stop")
 class GuardCallback(TrainerCallback):
     """Judge every window of training steps, and apply scheduled edits, with rollback.
 
-    On a violation the weights go back to the last good snapshot, bit for bit and in place, and the
-    optimizer's per-parameter state is cleared: moments gathered in the rejected window would carry
-    the fault on. Learning rate, RNG and data order run on: the data of the window is skipped.
+    On a violation the run goes back to its last good state, bit for bit and in place: weights, moments, learning-rate
+    schedule, random generators. The batches of the window are skipped, and `state.global_step` counts on: the run
+    continues as one that was never given them. An optimizer step with a gradient that is not finite is left out.
 
     Args:
         policy: Tier name, path of a policy file, or `Policy`.
@@ -85,6 +86,14 @@ class GuardCallback(TrainerCallback):
             is open or `report_to` names it.
         output_dir: Folder for certificate and log; by default `weightproof` in `args.output_dir`.
         snapshot_dir: Keep snapshots in this folder instead of in memory.
+        rollback: "full": weights and training state. "weights": the weights; moments are cleared, everything else
+            runs on. Saves the memory of the moments.
+        data: "skip", or "replay": the batches of the window are given again (`GuardedTrainer` can).
+        lr_factor: After a rollback the learning rate is multiplied by this; None leaves it.
+        max_rollbacks: Rollbacks of a training; the violation after them halts it, with the last good state in place.
+        keep: Last good states that are kept; the older one is for a violation that comes soon after a rollback.
+        cooldown: Checks after a rollback within which another violation goes back to the older one.
+        snapshot_budget: Bytes that the states may take together; older ones are dropped first.
         timeout: Seconds that a process waits for the others before the run ends with an error. Rank 0 saves
             checkpoints while the others wait: give it more than that takes.
         model_card: Write a section of evidence into `README.md` in `args.output_dir` when training ends.
@@ -112,12 +121,28 @@ class GuardCallback(TrainerCallback):
         trackers: Sequence[Tracker | str] | None = None,
         output_dir: str | Path | None = None,
         snapshot_dir: str | Path | None = None,
+        rollback: str = "full",
+        data: str = "skip",
+        lr_factor: float | None = None,
+        max_rollbacks: int | None = 3,
+        keep: int = 2,
+        cooldown: int = 2,
+        snapshot_budget: int | None = None,
         timeout: float = 600.0,
         model_card: bool = False,
     ) -> None:
         require_positive("every", every)
         if on_violation not in ON_VIOLATION:
             raise InputError(f"on_violation must be one of {', '.join(ON_VIOLATION)}, not {on_violation!r}")
+        self.rolling = RollingOptions(
+            rollback=rollback,
+            data=data,
+            lr_factor=lr_factor,
+            max_rollbacks=max_rollbacks,
+            keep=keep,
+            cooldown=cooldown,
+            snapshot_budget=snapshot_budget,
+        )
         self.policy = load_policy(policy)
         self.every = every
         self.edits = checked_edits(edits)
@@ -130,6 +155,8 @@ class GuardCallback(TrainerCallback):
         self.model_card = model_card
         self.session: GuardSession | None = None
         self._recorder = RawLossRecorder()
+        self._policy: RollingPolicy | None = None
+        self._trainer: Any = None
         self._judged_at = self._warmup_steps = 0
         self._stopped = False
         self._warned: set[str] = set()
@@ -139,6 +166,10 @@ class GuardCallback(TrainerCallback):
         """Every judged step of the present (or last) training, oldest first."""
         return self.session.history if self.session is not None else ()
 
+    def bind(self, trainer: Any) -> None:
+        """Take what the events do not hand over from the trainer itself; `GuardedTrainer` calls this."""
+        self._trainer = trainer
+
     # -- events --------------------------------------------------------------------------------
 
     def on_train_begin(
@@ -147,7 +178,7 @@ class GuardCallback(TrainerCallback):
         """Capture the baseline, or continue from the sidecar files of the resumed checkpoint."""
         with self._ending_the_run(control):
             self._open_session(args, kwargs["model"], kwargs.get("optimizer"))
-        self._guarded("the beginning of the training", control, lambda: self._begin(args, state, kwargs["model"]))
+        self._guarded("the beginning of the training", control, lambda: self._begin(args, state, **kwargs))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Judge the window if one is due, then apply the edit scheduled for this step."""
@@ -155,7 +186,7 @@ class GuardCallback(TrainerCallback):
         due = state.global_step in self.edits or state.global_step % self.every == 0
         if due or control.should_evaluate or control.should_save:
             where = f"step {state.global_step}"
-            self._guarded(where, control, lambda: self._step(where, state, control, kwargs["optimizer"]))
+            self._guarded(where, control, lambda: self._step(where, state, control))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,20 +194,20 @@ class GuardCallback(TrainerCallback):
         """Judge what an "epoch" strategy is about to evaluate or save; veto saves after a stop."""
         if (control.should_evaluate or control.should_save) and state.global_step != self._judged_at:
             where = f"the end of the epoch, step {state.global_step}"
-            self._guarded(where, control, lambda: self._judge(where, state, control, kwargs["optimizer"]))
+            self._guarded(where, control, lambda: self._judge(where, state, control))
         if self._stopped:
             control.should_save = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the sidecar files into the checkpoint that was just saved."""
         where = f"the save at step {state.global_step}"
-        self._guarded(where, control, lambda: self._save(args, state, control, kwargs["optimizer"]))
+        self._guarded(where, control, lambda: self._save(args, state, control))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Judge the last window, write the certificate, remove the hook, free the snapshot."""
-        self._guarded("the end of the training", control, lambda: self._end(args, state, control, kwargs["optimizer"]))
+        self._guarded("the end of the training", control, lambda: self._end(args, state, control))
         self._required_session.close()
         if self._is_main:
             tqdm.write(_cost_line(self._required_session, state.global_step), file=sys.stderr)
@@ -203,9 +234,17 @@ class GuardCallback(TrainerCallback):
             masters=masters,
         )
 
-    def _begin(self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
+    def _begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: torch.nn.Module,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
         session = self._required_session
-        settings = {"guard's every": self.every, "guard's on_violation": self.on_violation}
+        settings = {"guard's every": self.every, "guard's on_violation": self.on_violation, **self.rolling.in_words()}
         require_same_schedule(session.processes, args, state, self.edits, settings)
         self._stopped = False
         self._warned.clear()
@@ -214,9 +253,27 @@ class GuardCallback(TrainerCallback):
         self._warn_of_unreached_edits(state)
         if state.global_step > 0:
             self._resume(args, state)
-        session.watch()
+        run = self._run(optimizer, lr_scheduler)
+        require_replayable_run(
+            self.rolling, run, "train with GuardedTrainer (or GuardedTrainerMixin) in place of Trainer"
+        )
+        self._policy = RollingPolicy(self.rolling, session, run, acts=self.on_violation != "monitor")
+        self._policy.begin(state.global_step)
         # Trainer divides by the items of all processes, and multiplies again where this hook has passed.
         self._recorder.attach(model, shares=args.world_size if args.average_tokens_across_devices else 1)
+
+    def _run(self, optimizer: Any, scheduler: Any) -> Run:
+        trainer = self._trainer
+        if trainer is None:
+            return Run(optimizer, optimizer, scheduler)
+        return Run(
+            optimizer,
+            optimizer,
+            scheduler,
+            scaler=trainer.accelerator.scaler,
+            loader=trainer.batches,
+            extra=trainer.training_parts,
+        )
 
     def _tracker_names(self, args: TrainingArguments) -> Sequence[Tracker | str]:
         if self.trackers is not None:
@@ -237,39 +294,35 @@ class GuardCallback(TrainerCallback):
                 "resume", f"no {STATE_FILE} in {folder}: the guard starts from a new baseline, the resumed weights"
             )
         else:
-            session.load_state(found)
+            session.load_state(found, step=state.global_step)
 
-    def _step(self, where: str, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
-        self._judge(where, state, control, optimizer)
+    def _step(self, where: str, state: TrainerState, control: TrainerControl) -> None:
+        self._judge(where, state, control)
         edit = self.edits.get(state.global_step)
         if edit is not None and not self._stopped:
             step = self._required_session.apply(edit, on_violation=self._session_mode, step=state.global_step)
             self._report(step, control)
 
-    def _judge(self, where: str, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
+    def _judge(self, where: str, state: TrainerState, control: TrainerControl) -> None:
         require_same_flags(self._required_session.processes, where, control)
-        self._check(state, control, optimizer)
+        self._check(state, control)
 
-    def _check(self, state: TrainerState, control: TrainerControl, optimizer: Any) -> Step:
-        """Judge the window that ends now; on a violation clear the moments, and stop if asked to."""
+    def _check(self, state: TrainerState, control: TrainerControl) -> Step:
+        """Judge the window that ends now, and stop after a violation if asked to."""
         losses = self._recorder.drain()
         if losses is None and state.global_step > self._judged_at:
             self._warn_once("loss", "the model returned no loss in training mode: raw losses are not judged")
-        step = self._required_session.check_window(
-            step=state.global_step,
-            raw_losses=losses,
+        step = self._required_policy.check(
+            state.global_step,
+            losses,
             # A window that began in the warm-up belongs to it: its growth is what warming up is for.
             in_warmup=self._judged_at < self._warmup_steps,
             on_violation=self._session_mode,
         )
         self._judged_at = state.global_step
         self._report(step, control)
-        if step.applied == "restored":
-            cleared = forget_moments(step, optimizer)
-            self._warn(
-                f"step {state.global_step}: the last good weights are restored and the optimizer state of {cleared} "
-                "parameters is cleared"
-            )
+        if step.applied == "restored" and step.record is not None:
+            self._warn(f"step {state.global_step}: {words_of(step.record.params)}")
         return step
 
     def _report(self, step: Step, control: TrainerControl) -> None:
@@ -280,25 +333,25 @@ class GuardCallback(TrainerCallback):
         if decision.action is Action.HALT or (decision.action is Action.ROLLBACK and self.on_violation == "stop"):
             self._stop(control)
 
-    def _save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
+    def _save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         folder = _checkpoint_folder(args, state)
         if not self._required_session.processes.broadcast("the checkpoint's folder", folder.is_dir()):
             self._warn_once("save", f"no folder {folder}: the guard's state is not saved with this checkpoint")
             return
         if state.global_step != self._judged_at:  # another callback asked for this save after us
-            step = self._check(state, control, optimizer)
+            step = self._check(state, control)
             if step.applied == "restored":
                 if self._is_main:
                     logger.error("%s was saved before it was judged and holds rejected weights: do not use it", folder)
                 return
         self._required_session.save_state(folder)
 
-    def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any) -> None:
+    def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         session = self._required_session
         # load_best_model_at_end has changed the weights after the last step.
         if state.global_step != self._judged_at or args.load_best_model_at_end:
-            self._check(state, control, optimizer)
-        self._recorder.detach()
+            self._check(state, control)
+        self._remove_hooks()
         if session.output_dir is not None and self._is_main:
             certificate = session.certificate()
             path = certificate.save(session.output_dir / CERTIFICATE)
@@ -328,6 +381,17 @@ class GuardCallback(TrainerCallback):
         return self.session
 
     @property
+    def _required_policy(self) -> RollingPolicy:
+        if self._policy is None:
+            raise InputError("the guard has no last good state: GuardCallback was added after training began")
+        return self._policy
+
+    def _remove_hooks(self) -> None:
+        self._recorder.detach()
+        if self._policy is not None:
+            self._policy.remove()
+
+    @property
     def _is_main(self) -> bool:
         return self.session is None or self.session.processes.is_main
 
@@ -347,7 +411,7 @@ class GuardCallback(TrainerCallback):
         try:
             yield
         except Exception as error:
-            self._recorder.detach()
+            self._remove_hooks()
             self._stop(control)
             logger.error("the guard cannot vouch for this model, training ends and saves nothing: %s", error)
             if self.session is not None:

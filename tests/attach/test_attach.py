@@ -92,38 +92,45 @@ def test_without_an_optimizer_nothing_is_judged_until_asked():
 # ---- what a violation does ------------------------------------------------------------------------------------------
 
 
-def test_a_bad_step_is_taken_back_inside_the_step_and_the_moments_are_cleared(caplog):
+@pytest.mark.parametrize("rollback", ["full", "weights"])
+def test_a_bad_step_is_taken_back_inside_the_step_and_its_moments_with_it(caplog, rollback):
     loop = Loop()
     good = {}
     with (
         caplog.at_level(logging.WARNING, "weightproof"),
-        attach(loop.accelerator, loop.model, loop.optimizer, every=5) as guard,
+        attach(loop.accelerator, loop.model, loop.optimizer, every=5, rollback=rollback) as guard,
     ):
         loop.run(
             10,
-            before=lambda step: loop.poison_gradients() if step == 8 else None,
-            after=lambda step: good.update(weights=loop.weights()) if step == 5 else None,
+            before=lambda step: loop.ruin_weights() if step == 8 else None,
+            after=lambda step: (
+                good.update(weights=loop.weights(), moments=states(loop.optimizer)) if step == 5 else None
+            ),
         )
         assert windows(guard) == [(5, "KEEP", "kept"), (10, "ROLLBACK", "restored")]
         assert same(loop.weights(), good["weights"])
-        assert loop.optimizer.state == {}
-        record = guard.history[-1].record
-        assert record.params["optimizer_states_cleared"] == len(list(loop.plain.parameters()))
+        params, count = guard.history[-1].record.params, len(list(loop.plain.parameters()))
+        if rollback == "full":
+            assert all(same(left, right) for left, right in zip(states(loop.optimizer), good["moments"], strict=True))
+            assert f"optimizer AdamW, the state of {count} parameters" in params["restored"]
+        else:
+            assert loop.optimizer.state == {}
+            assert params["optimizer_states_cleared"] == count
         loop.run(30)
     assert {action for _, action, _ in windows(guard)[2:]} == {"KEEP"}
     assert loop.losses[-1] < 0.7 * loop.losses[4], "it learns again"
-    assert "optimizer state of" in caplog.text
+    assert f"step 10: restored as of step {params['back_to_step']}: weights and buffers" in caplog.text
 
 
 def test_stop_raises_out_of_the_step_with_the_last_good_weights_and_nothing_goes_on():
     loop = Loop()
     guard = attach(loop.accelerator, loop.model, loop.optimizer, every=2, on_violation="stop")
     loop.run(2)
-    good = loop.weights()
+    good, moments = loop.weights(), states(loop.optimizer)
     with pytest.raises(EditRejectedError, match="training stopped at step 4, the last good weights are restored"):
-        loop.run(2, before=lambda step: loop.poison_gradients())
+        loop.run(2, before=lambda step: loop.ruin_weights())
     assert same(loop.weights(), good)
-    assert loop.optimizer.state == {}
+    assert all(same(left, right) for left, right in zip(states(loop.optimizer), moments, strict=True))
     with pytest.raises(EditRejectedError, match="has stopped this run"):
         loop.run(1)
     with pytest.raises(EditRejectedError, match="has stopped this run"):
@@ -139,7 +146,7 @@ def test_monitor_only_reports(caplog):
         caplog.at_level(logging.WARNING, "weightproof"),
         attach(loop.accelerator, loop.model, loop.optimizer, every=2, on_violation="monitor") as guard,
     ):
-        loop.run(2, before=lambda step: loop.poison_gradients())
+        loop.run(2, before=lambda step: loop.ruin_weights())
         assert windows(guard) == [(2, "ROLLBACK", "kept")]
     assert all(bool(torch.isnan(parameter).all()) for parameter in loop.plain.parameters())
     assert len(loop.optimizer.state) == len(list(loop.plain.parameters()))
@@ -293,7 +300,7 @@ def test_an_edit_judges_the_window_before_it_and_becomes_the_new_last_good_state
         assert (zeroed.step, zeroed.applied) == (6, "restored")
         assert same(loop.weights(), kept)
         assert loop.optimizer.state, "moments were gathered on good weights: a rejected edit leaves them"
-        loop.run(2, before=lambda step: loop.poison_gradients())
+        loop.run(2, before=lambda step: loop.ruin_weights())
         assert same(loop.weights(), kept)
 
 
@@ -302,7 +309,7 @@ def test_training_inside_an_edit_is_judged_with_the_edit_and_its_moments_go_with
     with attach(loop.accelerator, loop.model, loop.optimizer, every=2) as guard:
         loop.run(2)
         with guard.edit("unlearn", kind="train") as step:
-            loop.run(3, before=lambda _: loop.poison_gradients())
+            loop.run(3, before=lambda _: loop.ruin_weights())
         assert step.applied == "restored"
         assert loop.optimizer.state == {}
         assert [(s.step, s.name) for s in guard.history] == [(2, "train"), (2, "unlearn")]
@@ -327,7 +334,8 @@ def hooks_of(loop):
     accelerator, inner = loop.accelerator, loop.optimizer.optimizer
     return (
         len(accelerator._custom_objects), len(accelerator._save_model_state_pre_hook),
-        len(accelerator._load_model_state_pre_hook), len(inner._optimizer_step_post_hooks),
+        len(accelerator._load_model_state_pre_hook),
+        len(inner._optimizer_step_post_hooks), len(inner._optimizer_step_pre_hooks),
         len(loop.plain._forward_hooks), len(loop.plain._forward_pre_hooks),
     )  # fmt: skip
 

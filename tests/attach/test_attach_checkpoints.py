@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -55,14 +56,14 @@ def test_a_rejected_window_is_taken_back_before_the_weights_are_written(tmp_path
     loop = Loop()
     with attached(loop) as guard:
         loop.run(4)
-        good = loop.weights()
-        loop.run(2, before=lambda _: loop.poison_gradients())
+        good, moments = loop.weights(), copy.deepcopy(loop.optimizer.state_dict()["state"])
+        loop.run(2, before=lambda _: loop.ruin_weights())
         loop.accelerator.save_state(str(tmp_path / "checkpoint"))
         assert guard.history[-1].applied == "restored"
         assert same(loop.weights(), good)
     assert holds(tmp_path / "checkpoint", good)
     optimizer = torch.load(tmp_path / "checkpoint" / "optimizer.bin", weights_only=True)
-    assert optimizer["state"] == {}, "the moments of the rejected window are not saved either"
+    assert all(same(optimizer["state"][one], moments[one]) for one in moments), "the moments are those of step 4, too"
 
 
 def test_also_where_accelerate_collected_copies(tmp_path, monkeypatch):
@@ -76,7 +77,7 @@ def test_also_where_accelerate_collected_copies(tmp_path, monkeypatch):
     with attached(loop):
         loop.run(4)
         good = loop.weights()
-        loop.run(2, before=lambda _: loop.poison_gradients())
+        loop.run(2, before=lambda _: loop.ruin_weights())
         loop.accelerator.save_state(str(tmp_path / "checkpoint"))
     assert holds(tmp_path / "checkpoint", good)
 
@@ -89,7 +90,7 @@ def test_where_the_weights_are_written_before_the_guard_is_asked_a_rejected_fold
     loop.run(3)
     hook(loop.accelerator._models, [], str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} >= GUARD_FILES
-    loop.run(3, before=lambda _: loop.poison_gradients())
+    loop.run(3, before=lambda _: loop.ruin_weights())
     (tmp_path / "rejected").mkdir()
     with pytest.raises(EditRejectedError, match="holds rejected weights: do not use it"):
         hook(loop.accelerator._models, [], str(tmp_path / "rejected"))
@@ -100,7 +101,7 @@ def test_where_the_weights_are_written_before_the_guard_is_asked_a_rejected_fold
 def test_stop_saves_no_rejected_weights(tmp_path):
     loop = Loop()
     guard = attached(loop, on_violation="stop")
-    loop.run(3, before=lambda step: loop.poison_gradients() if step == 3 else None)
+    loop.run(3, before=lambda step: loop.ruin_weights() if step == 3 else None)
     with pytest.raises(EditRejectedError, match="training stopped at step 3"):
         loop.accelerator.save_state(str(tmp_path / "checkpoint"))
     assert not list((tmp_path / "checkpoint").glob("*.safetensors"))
@@ -134,7 +135,7 @@ def test_a_resumed_run_is_proven_counts_on_and_keeps_its_history(tmp_path):
         assert guard.session.baseline.model_digest == baseline
         good = second.weights()
         assert holds(tmp_path, good)
-        second.run(2, before=lambda _: second.poison_gradients())
+        second.run(2, before=lambda _: second.ruin_weights())
         assert [(step.step, step.applied) for step in guard.history] == [(8, "restored")]
         assert same(second.weights(), good), "the last good state is the loaded one"
         names = [step["name"] for step in guard.session.certificate().predicate["steps"]]

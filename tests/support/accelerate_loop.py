@@ -61,8 +61,14 @@ class Loop:
                 if after is not None:
                     after(done)
 
+    def ruin_weights(self, value: float = float("nan")) -> None:
+        """What no optimizer step repairs."""
+        with torch.no_grad():
+            for parameter in self.plain.parameters():
+                parameter.fill_(value)
+
     def poison_gradients(self, value: float = float("nan")) -> None:
-        """What a bad batch does: every parameter is ruined by the next step."""
+        """What a bad batch does: every parameter would be ruined by the next step."""
         for parameter in self.plain.parameters():
             if parameter.grad is not None:
                 parameter.grad.fill_(value)

@@ -111,8 +111,8 @@ def test_fault_is_rolled_back_bit_for_bit_and_training_goes_on(tmp_path, damage,
     assert [(step.step, step.applied) for step in rejected] == [(120, "restored")], "at the next check, and only there"
     assert rejected[0].record.digest_before == guard.history[4].record.digest_after
     assert same(recorder.seen[100], recorder.seen[120])
-    assert (recorder.moments[100], recorder.moments[120]) == (len(list(trainer.model.parameters())), 0)
-    assert rejected[0].record.params["optimizer_states_cleared"] == recorder.moments[100]
+    assert recorder.moments[100] == recorder.moments[120] == len(list(trainer.model.parameters()))
+    assert "optimizer AdamW, the state of 21 parameters" in rejected[0].record.params["restored"]
     assert storage == [parameter.data_ptr() for parameter in trainer.model.parameters()]
     held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in trainer.model.parameters()}, "the optimizer updates the live weights"
@@ -126,8 +126,9 @@ def test_nan_loss_is_seen_though_the_log_shows_zero(tmp_path):
     trainer.train()
     assert logged_losses(trainer)[40] == 0.0
     assert [entry[2] for entry in actions(guard)] == ["KEEP"] * 3 + ["ROLLBACK"] + ["KEEP"] * 2
-    (losses,) = [m for v in guard.history[3].verdicts for m in v.measurements if m.target == "raw losses"]
-    assert (losses.value, losses.outcome) == (5, Outcome.FAIL)
+    found = {(m.target, m.statistic): m for v in guard.history[3].verdicts for m in v.measurements}
+    for what in (("raw losses", "num_nonfinite"), ("gradients", "num_steps_skipped")):
+        assert (found[what].value, found[what].outcome) == (5, Outcome.FAIL)
 
 
 def test_windows_carry_their_raw_losses_and_the_warm_up_they_began_in(tmp_path, monkeypatch):

@@ -1,0 +1,99 @@
+"""Gradients, looked at just before the optimizer steps with them: a step that can only do harm is left out.
+
+The hook is torch's own (`register_step_pre_hook`), so that it sees what the optimizer will see: gradients that are
+averaged over processes, unscaled and clipped, whoever clipped them. Where the norm is not finite, or grossly
+above what was usual (`weightproof.spikes`), the gradients are taken away: the optimizer then writes nothing, neither
+weights nor moments nor step counts, and accelerate's wrapper says that the step was skipped, as it does after an
+overflow, so that the learning-rate schedule waits as well.
+
+Not watched: steps under a gradient scaler, which leaves such steps out by itself; DeepSpeed, which steps by
+itself; an optimizer that is given a closure, whose gradients do not exist yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightproof.placements import is_dtensor
+from weightproof.spikes import HISTORY, is_gross_norm
+from weightproof_callbacks.accelerator_checks import torch_optimizer
+from weightproof_callbacks.accelerator_trigger import only_fills_its_state
+from weightproof_callbacks.sharded import zero_optimizer
+
+__all__ = ["GradientWatch", "gradient_norm"]
+
+
+class GradientWatch:
+    """Notes the gradient norm of every optimizer step, and leaves steps out.
+
+    Args:
+        optimizer: The optimizer, as `accelerator.prepare` returned it, or the torch optimizer inside.
+        wrapper: accelerate's wrapper around it, if there is one.
+        acts: Whether steps are left out; else norms are only noted.
+    """
+
+    def __init__(self, optimizer: Any, *, wrapper: Any = None, acts: bool = True) -> None:
+        self._wrapper = wrapper
+        self._acts = acts
+        self._accepted: list[float] = []
+        self._window: list[tuple[float, bool]] = []  # norm, whether the step was left out
+        self._handle: Any = None
+        scaler = getattr(wrapper, "scaler", None) or getattr(optimizer, "scaler", None)
+        if optimizer is not None and zero_optimizer(optimizer) is None and scaler is None:
+            self._handle = torch_optimizer(optimizer).register_step_pre_hook(self._before_step)
+
+    @property
+    def watches(self) -> bool:
+        """Whether gradients are looked at."""
+        return self._handle is not None
+
+    def remove(self) -> None:
+        """Take the hook away."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def drain(self) -> list[tuple[float, bool]]:
+        """Norm of every step since the last call, and whether it was left out."""
+        found, self._window = self._window, []
+        return found
+
+    def learn(self, norms: Iterable[float]) -> None:
+        """Norms of a window that was kept: what is usual from now on."""
+        self._accepted = [*self._accepted, *norms][-HISTORY:]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        has_closure = any(callable(one) for one in (*args[1:], kwargs.get("closure")))
+        if has_closure or only_fills_its_state(optimizer):
+            return
+        gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+        if not gradients:
+            return
+        norm = gradient_norm(gradients)
+        taken = [value for value, left_out in self._window if not left_out]
+        left_out = self._acts and is_gross_norm([*self._accepted, *taken], norm)
+        self._window.append((norm, left_out))
+        if left_out:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        if self._wrapper is not None and self._acts:
+            self._wrapper._is_overflow = left_out
+
+
+def gradient_norm(gradients: list[Tensor]) -> float:
+    """Euclidean norm over all gradients, in one synchronisation; of sharded ones over all their parts."""
+    groups: dict[object, list[Tensor]] = {}
+    for gradient in gradients:
+        plain: Any = gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+        key = (plain.device_mesh, plain.placements) if is_dtensor(plain) else plain.device
+        groups.setdefault(key, []).append(plain)
+    norms: list[Tensor] = []
+    for one in groups.values():
+        whole: Any = torch.nn.utils.get_total_norm(one)
+        norms.append(whole.full_tensor() if is_dtensor(whole) else whole)
+    return float(torch.stack([norm.float().to(norms[0].device) for norm in norms]).norm())

@@ -1,0 +1,256 @@
+"""How a guarded run goes back: the one implementation behind `GuardCallback` and `attach`.
+
+It captures the training state of every good state, watches gradients, hands each window to the session, and says
+what a rollback restored. The session decides, and holds the good states (`weightproof.rolling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weightproof.collective import Processes
+from weightproof.errors import InputError
+from weightproof.rolling import Rolling, RollingOptions, TrainingPart
+from weightproof.session import GuardSession
+from weightproof.spikes import MAX_SKIPPED
+from weightproof.steps import Step
+from weightproof.types import Action
+from weightproof_callbacks.data_position import BatchMemory, ReplayableLoader
+from weightproof_callbacks.gradient_watch import GradientWatch
+from weightproof_callbacks.learning_rate import LearningRate
+from weightproof_callbacks.training_state import TrainingState, clear_optimizer_state, require_restorable
+
+__all__ = ["RollingPolicy", "Run", "require_replayable_run"]
+
+_SKIPPED = "data position: the batches of the window are not given again"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a training run consists of beside its model.
+
+    Attributes:
+        optimizer: As `accelerator.prepare` returned it, or the torch optimizer inside; None where nobody gave it.
+        wrapper: accelerate's wrapper around it, if there is one.
+        scheduler: Of the learning rate.
+        scaler: `GradScaler`, where it is not in the wrapper.
+        loader: `ReplayableLoader` or `BatchMemory`, for `data="replay"`.
+        extra: Gives further objects with `state_dict` and `load_state_dict`, by name for people.
+        generators: Further random generators.
+        device: Where copies of the training state are kept; None: where its tensors are.
+    """
+
+    optimizer: Any = None
+    wrapper: Any = None
+    scheduler: Any = None
+    scaler: Any = None
+    loader: Any = None
+    extra: Callable[[], Mapping[str, Any]] = dict
+    generators: tuple[Any, ...] = ()
+    device: torch.device | str | None = None
+
+    def parts(self, *, with_data: bool) -> dict[str, Any]:
+        """Arguments of `TrainingState.capture` and `from_parts`."""
+        return {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+            "loader": self.loader if with_data else None,
+            "extra": self.extra(),
+            "generators": self.generators,
+        }
+
+
+def require_replayable_run(options: RollingOptions, run: Run, how: str) -> None:
+    """Refuse, before the first step, to replay what cannot be given again.
+
+    Args:
+        options: What was asked for.
+        run: The run.
+        how: What its user can do.
+
+    Raises:
+        InputError: Naming the loader.
+    """
+    if options.data != "replay":
+        return
+    if run.optimizer is None:
+        raise InputError('data="replay" needs the optimizer: batches given again to other moments are another run')
+    if not isinstance(run.loader, ReplayableLoader | BatchMemory):
+        kind = "no loader" if run.loader is None else type(run.loader).__name__
+        raise InputError(f'data="replay" gives batches again, which {kind} cannot: {how}; or choose data="skip"')
+
+
+class RollingPolicy:
+    """Judges the windows of one run, and takes it back.
+
+    Args:
+        options: How, and how often.
+        session: The session.
+        run: What there is to take back beside the model.
+        acts: Whether violations are acted on (not with `on_violation="monitor"`).
+
+    Raises:
+        InputError: The run could not be restored whole; by name.
+    """
+
+    def __init__(self, options: RollingOptions, session: GuardSession, run: Run, *, acts: bool) -> None:
+        self.options = options
+        self.session = session
+        self.run = run
+        self._acts = acts
+        if self._is_full:
+            require_restorable(run.optimizer, session.model)
+        self._rate = LearningRate(run.optimizer, run.scheduler)
+        self._gradients = GradientWatch(run.optimizer, wrapper=run.wrapper, acts=acts)
+
+    @property
+    def _is_full(self) -> bool:
+        return self._acts and self.options.rollback == "full" and self.run.optimizer is not None
+
+    def begin(self, step: int) -> None:
+        """Keep the present state as the last good one, and none that is older."""
+        self.session.watch(Rolling(self.options, self._capture), step=step)
+
+    def remove(self) -> None:
+        """Take every hook away."""
+        self._gradients.remove()
+
+    def check(self, step: int, losses: tuple[float, ...] | None, *, in_warmup: bool, on_violation: str) -> Step:
+        """Judge the window that ends now.
+
+        Args:
+            step: Step of the run.
+            losses: Raw losses of its steps.
+            in_warmup: As in `GuardSession.check_window`.
+            on_violation: "monitor" only reports.
+        """
+        seen = self._gradients.drain()
+        # One process may have left out a step that the others took: its loss is then nobody's.
+        left_out = {index for index, (_, skipped) in enumerate(seen) if skipped}
+        if self._gradients.watches:
+            left_out = set().union(*self.session.processes.gather("steps left out", sorted(left_out)))
+        norms = tuple(norm for index, (norm, _) in enumerate(seen) if index not in left_out)
+        # What nobody stepped with has harmed nothing. Where it was too often, it is the evidence.
+        if losses is not None and len(losses) == len(seen) and len(left_out) <= MAX_SKIPPED:
+            losses = tuple(loss for index, loss in enumerate(losses) if index not in left_out)
+        judged = self.session.check_window(
+            step=step,
+            raw_losses=losses,
+            grad_norms=norms if self._gradients.watches else None,
+            num_skipped=len(left_out),
+            in_warmup=in_warmup,
+            on_violation="monitor" if on_violation == "monitor" else "rollback",
+        )
+        if judged.decision is not None and judged.decision.action is Action.KEEP:
+            self._gradients.learn(norms)
+        return judged
+
+    def forget(self) -> None:
+        """Steps since the last check belong to something else (an edit, a loaded checkpoint)."""
+        self._gradients.drain()
+
+    def _capture(self) -> TrainingPart | None:
+        if not self._acts or self.run.optimizer is None:
+            return None
+        if not self._is_full:
+            return _Cleared(self.run.optimizer, self._rate, self.options)
+        state = TrainingState.capture(**self.run.parts(with_data=self._replays), device=self.run.device)
+        return _Full(state, self._rate, self.options, self.session.processes)
+
+    @property
+    def _replays(self) -> bool:
+        return self.options.data == "replay"
+
+
+class _Full:
+    """A captured training state, and the learning rate's scale at that time."""
+
+    def __init__(self, state: TrainingState, rate: LearningRate, options: RollingOptions, processes: Processes) -> None:
+        self._state = state
+        self._rate = rate
+        self._scale = rate.scale
+        self._options = options
+        self._processes = processes
+
+    @property
+    def nbytes(self) -> int:
+        return self._state.nbytes
+
+    def put_back(self) -> Mapping[str, Any]:
+        data = self._options.data
+        refusal = self._refusal(data)
+        if refusal is not None:
+            data = "skip"
+        self._state.restore(data)
+        self._rate.rescale(self._scale, self._options.lr_factor)
+        left = list(self._state.uncovered)
+        if data == "skip":
+            left = [one for one in left if not one.startswith("data position")]
+            left.append(_SKIPPED if refusal is None else f"data position: {refusal}")
+        return {
+            "restored": ["weights and buffers", *self._state.covered],
+            "not_restored": left,
+            "data": data,
+            **self._rate.notes(),
+        }
+
+    def _refusal(self, data: str) -> str | None:
+        """Why batches cannot be given again after all, on any process: then all of them go on without."""
+        if data == "skip":
+            return None
+        ours = None
+        try:
+            self._state.require_replayable(data)
+        except InputError as error:
+            ours = str(error)
+        return next((one for one in self._processes.gather("whether batches can be given again", ours) if one), None)
+
+    def parts(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        return self._state.tensors(), {"state": self._state.values(), "scale": self._scale}
+
+
+class _Cleared:
+    """Nothing is kept: moments of the rejected window are cleared, everything else runs on."""
+
+    nbytes = 0
+
+    def __init__(self, optimizer: Any, rate: LearningRate, options: RollingOptions) -> None:
+        self._optimizer = optimizer
+        self._rate = rate
+        self._options = options
+
+    def put_back(self) -> Mapping[str, Any]:
+        cleared = clear_optimizer_state(self._optimizer)
+        self._rate.rescale(self._rate.scale, self._options.lr_factor)
+        return {
+            "restored": ["weights and buffers"],
+            "not_restored": [
+                "optimizer: the state of its parameters is cleared",
+                "learning-rate schedule and random generators: they run on",
+                _SKIPPED,
+            ],
+            "optimizer_states_cleared": cleared,
+            "data": "skip",
+            **self._rate.notes(),
+        }
+
+    def parts(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        return {}, {}
+
+
+def words_of(notes: Mapping[str, Any]) -> str:
+    """What a rollback did, in one line for people."""
+    if "restored" not in notes:
+        return "the last good weights are restored"
+    restored: Iterable[str] = notes["restored"]
+    cleared = notes.get("optimizer_states_cleared")
+    also = f", the optimizer state of {cleared} parameters is cleared" if cleared is not None else ""
+    rate = notes.get("learning_rate_scale")
+    slower = f"; the learning rate is {rate:g} times what it was" if rate is not None else ""
+    return f"restored as of step {notes['back_to_step']}: {'; '.join(restored)}{also}{slower}"
