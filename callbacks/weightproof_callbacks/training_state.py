@@ -296,7 +296,8 @@ class TrainingState:
         if isinstance(loader, BatchMemory):
             self._memory, self._mark = loader, loader.mark()
         else:
-            reason = "none was given" if loader is None else f"{type(loader).__name__} cannot give batches again"
+            kind = "no loader was given" if loader is None else f"{type(loader).__name__} cannot give batches again"
+            reason = f"{kind}, so the data goes on from where it is"
             uncovered.append(f"data position: {reason}")
         if _owns_states(self._draws) and not torch.cuda.is_initialized():
             uncovered.append("random generators of CUDA: it was not in use")

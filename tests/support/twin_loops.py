@@ -39,6 +39,7 @@ def loop(
     rows: int = 512,
     order: str = "sequential",
     draws: bool = True,
+    inside: bool = False,
     skipped: bool = False,
     model: torch.nn.Module | None = None,
     **settings: Any,
@@ -52,6 +53,7 @@ def loop(
         rows: Of the data set; fewer than are needed begin another epoch.
         order: "sequential", or drawn from the "global" generators or from one of the loader's "own".
         draws: Whether the fault draws numbers out of turn.
+        inside: Act inside of `optimizer.step()`, before the schedule steps, as a hook of the optimizer does.
         skipped: Leave the rows of the window out of the data set.
         model: Already sharded, so that the Accelerator leaves it alone.
         settings: Of AdamW.
@@ -61,9 +63,7 @@ def loop(
     own = model if model is not None else dropout_llama(dtype)
     set_seed(1 + accelerator.process_index)
     optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2, **settings)
-    dataset: Any = Chains(rows, seed=1)
-    if skipped:
-        dataset = Subset(dataset, without_window(rows, ROWS * ACCUMULATION * processes))
+    dataset = _dataset(rows, processes, skipped)
     generator = torch.Generator().manual_seed(5) if order == "own" else None
     loader = DataLoader(dataset, batch_size=ROWS, shuffle=order != "sequential", generator=generator)
     scheduler = warmup(optimizer)
@@ -80,6 +80,9 @@ def loop(
 
     transaction = None if data is None else Transaction(plain, optimizer, capture, data, draws)
     total, done = STEPS + (0 if data is None else WINDOW), 0
+    if transaction is not None and inside:
+        torch_optimizer: Any = getattr(optimizer, "optimizer", optimizer)
+        torch_optimizer.register_step_post_hook(lambda *_: transaction.after(done + 1))
     own.train()
     while done < total:
         for batch in batches:
@@ -92,7 +95,7 @@ def loop(
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
                 done += 1
-                if transaction is not None:
+                if transaction is not None and not inside:
                     transaction.after(done)
             if done == total:
                 break
@@ -108,13 +111,12 @@ def trained(
     rows: int = 512,
     skipped: bool = False,
     model: torch.nn.Module | None = None,
+    resume: str | None = None,
     **settings: Any,
 ) -> Outcome:
     """Train by `Trainer`; arguments as of `loop`, `settings` of `TrainingArguments`."""
     fresh_accelerate()
-    dataset: Any = Chains(rows, seed=1)
-    if skipped:
-        dataset = Subset(dataset, without_window(rows, ROWS * ACCUMULATION * processes))
+    dataset = _dataset(rows, processes, skipped)
     arguments: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": STEPS + (0 if data is None else WINDOW), "report_to": [],
         "per_device_train_batch_size": ROWS, "gradient_accumulation_steps": ACCUMULATION, "learning_rate": 1e-2,
@@ -131,5 +133,10 @@ def trained(
     assert trainer.args.world_size == processes
     set_seed(1 + trainer.args.process_index)
     seen = Seen(own)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return outcome(own, trainer.capture_training_state(), seen)
+
+
+def _dataset(rows: int, processes: int, skipped: bool) -> Any:
+    whole = Chains(rows, seed=1)
+    return Subset(whole, without_window(rows, ROWS * ACCUMULATION * processes)) if skipped else whole

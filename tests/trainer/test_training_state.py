@@ -417,8 +417,9 @@ def test_replay_is_refused_before_anything_is_written(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = TrainingState.capture(optimizer=optimizer, loader=[1, 2])
     assert state.uncovered == (
-        "learning-rate schedule: none was given", "data position: list cannot give batches again",
-    )  # fmt: skip
+        "learning-rate schedule: none was given",
+        "data position: list cannot give batches again, so the data goes on from where it is",
+    )
     optimizer.param_groups[0]["lr"] = 5.0
     for data, words in {"replay": "wrap it as ReplayableLoader", "rewind": "data must be one of skip, replay"}.items():
         with pytest.raises(InputError, match=words):

@@ -34,3 +34,10 @@ def test_the_window_is_replayed_across_the_end_of_a_shuffled_epoch(order):
     require_twins(ours, twin)
     require_batches("replay", ours, twin)
     assert set(twin.seen[:10]) != set(twin.seen[10:]), "each epoch has an order of its own"
+
+
+def test_a_run_taken_back_inside_of_a_step_equals_its_twin():
+    """There the schedule has not stepped yet, neither at the safe point nor when the run goes back to it."""
+    ours, twin = loop("replay", inside=True, fused=True), loop(None, fused=True)
+    require_twins(ours, twin)
+    require_batches("replay", ours, twin)
