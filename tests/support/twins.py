@@ -104,8 +104,9 @@ def require_twins(ours: Outcome, twin: Outcome) -> None:
     """Weights, moments, schedule and generators are the same bits."""
     for left, right in ((ours.weights, twin.weights), (ours.moments, twin.moments)):
         assert left.keys() == right.keys()
-        assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    assert ours.state == twin.state
+        different = [name for name in left if not torch.equal(left[name], right[name])]
+        assert not different, f"other bits than its twin: {different}"
+    assert ours.state == twin.state, "schedule or generators stand elsewhere than its twin's"
 
 
 def require_batches(data: str, ours: Outcome, twin: Outcome, accumulation: int = 2) -> None:

@@ -7,6 +7,8 @@ import torch
 from tests.support.twin_loops import loop
 from tests.support.twins import require_batches, require_twins
 
+from weightproof_callbacks.training_state import TrainingState
+
 KINDS = {
     "foreach": {"foreach": True, "fused": False},
     "fused": {"fused": True},
@@ -41,3 +43,12 @@ def test_a_run_taken_back_inside_of_a_step_equals_its_twin():
     ours, twin = loop("replay", inside=True, fused=True), loop(None, fused=True)
     require_twins(ours, twin)
     require_batches("replay", ours, twin)
+
+
+def test_without_the_training_state_the_runs_differ(monkeypatch):
+    """The fault does matter: with the weights alone restored, the moments carry it on."""
+    monkeypatch.setattr(TrainingState, "restore", lambda state, data: state._memory.skip(state._mark))
+    ours, twin = loop("skip", fused=True), loop(None, skipped=True, fused=True)
+    assert ours.seen[:8] + ours.seen[12:] == twin.seen
+    with pytest.raises(AssertionError, match="other bits than its twin"):
+        require_twins(ours, twin)
