@@ -234,11 +234,22 @@ class RankFolder:
 
     def withdraw(self, plan: Plan, kept: Iterable[Manifest], *, with_objects: bool = True) -> None:
         """Leave nothing of a save that failed; what cannot be removed now is left for a later sweep."""
-        gone = remove_quietly([self._path_of(plan.manifest.id)], self._files)
-        if gone and with_objects:
+        if self._manifest_is_gone(plan.manifest.id) and with_objects:
             needed = _object_names(kept)
             written = [object_name(held) for held in plan.fresh]
             remove_quietly([self._objects / name for name in written if name not in needed], self._files)
+
+    def _manifest_is_gone(self, number: int) -> bool:
+        """Whether a manifest is surely removed: one that came back after a loss of power would need its objects."""
+        path = self._path_of(number)
+        if not path.exists():
+            return True
+        try:
+            self._files.unlink(path)
+            self._files.sync_folder(self._snapshots)
+        except OSError:
+            return False
+        return True
 
     # ---------------------------------------------------------------- removing
 
@@ -263,8 +274,8 @@ class RankFolder:
             names = [name for name in _names(folder) if _OURS.fullmatch(name) and name not in needed]
             for name in names:
                 self._files.unlink(folder / name)
-            if names:  # so that no object is gone while a manifest that needs it comes back after a crash
-                self._files.sync_folder(folder)
+            # Also where there are none: an earlier call may have removed some, and failed before this.
+            self._files.sync_folder(folder)
         return [f"{folder.name}/{name}" for name in names]
 
     def _path_of(self, number: int) -> Path:
