@@ -20,12 +20,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weightproof.errors import InputError, RestoreError
-from weightproof.placements import is_dtensor, local_of, refusal_of
 from weightproof.steps import Step
-from weightproof.weights import iter_tensors, unwrap
 from weightproof_callbacks.data_position import BatchMemory, Mark, ReplayableLoader
 from weightproof_callbacks.generator_state import (
     GlobalDraws,
@@ -34,7 +32,8 @@ from weightproof_callbacks.generator_state import (
     put_generator_back,
     require_generators,
 )
-from weightproof_callbacks.optimizer_state import OptimizerState, require_known_optimizer, require_same
+from weightproof_callbacks.optimizer_state import OptimizerState, require_same
+from weightproof_callbacks.restorable import require_restorable
 from weightproof_callbacks.sharded import clear_moments
 from weightproof_callbacks.state_values import Values
 
@@ -49,7 +48,6 @@ __all__ = [
 
 DATA_MODES = ("skip", "replay")
 _FORMAT = "weightproof-training-state-v1"
-_PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 _SCHEDULER, _SCALER, _EXTRA = "scheduler", "scaler", "extra:"
 
 
@@ -335,47 +333,6 @@ def _require_same_parts(ours: set[str], kept: set[str]) -> None:
         odd = sorted(ours ^ kept)[0]
         where = "was kept, but this run has none" if odd in kept else "is in this run, but was not kept"
         raise InputError(f"the training state does not fit this run: {odd.removeprefix(_EXTRA)} {where}")
-
-
-def require_restorable(optimizer: Any, model: nn.Module) -> None:
-    """Refuse, before the first step, a run that could not be taken back whole.
-
-    Raises:
-        InputError: An optimizer of which not all is known, parameters that are offloaded or on the meta device,
-            quantised packed parameters, or shards that keep no shapes; by name, with what to do.
-    """
-    require_known_optimizer(optimizer)
-    model = unwrap(model)
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith(_PACKED):
-            raise InputError(
-                f"{name or 'the model'} is a {type(module).__qualname__}, which packs its weights out of reach: "
-                "quantise after training"
-            )
-        hook = getattr(module, "_hf_hook", None)
-        if getattr(hook, "offload", False):
-            raise InputError(
-                f"the parameters of {name or 'the model'} are offloaded by accelerate and lie elsewhere between two "
-                "steps: train with a device map without offload, or shard with FSDP version 2"
-            )
-    for named in iter_tensors(model):
-        if reason := _parameter_refusal(named.tensor):
-            raise InputError(f"{named.name} could not be restored: {reason}")
-
-
-def _parameter_refusal(tensor: Any) -> str | None:
-    if not is_dtensor(tensor) and (reason := refusal_of(tensor)):
-        return reason
-    local = local_of(tensor)
-    if local.device.type == "meta":
-        return "it is on the meta device, without values: load the weights before training"
-    if type(local) is Tensor and (is_dtensor(tensor) or type(tensor) in (Tensor, nn.Parameter)):
-        odd = local.layout != torch.strided or local.is_quantized
-        return f"its layout {local.layout} is not supported" if odd else None
-    return (
-        f"it is a {type(tensor).__name__}, whose packed or wrapped values cannot be written back bit for bit: "
-        "quantise after training, or train adapters on weights that are not packed"
-    )
 
 
 # ---- without a captured state ---------------------------------------------------------------------------------------
