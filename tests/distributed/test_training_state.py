@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from tests.support.sharding import shard
+from tests.support.transactions import dropout_llama, require_batches, require_twins
 from tests.support.twin_loops import loop, trained
-from tests.support.twins import dropout_llama, require_batches, require_twins
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig

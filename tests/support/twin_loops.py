@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from tests.support.accelerate_loop import fresh_accelerate
 from tests.support.chains import Chains
-from tests.support.twins import (
+from tests.support.transactions import (
     STEPS,
     WINDOW,
     Outcome,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.support.transactions import require_batches, require_twins
 from tests.support.twin_loops import loop
-from tests.support.twins import require_batches, require_twins
 
 from weightproof_callbacks.training_state import TrainingState
 

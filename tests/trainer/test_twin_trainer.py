@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.support.chains import Chains
+from tests.support.transactions import BACK, SAFE, dropout_llama, require_batches, require_twins
 from tests.support.twin_loops import trained
-from tests.support.twins import BACK, SAFE, dropout_llama, require_batches, require_twins
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from weightproof_callbacks.trainer_mixin import GuardedTrainerMixin
