@@ -25,7 +25,7 @@ from weightproof.errors import InputError, WeightproofError
 from weightproof.model_pair import Data
 from weightproof.policy import Policy
 from weightproof.types import EditRecord, Readings
-from weightproof.verify_folder import check_folder
+from weightproof.verify_folder import check_base_files, check_folder
 from weightproof.verify_outputs import compare_outputs
 from weightproof.verify_readings import compare_readings, compare_records
 from weightproof.verify_result import Difference, Findings, Status, Verification
@@ -167,7 +167,7 @@ class _Run:
         base = self.demands.base
         if base is None:
             found = read_folder(self.folder, progress=self.progress).readings
-            compare_readings("subject", self.content.subject, found, self.findings)
+            self._hold("subject", self.content.subject, found)
             self.findings.checked.append("readings of the subject's weights")
             self.findings.notes.append(
                 "the readings of the base were taken from the certificate: give --base to take them again"
@@ -190,15 +190,21 @@ class _Run:
             targets=None if record is None else record.targets,
             data=self.demands.data,
         )
-        case = certify_folders(request, progress=self.progress).case
-        self._compare(case.baseline.readings, case.current)
-        compare_outputs(self.content, case.baseline.readings, case.current, self.findings)
+        certified = certify_folders(request, progress=self.progress)
+        self._compare(certified.case.baseline.readings, certified.case.current)
+        compare_outputs(self.content, certified, self.findings)
+
+    def _hold(self, side: str, stated: Readings, found: Readings) -> None:
+        """Readings of one folder against those stated; in training not all of them are taken."""
+        in_training = any(step.kind == TRAINING for step in self.content.predicate.steps)
+        of_files = bool(self.content.certificate.files)
+        compare_readings(side, stated, found, self.findings, of_files=of_files, whole=not in_training)
 
     def _compare(self, before: Readings, after: Readings) -> None:
         """Readings of both folders, and what changed between them."""
         self._require_base(before)
-        compare_readings("baseline", self.content.baseline, before, self.findings)
-        compare_readings("subject", self.content.subject, after, self.findings)
+        self._hold("baseline", self.content.baseline, before)
+        self._hold("subject", self.content.subject, after)
         self.findings.checked.append("readings of the weights of base and subject")
         step = self._step()
         if step is None or step.record is None or step.judged_on is None or after.edit is None:
@@ -218,7 +224,10 @@ class _Run:
         compare_records(f"what {step.name!r} changed", stated, found, self.findings)
 
     def _require_base(self, before: Readings) -> None:
-        """Every tensor of the baseline is in the base folder, where it is not one that no file holds."""
+        """Every file and tensor of the baseline is in the base folder, where it is not one that no file holds."""
+        stated_files = self.content.predicate.baseline.files
+        if stated_files and self.demands.base is not None:
+            check_base_files(stated_files, self.demands.base, self.findings, resharded=self.demands.resharded)
         ties = self.content.predicate.ties
         for name, reading in self.content.baseline.tensors.items():
             there = next((before.tensors[n] for n in (name, *ties.get(name, ())) if n in before.tensors), None)

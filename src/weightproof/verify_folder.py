@@ -53,14 +53,22 @@ def check_folder(
     return True
 
 
-def _compare_files(stated: Mapping[str, str], found: Mapping[str, str], findings: Findings) -> None:
+def check_base_files(stated: Mapping[str, str], folder: Path, findings: Findings, *, resharded: bool) -> None:
+    """Compare the base folder with the files that the certificate names for it; reports beside it do not count."""
+    found = file_digests(folder)
+    if resharded:
+        stated, found = ({k: v for k, v in one.items() if not k.endswith(WEIGHT_FILES)} for one in (stated, found))
+    _compare_files(stated, found, findings, of=" of the base")
+
+
+def _compare_files(stated: Mapping[str, str], found: Mapping[str, str], findings: Findings, of: str = "") -> None:
     for name in sorted(stated.keys() | found.keys()):
         if name not in found:
-            findings.differs(f"file {name}", "sha256", stated[name], None)
+            findings.differs(f"file {name}{of}", "sha256", stated[name], None)
         elif name not in stated:
-            findings.differs(f"file {name}", "extra file", None, found[name])
+            findings.differs(f"file {name}{of}", "extra file", None, found[name])
         else:
-            findings.require_equal(f"file {name}", "sha256", stated[name], found[name])
+            findings.require_equal(f"file {name}{of}", "sha256", stated[name], found[name])
 
 
 def _compare_tensors(content: Content, found: Mapping[str, str], findings: Findings) -> None:

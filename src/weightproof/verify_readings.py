@@ -45,9 +45,13 @@ TOLERANCES: Mapping[str, Tolerance] = {
 """By statistic. A Marchenko-Pastur fit is a search whose end moves with the last bits of the spectrum."""
 
 Pair = tuple[float | None, float | None]
+BOUND = "weyl-bound("
+"""How the method of a spike count begins that is a bound, made from the fit of the baseline."""
 
 
-def compare_readings(side: str, stated: Readings, found: Readings, findings: Findings) -> None:
+def compare_readings(  # noqa: PLR0913 - two readings, and how much of them must agree
+    side: str, stated: Readings, found: Readings, findings: Findings, *, of_files: bool, whole: bool = True
+) -> None:
     """Hold the readings of one model in a certificate against those taken here.
 
     Args:
@@ -55,9 +59,11 @@ def compare_readings(side: str, stated: Readings, found: Readings, findings: Fin
         stated: From the certificate; of a model in memory it may have tensors that no file holds.
         found: Taken from the weights.
         findings: Where differences go.
+        of_files: Whether the certificate is of a folder too, so that what its files say of a tensor must agree.
+        whole: Whether everything that can be read was to be read; not so in windows of training.
     """
     for name in (name for name in stated.tensors if name in found.tensors):
-        _tensor(f"{side} {name}", stated.tensors[name], found.tensors[name], findings)
+        _tensor(f"{side} {name}", stated.tensors[name], found.tensors[name], findings, of_files=of_files)
     for name, theirs in stated.matrices.items():
         ours = found.matrices.get(name)
         if ours is None:
@@ -66,15 +72,31 @@ def compare_readings(side: str, stated: Readings, found: Readings, findings: Fin
             _matrix(f"{side} {name}", theirs, ours, findings)
     for name in (name for name in found.matrices if name not in stated.matrices):
         findings.misstated(f"{side} {name}", "matrix", "a reading", None)
+    if whole:
+        _none_left_out(side, "bulk", stated.bulks, found.bulks, findings)
+        _none_left_out(side, "circuit", stated.circuits, found.circuits, findings)
     for name in (name for name in stated.bulks if name in found.bulks):
         _bulk(f"{side} {name}", stated.bulks[name], found.bulks[name], findings)
     _circuits(side, stated, found, findings)
     _untrained(side, stated, found, findings)
 
 
-def _tensor(where: str, stated: TensorReading, found: TensorReading, findings: Findings) -> None:
+def _none_left_out(
+    side: str, what: str, stated: Mapping[str, object], found: Mapping[str, object], findings: Findings
+) -> None:
+    """A reading left out is a guard that could not speak."""
+    for name in (name for name in found if name not in stated):
+        findings.misstated(f"{side} {name}", what, "a reading", None)
+
+
+def _tensor(where: str, stated: TensorReading, found: TensorReading, findings: Findings, *, of_files: bool) -> None:
     """Facts about one tensor; its digest is compared where a folder is compared with a list of tensors."""
-    for name in ("dtype", "num_nonfinite"):
+    names = ["dtype", "num_nonfinite"]
+    if stated.num_nan is not None and found.num_nan is not None:
+        names.append("num_nan")
+    if of_files or stated.num_nonfinite:  # inf is no breach in a buffer
+        names += ["is_buffer", "storage"]
+    for name in names:
         findings.require_stated(where, name, getattr(found, name), getattr(stated, name))
     findings.require_stated(where, "shape", str(list(found.shape)), str(list(stated.shape)))
 
@@ -82,6 +104,7 @@ def _tensor(where: str, stated: TensorReading, found: TensorReading, findings: F
 def _matrix(where: str, stated: MatrixReading, found: MatrixReading, findings: Findings) -> None:
     for name in ("family", "d_out", "d_in", "zero_rows", "zero_cols"):
         findings.require_stated(where, name, getattr(found, name), getattr(stated, name))
+    findings.require_stated(where, "measured", found.reason is None, stated.reason is None)
     error = (stated.spectral_norm_error or 0.0) + (found.spectral_norm_error or 0.0)
     _number(where, "spectral_norm", _pair(stated, found, "spectral_norm"), findings, error=error)
     for name in ("frobenius_norm", "norm_collapse"):
@@ -92,7 +115,9 @@ def _matrix(where: str, stated: MatrixReading, found: MatrixReading, findings: F
 
 
 def _bulk(where: str, stated: BulkReading, found: BulkReading, findings: Findings) -> None:
-    findings.require_stated(where, "null", found.null, stated.null)
+    for name in ("null", "family"):
+        findings.require_stated(where, name, getattr(found, name), getattr(stated, name))
+    findings.require_stated(where, "measured", found.reason is None, stated.reason is None)
     low, high, count = stated.num_spikes_low, stated.num_spikes_high, found.num_spikes
     if (count is None) != (stated.num_spikes is None):
         findings.misstated(where, "num_spikes", count, stated.num_spikes)
@@ -102,7 +127,11 @@ def _bulk(where: str, stated: BulkReading, found: BulkReading, findings: Finding
         ours = found.num_spikes_low or count, found.num_spikes_high or count
         if ours[1] < low - slack or ours[0] > high + slack:
             findings.misstated(where, "num_spikes", count, f"{low} to {high}" if low != high else low)
-    if stated.method != found.method:
+    ends = stated.num_spikes_low, stated.num_spikes, stated.num_spikes_high
+    known = [one for one in ends if one is not None]
+    if known != sorted(known):
+        findings.misstated(where, "num_spikes", f"{low} to {high}", stated.num_spikes)
+    if stated.method.startswith(BOUND) != found.method.startswith(BOUND):
         return  # a bound repeats the fit of the baseline: its other numbers are not those of this matrix
     for name in ("sigma_mp", "edge_plus", "top_over_edge", "spike_energy", "ks_distance"):
         _number(where, name, _pair(stated, found, name), findings)
@@ -126,6 +155,9 @@ def _circuits(side: str, stated: Readings, found: Readings, findings: Findings) 
     both = [name for name in stated.circuits if name in found.circuits]
     for name in both:
         one, other = stated.circuits[name], found.circuits[name]
+        findings.require_stated(f"{side} {name}", "kind", other.kind, one.kind)
+        findings.require_stated(f"{side} {name}", "matrices", ", ".join(other.matrices), ", ".join(one.matrices))
+        findings.require_stated(f"{side} {name}", "measured", other.reason is None, one.reason is None)
         if one.values is None or other.values is None:
             if (one.values is None) != (other.values is None):
                 findings.misstated(f"{side} {name}", "circuit", _count(other), _count(one))
@@ -154,6 +186,11 @@ def _untrained(side: str, stated: Readings, found: Readings, findings: Findings)
         close = {stated.bulks[name].num_spikes, found.bulks[name].num_spikes} <= {0, 1}
         if not close:
             findings.misstated(f"{side} {name}", "untrained", name in found.untrained, name in stated.untrained)
+    for name in sorted(found.bulks.keys() & stated.bulks.keys()):
+        ours, theirs = found.bulks[name], stated.bulks[name]
+        close = {theirs.num_spikes, ours.num_spikes} <= {0, 1}
+        if ours.pure_bulk != theirs.pure_bulk and not close and not theirs.method.startswith(BOUND):
+            findings.misstated(f"{side} {name}", "pure_bulk", ours.pure_bulk, theirs.pure_bulk)
 
 
 def compare_records(where: str, stated: EditRecord, found: EditRecord, findings: Findings) -> None:
@@ -170,12 +207,16 @@ def compare_records(where: str, stated: EditRecord, found: EditRecord, findings:
             findings.misstated(at, ours.statistic, ours.value, None)
             continue
         findings.require_stated(at, f"{ours.statistic} (limit)", ours.limit, other.limit)
+        findings.require_stated(at, f"{ours.statistic} (measured)", ours.reason is None, other.reason is None)
         findings.require_stated(at, f"{ours.statistic} (rigorous)", ours.rigorous, other.rigorous)
         both = ours.value is not None and other.value is not None
         if (ours.value is None) != (other.value is None) or (
             both and not TOLERANCES["contract"].allows(other.value or 0.0, ours.value or 0.0)
         ):
             findings.misstated(at, ours.statistic, ours.value, other.value)
+    known = {one.statistic for one in found.contract}  # a session holds its own edits to their plan besides
+    for target, statistic in (one for one in theirs if one[1] in known):
+        findings.misstated(f"{where}, {target}", statistic, None, "a reading")
 
 
 def _names(where: str, what: str, stated: Iterable[str], found: Iterable[str], findings: Findings) -> None:

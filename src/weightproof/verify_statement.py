@@ -12,6 +12,7 @@ from weightproof.policy import decision_digest, evidence_digest
 from weightproof.signing import key_id, verify_envelope
 from weightproof.tensor_store import model_digest
 from weightproof.types import Action, Readings
+from weightproof.verify_coherence import check_coherence
 from weightproof.verify_result import Findings
 
 if TYPE_CHECKING:
@@ -50,10 +51,7 @@ def check_statement(content: Content, findings: Findings) -> None:
     _check_decision(content, findings)
     for index, step in enumerate(content.predicate.steps):
         _check_step(content, index, step, findings)
-        if content.certificate.files and step.kind == "train":
-            findings.differs(
-                f"step {index} ({step.name})", "kind", "an edit: two folders are no window of training", step.kind
-            )
+    check_coherence(content, findings)
     findings.checked.append("digests and references inside the certificate")
 
 
@@ -121,6 +119,7 @@ def _check_step(content: Content, index: int, step: StepForm, findings: Findings
             findings.require_stated(f"{where}, {verdict.guard}", "num_measurements", count, verdict.num_measurements)
     if step.judged_on is None:
         return
+    findings.require_stated(where, "complete", True, step.complete)
     after, reference = content.readings[step.judged_on.after], content.readings[step.judged_on.reference]
     for name, stated, read in (
         ("record", step.record, after.edit),
@@ -129,6 +128,7 @@ def _check_step(content: Content, index: int, step: StepForm, findings: Findings
     ):
         findings.require_stated(where, name, json_digest(read), json_digest(stated))
     if step.record is not None:
+        findings.require_stated(where, "kind", step.record.kind, step.kind)
         findings.require_stated(where, "digest_after", after.model_digest, step.record.digest_after)
         if not step.record.stray_names:
             findings.require_stated(where, "digest_before", reference.model_digest, step.record.digest_before)

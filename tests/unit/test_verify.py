@@ -31,6 +31,7 @@ from weightproof.policy import decision_digest, evidence_digest, load_policy
 from weightproof.readings_json import readings_json
 from weightproof.steps import Step
 from weightproof.tensor_store import model_digest
+from weightproof.types import Action
 from weightproof.verify import Demands, Status, verify
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -458,7 +459,7 @@ SIGNED_LIES = {
     "size of the change": (f"edit/relative_delta/{DOWN}", 0.5, 2, [DOWN, "relative_delta"]),
     "contract": ("edit/contract/0/value", 0.0, 2, ["levels_per_group"]),
     "divergence": ("divergence/0/kl", 0.0125, 3, ["outputs on random windows", "kl"]),
-    "loss": ("losses/0/after", 0.97, 3, ["nll on retain data", "after"]),
+    "loss": ("losses/0/upper", -0.5, 3, ["nll on retain data", "upper"]),
     "second moment": ("second_moments/*", 1.1, 3, ["subject", "second moment"]),
 }
 
@@ -470,7 +471,7 @@ def test_a_signed_lie_that_is_consistent_is_found_in_weights_or_outputs(scene, l
     subject = statement["predicate"]["readings"]["subject"]
     if path.endswith("/*"):
         path = f"second_moments/{next(iter(subject['second_moments']))}"
-    if path.split("/")[-1] in ("spectral_norm", "frobenius_norm", "after") or "moment" in path:
+    if path.split("/")[-1] in ("spectral_norm", "frobenius_norm") or "moment" in path:
         found: Any = subject
         for part in path.split("/"):
             found = found[int(part)] if isinstance(found, list) else found[part]
@@ -485,6 +486,88 @@ def test_a_signed_lie_that_is_consistent_is_found_in_weights_or_outputs(scene, l
     found = verify(scene.certificate, scene.subject, level, scene.demands())
     assert found.status is Status.INVALID
     assert named(found, *words), found.differences
+
+
+# What a liar leaves out of subject and baseline: a guard that reads nothing finds nothing. Level, what is named.
+LEFT_OUT = {
+    "bulks": (2, [DOWN, "bulk"]),
+    "circuits": (2, ["circuit"]),
+    "second_moments": (3, ["second moment"]),
+    "structure/modules": (3, ["modules"]),
+    "structure/embedding_sizes": (3, ["embed_tokens"]),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_readings_left_out_are_missed(scene, what):
+    level, words = LEFT_OUT[what]
+    statement = statement_in(scene.certificate)
+    for side in ("baseline", "subject"):
+        readings = statement["predicate"]["readings"][side]
+        readings.pop("order")
+        change(readings, what, {})
+    sign(judged_anew(statement), scene.certificate)
+    assert verify(scene.certificate, scene.subject, level - 1, scene.demands()).status is Status.VALID
+    found = verify(scene.certificate, scene.subject, level, scene.demands())
+    assert named(found, "subject", *words), found.differences
+    assert named(found, "baseline", *words), found.differences
+
+
+@pytest.mark.parametrize("what", ["divergence", "losses"])
+def test_outputs_and_losses_left_out_are_measured_here_and_said(scene, what):
+    statement = statement_in(scene.certificate)
+    statement["predicate"]["readings"]["subject"][what] = []
+    sign(judged_anew(statement), scene.certificate)
+    found = verify(scene.certificate, scene.subject, 3, scene.demands())
+    assert found.status is Status.VALID  # it says what it does not know, and what it does not say would change nothing
+    assert any("the certificate holds no" in note for note in found.notes)
+
+
+def test_a_loss_left_out_that_would_have_rejected_is_not_valid(scene):
+    tensors = load_file(scene.subject / "model.safetensors")
+    tensors["lm_head.weight"] += 0.1 * torch.randn(tensors["lm_head.weight"].shape)
+    save_file(tensors, scene.subject / "model.safetensors", metadata={"format": "pt"})
+    strict = load_policy("balanced").override(
+        {"loss": {"tau": 1.0}, "divergence": {"kl": 100.0, "hidden_error": 100.0}}
+    )
+    request = Request(base=scene.base, subject=scene.subject, policy=strict)
+    certified = certify_folders(request)  # without data: outputs decide, and this policy asks little of them
+    assert certified.decision.action is Action.KEEP
+    certified.certificate.save(scene.certificate, KEY)
+    assert verify(scene.certificate, scene.subject, 3, scene.demands(data=Data())).status is Status.VALID
+    found = verify(scene.certificate, scene.subject, 3, scene.demands())
+    assert found.status is Status.UNDECIDED
+    assert any("no nll on retain data" in line and "ROLLBACK" in line for line in found.unchecked)
+
+
+# Path in the subject's readings, value, level that finds it, what is named: fields that no guard measures by itself.
+QUIET_LIES = {
+    "an inf that counts as a mask": (f"tensors/{DOWN}/is_buffer", True, 2, [DOWN, "is_buffer"]),
+    "a count of NaN": (f"tensors/{DOWN}/num_nan", 3, 2, [DOWN, "num_nan"]),
+    "another method of counting": (f"bulks/{DOWN}/family", "head", 2, [DOWN, "family"]),
+    "another name inside": (f"matrices/{DOWN}/name", "other", 1, [DOWN, "name"]),
+    "where a test stopped": ("losses/0/tokens_used", 7, 1, ["nll on retain data", "tokens_used"]),
+    "why nobody may decide": ("losses/0/undecided", "too few", 3, ["nll on retain data", "decides"]),
+    "a surer interval": ("losses/0/confidence", 0.999, 3, ["nll on retain data", "confidence"]),
+    "a correction": ("edit/corrections", [DOWN], 1, ["corrections", DOWN]),
+    "a warm-up": ("in_warmup", True, 1, ["in_warmup"]),
+}
+
+
+@pytest.mark.parametrize("lie", QUIET_LIES)
+def test_lies_in_fields_that_carry_no_verdict_are_found(scene, lie):
+    path, value, level, words = QUIET_LIES[lie]
+    sign(judged_anew(retell(statement_in(scene.certificate), path, value)), scene.certificate)
+    if level > 1:
+        assert verify(scene.certificate, scene.subject, level - 1, scene.demands()).status is not Status.INVALID
+    found = verify(scene.certificate, scene.subject, level, scene.demands())
+    assert named(found, *words), found.differences
+
+
+def test_another_file_of_the_base_is_named(scene):
+    (scene.base / "generation_config.json").write_text("{}")
+    found = verify(scene.certificate, scene.subject, 2, scene.demands())
+    assert named(found, "file generation_config.json of the base")
 
 
 def test_two_folders_are_never_judged_as_a_window_of_training(scene):
