@@ -140,6 +140,7 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
         run = Run(
             optimizer=optimizer,
             wrapper=_wrapper_of(accelerator, optimizer),
+            accelerator=accelerator,
             scheduler=_scheduler_of(accelerator, optimizer) if scheduler is None else scheduler,
             scaler=accelerator.scaler,
             loader=loader,

@@ -107,7 +107,8 @@ class AttachedGuard:
         self.step += 1
         self._recorder.end_step()
         if not self._editing and self.step % self._every == 0:
-            self._check()
+            with self._policy.phase.inside():
+                self._check()
 
     def _stalled(self) -> None:
         """The gradient scaler skips step after step: are the weights broken?"""

@@ -6,12 +6,18 @@ above what was usual (`weightproof.spikes`), the gradients are taken away: the o
 weights nor moments nor step counts, and accelerate's wrapper says that the step was skipped, as it does after an
 overflow, so that the learning-rate schedule waits as well.
 
+A learning rate that leaps far beyond every one that was used so far (a schedule that breaks) is treated alike.
+
+Clipping hides two things from that place: a norm of 50 that became 1, and an infinite one, which made every
+gradient zero. Where the Accelerator is known, the norm that its `clip_grad_norm_` found counts instead.
+
 Not watched: steps under a gradient scaler, which leaves such steps out by itself; DeepSpeed, which steps by
 itself; an optimizer that is given a closure, whose gradients do not exist yet.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,24 +33,34 @@ from weightproof_callbacks.sharded import zero_optimizer
 __all__ = ["GradientWatch", "gradient_norm"]
 
 
+# A group's learning rate against the largest it stepped with so far. Warm-up at most doubles it from step to step,
+# restarts of a schedule go back to where they were.
+GROSS_RATE_RATIO = 20.0
+
+
 class GradientWatch:
     """Notes the gradient norm of every optimizer step, and leaves steps out.
 
     Args:
         optimizer: The optimizer, as `accelerator.prepare` returned it, or the torch optimizer inside.
         wrapper: accelerate's wrapper around it, if there is one.
+        accelerator: The run's `Accelerator`, where it clips.
         acts: Whether steps are left out; else norms are only noted.
     """
 
-    def __init__(self, optimizer: Any, *, wrapper: Any = None, acts: bool = True) -> None:
+    def __init__(self, optimizer: Any, *, wrapper: Any = None, accelerator: Any = None, acts: bool = True) -> None:
         self._wrapper = wrapper
+        self._clipped: Any = None  # norm that the last clipping found, before the step that follows it
+        self._clipper: Any = None
         self._acts = acts
         self._accepted: list[float] = []
         self._window: list[tuple[float, bool]] = []  # norm, whether the step was left out
+        self._rates: list[float] = []  # the largest learning rate of each group so far
         self._handle: Any = None
         scaler = getattr(wrapper, "scaler", None) or getattr(optimizer, "scaler", None)
         if optimizer is not None and zero_optimizer(optimizer) is None and scaler is None:
             self._handle = torch_optimizer(optimizer).register_step_pre_hook(self._before_step)
+            self._watch_clipping(accelerator)
 
     @property
     def watches(self) -> bool:
@@ -56,6 +72,43 @@ class GradientWatch:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        if self._clipper is not None and vars(self._clipper).get("clip_grad_norm_") is self._clip:
+            del self._clipper.clip_grad_norm_
+        self._clipper = None
+
+    def _watch_clipping(self, accelerator: Any) -> None:
+        """Read the norm that clipping finds, unless somebody else stands in its place already."""
+        if accelerator is None or "clip_grad_norm_" in vars(accelerator):
+            return
+        found = accelerator.clip_grad_norm_
+
+        def clip(*args: Any, **kwargs: Any) -> Any:
+            norm = found(*args, **kwargs)
+            of_order_two = len(args) < 3 and kwargs.get("norm_type", 2) == 2
+            self._clipped = norm if of_order_two else None
+            return norm
+
+        self._clipper, self._clip = accelerator, clip
+        accelerator.clip_grad_norm_ = clip
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        """Before clipping where that is known; the larger one, as a gradient may have been changed since."""
+        present = gradient_norm(gradients)
+        clipped, self._clipped = self._clipped, None
+        if clipped is None:
+            return present
+        whole = clipped.full_tensor() if is_dtensor(clipped) else clipped
+        norms = (present, float(whole))
+        return max(norms) if all(math.isfinite(norm) for norm in norms) else math.inf
+
+    def _leaps(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a group's learning rate is far beyond all before it; else it is one of them from now on."""
+        rates = [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
+        before = [*self._rates, *[0.0] * (len(rates) - len(self._rates))]
+        if any(0.0 < most * GROSS_RATE_RATIO < rate for rate, most in zip(rates, before, strict=False)):
+            return True
+        self._rates = [max(rate, most) for rate, most in zip(rates, before, strict=False)]
+        return False
 
     def drain(self) -> list[tuple[float, bool]]:
         """Norm of every step since the last call, and whether it was left out."""
@@ -73,9 +126,9 @@ class GradientWatch:
         gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
         if not gradients:
             return
-        norm = gradient_norm(gradients)
+        norm = self._norm(gradients)
         taken = [value for value, left_out in self._window if not left_out]
-        left_out = self._acts and is_gross_norm([*self._accepted, *taken], norm)
+        left_out = self._acts and (self._leaps(optimizer) or is_gross_norm([*self._accepted, *taken], norm))
         self._window.append((norm, left_out))
         if left_out:
             for group in optimizer.param_groups:

@@ -7,7 +7,7 @@ what a rollback restored. The session decides, and holds the good states (`weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from weightproof.types import Action
 from weightproof_callbacks.data_position import BatchMemory, ReplayableLoader
 from weightproof_callbacks.gradient_watch import GradientWatch
 from weightproof_callbacks.learning_rate import LearningRate
+from weightproof_callbacks.step_phase import StepPhase
 from weightproof_callbacks.training_state import TrainingState, clear_optimizer_state, require_restorable
 
 __all__ = ["RollingPolicy", "Run", "require_replayable_run"]
@@ -43,6 +44,7 @@ class Run:
         extra: Gives further objects with `state_dict` and `load_state_dict`, by name for people.
         generators: Further random generators.
         device: Where copies of the training state are kept; None: where its tensors are.
+        accelerator: The run's `Accelerator`, where it is known: it clips.
     """
 
     optimizer: Any = None
@@ -53,6 +55,7 @@ class Run:
     extra: Callable[[], Mapping[str, Any]] = dict
     generators: tuple[Any, ...] = ()
     device: torch.device | str | None = None
+    accelerator: Any = None
 
     def parts(self, *, with_data: bool) -> dict[str, Any]:
         """Arguments of `TrainingState.capture` and `from_parts`."""
@@ -107,7 +110,8 @@ class RollingPolicy:
         if self._is_full:
             require_restorable(run.optimizer, session.model)
         self._rate = LearningRate(run.optimizer, run.scheduler)
-        self._gradients = GradientWatch(run.optimizer, wrapper=run.wrapper, acts=acts)
+        self.phase = StepPhase(run.wrapper, run.scheduler)
+        self._gradients = GradientWatch(run.optimizer, wrapper=run.wrapper, accelerator=run.accelerator, acts=acts)
 
     @property
     def _is_full(self) -> bool:
@@ -115,7 +119,9 @@ class RollingPolicy:
 
     def begin(self, step: int) -> None:
         """Keep the present state as the last good one, and none that is older."""
-        self.session.watch(Rolling(self.options, self._capture), step=step)
+        # Nobody goes back where nothing is acted on: the one state is what windows are compared with.
+        options = self.options if self._acts else replace(self.options, keep=1)
+        self.session.watch(Rolling(options, self._capture), step=step)
 
     def remove(self) -> None:
         """Take every hook away."""
@@ -161,7 +167,7 @@ class RollingPolicy:
         if not self._is_full:
             return _Cleared(self.run.optimizer, self._rate, self.options)
         state = TrainingState.capture(**self.run.parts(with_data=self._replays), device=self.run.device)
-        return _Full(state, self._rate, self.options, self.session.processes)
+        return _Full(state, self._rate, self.phase, self.options, self.session.processes)
 
     @property
     def _replays(self) -> bool:
@@ -171,8 +177,16 @@ class RollingPolicy:
 class _Full:
     """A captured training state, and the learning rate's scale at that time."""
 
-    def __init__(self, state: TrainingState, rate: LearningRate, options: RollingOptions, processes: Processes) -> None:
+    def __init__(
+        self,
+        state: TrainingState,
+        rate: LearningRate,
+        phase: StepPhase,
+        options: RollingOptions,
+        processes: Processes,
+    ) -> None:
         self._state = state
+        self._phase, self._then = phase, phase.now
         self._rate = rate
         self._scale = rate.scale
         self._options = options
@@ -188,6 +202,7 @@ class _Full:
         if refusal is not None:
             data = "skip"
         self._state.restore(data)
+        self._phase.put_back(self._then)
         self._rate.rescale(self._scale, self._options.lr_factor)
         left = list(self._state.uncovered)
         if data == "skip":

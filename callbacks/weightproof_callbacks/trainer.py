@@ -265,11 +265,12 @@ class GuardCallback(TrainerCallback):
     def _run(self, optimizer: Any, scheduler: Any) -> Run:
         trainer = self._trainer
         if trainer is None:
-            return Run(optimizer, optimizer, scheduler)
+            return Run(optimizer=optimizer, wrapper=optimizer, scheduler=scheduler)
         return Run(
-            optimizer,
-            optimizer,
-            scheduler,
+            optimizer=optimizer,
+            wrapper=optimizer,
+            scheduler=scheduler,
+            accelerator=trainer.accelerator,
             scaler=trainer.accelerator.scaler,
             loader=trainer.batches,
             extra=trainer.training_parts,

@@ -1,173 +1,71 @@
-"""Twins: a run that suffers a fault and is taken back, beside one that never suffered it.
-
-The small Llama has dropout, so that the random generators matter. `Transaction` is a guard without judgement: it
-takes the safe point, does the damage and goes back at fixed steps, by the public parts alone.
-"""
+"""Runs that suffer a fault under guard, and their twins that never did: everything that shapes what comes next."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from tests.support.chains import VOCAB
-from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
-
-from weightproof.snapshot import Snapshot
-from weightproof_callbacks.training_state import TrainingState
-
-SAFE, FAULT, BACK = 4, 5, 6  # steps after which the safe point is taken, the damage is done, and the run goes back
-STEPS = 10  # of the undisturbed twin
-WINDOW = BACK - SAFE
+from torch import nn
 
 
-def dropout_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, attention_dropout=0.2, pad_token_id=None,
-        bos_token_id=None, eos_token_id=None, use_cache=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def warmup(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate still rises at the safe point, and after it."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 8))
-
-
-class Seen:
-    """Digests of the batches that a model was given in training, in order."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.batches: list[str] = []
-        self._handle = model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def _note(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training:
-            ids = args[0] if args else kwargs["input_ids"]
-            self.batches.append(hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12])
-
-    def remove(self) -> list[str]:
-        self._handle.remove()
-        return self.batches
-
-
-def damage(model: torch.nn.Module, optimizer: Any, *, draws: bool = True) -> None:
-    """Noise in every weight, poisoned moments, a wrong learning rate, and numbers drawn out of turn."""
+def whole_state(model: nn.Module, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Weights, moments, groups, schedule and generators, copied."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    noise = torch.Generator().manual_seed(99)
+    state = inner.state_dict()
+    moments = {f"{key}.{name}": value for key, one in state["state"].items() for name, value in one.items()}
+    return {
+        "weights": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
+        "moments": {name: torch.as_tensor(value).clone() for name, value in moments.items()},
+        "rates": [group["lr"] for group in inner.param_groups],
+        "schedule": getattr(scheduler, "scheduler", scheduler).state_dict()["last_epoch"] if scheduler else None,
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002 - the global generator is what is compared
+        "python": random.getstate(),
+    }
+
+
+def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
+    """Names of what is not equal, to the last bit."""
+    found = []
+    for part, ours in left.items():
+        theirs = right[part]
+        if part in ("weights", "moments"):
+            names = sorted(ours.keys() | theirs.keys())
+            both = ours.keys() & theirs.keys()
+            found += [
+                f"{part} {name}" for name in names if name not in both or not torch.equal(ours[name], theirs[name])
+            ]
+        elif not (torch.equal(ours, theirs) if part == "torch" else ours == theirs):
+            found.append(part)
+    return found
+
+
+# ---- faults, each by what it does to model and optimizer between two steps ------------------------------------------
+
+
+def weight_noise(model: nn.Module, optimizer: Any) -> None:
+    """Noise fifty times as large as the weights."""
+    draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            local = _local(parameter)
-            local.add_(torch.randn(local.shape, generator=noise).to(local.dtype))
-        for state in inner.state.values():
-            _local(state["exp_avg"]).fill_(1e3)
-            _local(state["exp_avg_sq"]).fill_(float("nan"))
-            state["step"] += 1000
-    for group in inner.param_groups:
-        group["lr"] = 7.0
-    if draws:
-        torch.rand(3)
+            parameter.add_(torch.randn(parameter.shape, generator=draw))
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def poisoned_moments(model: nn.Module, optimizer: Any) -> None:
+    """First moments that throw the weights away at the next step, second moments that stop all learning after."""
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        state["exp_avg"].fill_(1e4)
 
 
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of what this process holds of the model."""
-    return {name: _local(tensor).detach().clone() for name, tensor in model.state_dict().items()}
+def broken_moments(model: nn.Module, optimizer: Any) -> None:
+    """Moments that are NaN: gradients and losses are fine, and the next step ruins every weight."""
+    for state in getattr(optimizer, "optimizer", optimizer).state.values():
+        state["exp_avg_sq"].fill_(float("nan"))
 
 
-@dataclass
-class Outcome:
-    """What a run left behind."""
-
-    weights: dict[str, torch.Tensor]
-    state: str
-    seen: list[str]
-    moments: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-def outcome(model: torch.nn.Module, state: TrainingState, seen: Seen) -> Outcome:
-    """Digest of moments, schedule and generators; the moments again as numbers, so that a failure can be read."""
-    moments = {name: tensor.clone() for name, tensor in state.tensors().items() if "exp_avg" in name}
-    assert moments
-    return Outcome(weights_of(model), state.digest, seen.remove(), moments)
-
-
-def require_twins(ours: Outcome, twin: Outcome) -> None:
-    """Weights, moments, schedule and generators are the same bits."""
-    for left, right in ((ours.weights, twin.weights), (ours.moments, twin.moments)):
-        assert left.keys() == right.keys()
-        different = [name for name in left if not torch.equal(left[name], right[name])]
-        assert not different, f"other bits than its twin: {different}"
-    assert ours.state == twin.state, "schedule or generators stand elsewhere than its twin's"
-
-
-def require_batches(data: str, ours: Outcome, twin: Outcome, accumulation: int = 2) -> None:
-    """Exactly which batches the two runs were given."""
-    safe, back = SAFE * accumulation, BACK * accumulation
-    if data == "replay":
-        assert ours.seen == twin.seen[:back] + twin.seen[safe:], "the window twice, all else once, in order"
-    else:
-        assert ours.seen[:safe] + ours.seen[back:] == twin.seen, "the twin was never given the window"
-        assert not set(ours.seen[safe:back]) & set(twin.seen)
-    assert len(twin.seen) == STEPS * accumulation
-
-
-class Transaction:
-    """Call `after(step)` after every step of a run."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: Any,
-        capture: Callable[[], TrainingState],
-        data: str,
-        draws: bool = True,
-    ) -> None:
-        self.model, self.optimizer, self.capture, self.data, self.draws = model, optimizer, capture, data, draws
-        self.weights: Snapshot | None = None
-        self.state: TrainingState | None = None
-
-    def after(self, step: int) -> None:
-        if step == SAFE:
-            self.weights, self.state = Snapshot.capture(self.model), self.capture()
-        if step == FAULT:
-            damage(self.model, self.optimizer, draws=self.draws)
-        if step == BACK:
-            assert self.weights is not None
-            assert self.state is not None
-            self.weights.restore()
-            self.state.restore(self.data)
-
-
-class TransactionCallback(TrainerCallback):
-    """The same in a `Trainer`, by way of the mixin."""
-
-    def __init__(self, data: str | None) -> None:
-        self.data = data
-        self.transaction: Transaction | None = None
-        self.trainer: Any = None
-
-    def bind(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if self.data is not None:
-            capture = self.trainer.capture_training_state
-            self.transaction = Transaction(model, optimizer, capture, self.data)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.transaction is not None:
-            self.transaction.after(state.global_step)
-
-
-def without_window(rows: int, rows_a_step: int) -> Sequence[int]:
-    """Numbers of the rows that are left when those of the rejected window are taken out."""
-    return [row for row in range(rows) if not SAFE * rows_a_step <= row < BACK * rows_a_step]
+FAULTS: dict[str, Callable[[nn.Module, Any], None]] = {
+    "weight-noise": weight_noise, "poisoned-moments": poisoned_moments, "broken-moments": broken_moments,
+}  # fmt: skip

@@ -1,0 +1,214 @@
+"""A loop on Accelerate that suffers a fault and is taken back equals, bit for bit, the loop that never suffered it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tests.support.accelerate_loop import LR, fresh_accelerate
+from tests.support.chains import Chains, tiny_llama
+from tests.support.twins import FAULTS, differences, whole_state
+from torch.utils.data import DataLoader, Subset
+
+from weightproof import attach
+from weightproof.errors import EditRejectedError, InputError
+from weightproof_callbacks.training_state import ReplayableLoader
+
+EVERY, FAULT_AT, STEPS, ROWS = 5, 32, 45, 16
+OPTIMIZERS = {
+    "foreach": lambda parameters: torch.optim.AdamW(parameters, lr=LR, foreach=True),
+    "fused": lambda parameters: torch.optim.AdamW(parameters, lr=LR, fused=True),
+}
+
+
+class Loop:
+    """Model with dropout, optimizer, falling learning rate, and rows in their order without some batches."""
+
+    def __init__(self, *, without=(), optimizer="foreach", replayable=False, dtype=torch.float32, rows=64 * ROWS):
+        fresh_accelerate()
+        self.accelerator = Accelerator(cpu=True)
+        model = tiny_llama(dropout=0.1).to(dtype)
+        inner = OPTIMIZERS[optimizer](model.parameters())
+        schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1.0 / (1.0 + 0.02 * step))
+        data = Subset(Chains(rows, seed=1), [row for row in range(rows) if row // ROWS not in without])
+        self.model, self.optimizer, self.data, self.schedule = self.accelerator.prepare(
+            model, inner, DataLoader(data, batch_size=ROWS), schedule
+        )
+        if replayable:
+            self.data = ReplayableLoader(self.data)
+        self.steps = 0
+        self._batches = iter(self.data)
+
+    def run(self, until, *, before=None, after=None):
+        """Train up to a step; `before(n)` between backward pass and the n-th step, `after(n)` at its very end."""
+        while self.steps < until:
+            self.accelerator.backward(self.model(**next(self._batches)).loss)
+            if before is not None:
+                before(self.steps + 1)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+            self.steps += 1
+            if after is not None:
+                after(self.steps)
+
+    def state(self):
+        return whole_state(self.accelerator.unwrap_model(self.model), self.optimizer, self.schedule)
+
+    def guarded(self, **options):
+        if isinstance(self.data, ReplayableLoader):
+            options.setdefault("loader", self.data)
+        return attach(self.accelerator, self.model, self.optimizer, every=EVERY, **options)
+
+
+def faulty(loop, fault, *steps):
+    return lambda step: FAULTS[fault](loop.model, loop.optimizer) if step in steps else None
+
+
+def rejected(guard):
+    return [(step.step, step.record.params["back_to_step"]) for step in guard.history if step.applied != "kept"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "optimizer", "dtype"),
+    [
+        ("weight-noise", "foreach", torch.float32),
+        ("poisoned-moments", "fused", torch.float32),
+        ("broken-moments", "foreach", torch.bfloat16),
+        ("broken-moments", "fused", torch.float32),
+    ],
+)
+def test_a_loop_taken_back_equals_the_loop_that_never_saw_the_batches(fault, optimizer, dtype):
+    loop = Loop(optimizer=optimizer, dtype=dtype)
+    with loop.guarded() as guard:
+        loop.run(STEPS, after=faulty(loop, fault, FAULT_AT))
+        found = loop.state()
+    twin = Loop(optimizer=optimizer, dtype=dtype, without=range(30, 35))
+    twin.run(STEPS - EVERY)
+    assert rejected(guard) == [(35, 30)]
+    assert "learning-rate schedule LambdaLR" in guard.history[6].record.params["restored"]
+    assert differences(found, twin.state()) == []
+
+
+def test_replayed_batches_make_the_undisturbed_loop():
+    loop = Loop(replayable=True)
+    with loop.guarded(data="replay") as guard:
+        loop.run(STEPS, after=faulty(loop, "weight-noise", FAULT_AT))
+        found = loop.state()
+    twin = Loop()
+    twin.run(STEPS - EVERY)
+    assert rejected(guard) == [(35, 30)]
+    assert guard.history[6].record.params["not_restored"] == []
+    assert differences(found, twin.state()) == []
+
+
+def test_a_fault_before_the_first_check_goes_back_to_the_very_beginning():
+    """What was kept outside of `optimizer.step()` is put back inside of it: the schedule must not be a step ahead."""
+    loop = Loop()
+    with loop.guarded() as guard:
+        loop.run(12, after=faulty(loop, "broken-moments", 2))
+        found = loop.state()
+    twin = Loop(without=range(5))
+    rates = []
+    twin.run(7, before=lambda _: rates.append(twin.optimizer.param_groups[0]["lr"]))
+    assert rejected(guard) == [(5, 0)]
+    assert rates[0] == LR
+    ours, theirs = found, twin.state()
+    # The first batch of an epoch draws the seed of its loader from torch's generator, before the model draws.
+    for state in (ours, theirs):
+        del state["torch"]
+    assert (ours["rates"], ours["schedule"]) == (theirs["rates"], theirs["schedule"])
+
+
+def test_what_was_kept_inside_of_a_step_is_put_back_outside_of_it():
+    loop = Loop()
+    with loop.guarded(cooldown=0) as guard:
+        loop.run(8)
+        guard.check()
+        at_check = loop.state()
+        loop.run(9)
+        FAULTS["weight-noise"](loop.model, loop.optimizer)
+        guard.check()
+        assert differences(loop.state(), at_check) == []
+        loop.run(10)
+        at_ten = loop.state()
+        loop.run(12)
+        with torch.no_grad():
+            loop.accelerator.unwrap_model(loop.model).lm_head.weight.fill_(math.nan)
+        guard.check()
+        assert rejected(guard) == [(9, 8), (12, 10)]
+        assert differences(loop.state(), at_ten) == []
+
+
+def test_a_useless_gradient_is_not_stepped_with_and_the_schedule_waits():
+    loop = Loop()
+    with loop.guarded() as guard:
+
+        def poison(step):
+            if step == 7:
+                loop.accelerator.unwrap_model(loop.model).lm_head.weight.grad[2] = math.inf
+
+        before = {}
+        loop.run(6)
+        before = loop.state()
+        loop.run(7, before=poison)
+        after = loop.state()
+        loop.run(10)
+    assert {name.split()[0] for name in differences(before, after)} == {"torch"}, "dropout has drawn, nothing else"
+    assert rejected(guard) == []
+    assert loop.schedule.scheduler.last_epoch == 9
+
+
+def test_monitor_steps_with_whatever_there_is():
+    loop = Loop()
+    with loop.guarded(on_violation="monitor") as guard:
+        loop.run(5, before=lambda step: loop.model.lm_head.weight.grad.fill_(math.nan) if step == 3 else None)
+    assert torch.isnan(loop.model.lm_head.weight).all()
+    assert [(step.applied, str(step.decision.action)) for step in guard.history] == [("kept", "ROLLBACK")]
+    assert guard.session.cost.snapshot_bytes < 2 * sum(p.nbytes for p in loop.model.parameters()), "no moments are kept"
+
+
+def test_after_max_rollbacks_the_loop_is_stopped_with_the_last_good_state_in_place():
+    loop = Loop()
+    guard = loop.guarded(max_rollbacks=1)
+    loop.run(5)
+    good = loop.state()
+    with pytest.raises(EditRejectedError, match=r"training stopped at step 15: .*1 rollbacks .* did not help"):
+        loop.run(20, after=faulty(loop, "broken-moments", 6, 11))
+    found = loop.state()
+    assert found["weights"].keys() == good["weights"].keys()
+    assert rejected(guard) == [(10, 5), (15, 0)], "soon after a rollback: the older one"
+    with pytest.raises(EditRejectedError, match="has stopped this run"):
+        loop.run(21)
+    guard.detach()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rollback": "all"}, "rollback must be one of"),
+        ({"data": "replay"}, "no loader cannot: wrap it, data = ReplayableLoader"),
+        ({"data": "replay", "loader": [1, 2]}, "which list cannot"),
+        ({"lr_factor": 0}, "lr_factor must be"),
+        ({"keep": 0}, "keep must be"),
+        ({"generators": [7]}, "is no random generator"),
+    ],
+)
+def test_what_could_not_be_restored_is_refused_before_the_first_step(options, message):
+    loop = Loop()
+    hooks = len(loop.optimizer.optimizer._optimizer_step_pre_hooks)
+    with pytest.raises(InputError, match=message):
+        loop.guarded(**options)
+    assert len(loop.optimizer.optimizer._optimizer_step_pre_hooks) == hooks
+
+
+def test_the_budget_decides_how_many_states_are_kept():
+    loop = Loop()
+    one = sum(parameter.nbytes for parameter in loop.model.parameters())
+    for budget, kept in ((None, (5, 10)), (4 * one, (10,))):
+        loop = Loop()
+        with loop.guarded(snapshot_budget=budget) as guard:
+            loop.run(10)
+            assert guard.session.rolling.steps == kept
