@@ -8,10 +8,12 @@ from typing import Any, cast
 
 from weightproof.certificate_form import Content, StepForm, VerdictForm
 from weightproof.errors import InputError, WeightproofError
+from weightproof.evidence import not_tested
+from weightproof.jsonable import json_digest
 from weightproof.judging import GUARDS, Judged, decide_on, judge_one
 from weightproof.policy import Policy, decide
 from weightproof.registry import load_plugin, plugins
-from weightproof.types import Action, Measurement, Verdict
+from weightproof.types import Action, Measurement, Readings, Verdict
 from weightproof.verify_result import Findings, Value
 
 # The same arithmetic on the same numbers; other builds of libm may differ in the last bits.
@@ -54,10 +56,52 @@ def check_verdicts(content: Content, findings: Findings) -> None:
         elif step.complete:
             _decide_again(policy, where, step, step.verdicts, findings)
             short += 1
+    _require_newest(content, findings)
+    _require_untested(content, findings)
     findings.checked.append(f"verdicts of {judged} steps from their readings, decisions of {judged + short} steps")
     brief = sum(not step.complete for step in content.predicate.steps)
     if brief:
         findings.notes.append(f"{brief} windows of training are recorded in brief: they cannot be judged again")
+
+
+def _require_newest(content: Content, findings: Findings) -> None:
+    """The decision on top must have been judged again, and from this baseline, or it was taken on trust."""
+    steps = content.predicate.steps
+    if not steps:
+        return
+    newest = steps[-1]
+    where = f"step {len(steps) - 1} ({newest.name})"
+    if newest.judged_on is None:
+        findings.unchecked.append(
+            f"{where}: what it was judged from is not in the certificate: its verdicts stand alone"
+        )
+    if newest.kind == "train" and content.predicate.decision is not None:
+        findings.notes.append(f"{where} is a window of training, of which less is asked than of an edit")
+    for index, step in enumerate(steps):
+        if step.judged_on is None or step.kind == "train" or not (step is newest or step.judged_on.after == "subject"):
+            continue
+        named = {side: content.readings[getattr(step.judged_on, side)] for side in ("before", "reference")}
+        for side, readings in named.items():
+            if side == "before" or readings.model_digest == content.baseline.model_digest:
+                _require_baseline(f"step {index} ({step.name})", side, readings, content.baseline, findings)
+
+
+def _require_baseline(where: str, side: str, readings: Readings, baseline: Readings, findings: Findings) -> None:
+    """Readings that a verdict calls those of the baseline are those, but for the outputs, which a step reads anew."""
+    for name in ("model_digest", "tensors", "structure", "matrices", "bulks", "circuits", "untrained"):
+        if side == "reference" and name not in ("tensors", "structure"):
+            continue  # read by the bounds that a session had at hand; exact guards alone look at it
+        if json_digest(getattr(readings, name)) != json_digest(getattr(baseline, name)):
+            findings.differs(where, f"{name} judged against ({side})", "those of the baseline", "others")
+
+
+def _require_untested(content: Content, findings: Findings) -> None:
+    """What was not measured is said in `not_tested`."""
+    steps = content.predicate.steps
+    decision = steps[-1].decision if steps and steps[-1].judged_on is not None else None
+    for sentence in not_tested(content.subject, decision):
+        if sentence not in content.predicate.not_tested:
+            findings.misstated("not_tested", "sentence", sentence, None)
 
 
 def _judge_again(content: Content, policy: Policy, where: str, step: StepForm, findings: Findings) -> None:

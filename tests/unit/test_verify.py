@@ -23,7 +23,7 @@ from weightproof.certificate import schema
 from weightproof.certificate_form import content_of
 from weightproof.certification import Request, certify_folders
 from weightproof.cli import main
-from weightproof.evidence import step_json
+from weightproof.evidence import not_tested, step_json
 from weightproof.jsonable import canonical_json
 from weightproof.judging import Judged, decide_on, judge_all
 from weightproof.model_pair import Data
@@ -445,6 +445,7 @@ def judged_anew(statement: dict[str, Any], kind: kinds.Kind = INT8) -> dict[str,
         environment=form.environment,
         created_at=form.created_at,
         ties=form.ties,
+        not_tested=not_tested(content.subject, step.decision),
     )
     return json.loads(statement_of(case).to_json())
 
@@ -538,6 +539,39 @@ def test_a_loss_left_out_that_would_have_rejected_is_not_valid(scene):
     found = verify(scene.certificate, scene.subject, 3, scene.demands())
     assert found.status is Status.UNDECIDED
     assert any("no nll on retain data" in line and "ROLLBACK" in line for line in found.unchecked)
+
+
+def test_a_decision_without_what_it_was_judged_from_is_not_valid(scene):
+    statement = statement_in(scene.certificate)
+    statement["predicate"]["steps"][0]["judged_on"] = None
+    sign(statement, scene.certificate)
+    found = verify(scene.certificate, scene.subject, 2, scene.demands())
+    assert found.status is Status.UNDECIDED
+    assert any("step 0 (int8)" in line and "judged from" in line for line in found.unchecked)
+
+
+@pytest.mark.parametrize("side", ["before", "reference"])
+def test_a_decision_judged_against_another_baseline_is_found(scene, side):
+    statement = statement_in(scene.certificate)
+    predicate = statement["predicate"]
+    fake = copy.deepcopy(predicate["readings"]["baseline"])
+    if side == "before":
+        fake["matrices"][DOWN]["spectral_norm"] *= 5
+    else:
+        fake["tensors"][DOWN]["dtype"] = "bfloat16"
+    predicate["readings"]["fake"] = fake
+    predicate["steps"][0]["judged_on"][side] = "fake"
+    sign(statement, scene.certificate)
+    found = verify(scene.certificate, scene.subject, 2, scene.demands(base=None))
+    assert named(found, "step 0 (int8)", f"({side})", "those of the baseline"), found.differences
+
+
+def test_what_was_not_measured_must_be_said(scene):
+    statement = statement_in(scene.certificate)
+    statement["predicate"]["not_tested"] = []
+    sign(statement, scene.certificate)
+    found = verify(scene.certificate, scene.subject, 2, scene.demands(base=None))
+    assert named(found, "not_tested", "no target data"), found.differences
 
 
 # Path in the subject's readings, value, level that finds it, what is named: fields that no guard measures by itself.
