@@ -37,6 +37,10 @@ ALLOWED = {
         "_write",
     ): "writes the state tensors of an optimizer; one that shares memory with a weight is refused at capture",
     (
+        "callbacks/weightproof_callbacks/fault_drill.py",
+        "_train_through",
+    ): "clips the gradients of the drill's own copy of a model",
+    (
         "src/weightproof/testing/tampering.py",
         "overwrite",
     ): "an injected fault: it damages a weight, a gradient or a moment on purpose, in drills that a user asked for",

@@ -152,7 +152,7 @@ def test_mild_is_weaker_and_hits_the_same(name):
 
 
 def test_strength_is_told_in_words():
-    assert faults.LearningRateSpike(at=3).strength == "factor=100, steps=3"
+    assert faults.LearningRateSpike(at=3).strength == "factor=100, steps=5"
     assert faults.WeightBitFlip(tensor="mix.weight").strength == "tensor=mix.weight, bit=1"
     assert faults.WrongRNG(seed=4).strength == ""
 

@@ -143,7 +143,7 @@ def _judge_window(after: Readings) -> Iterator[Measurement]:
         yield Measurement(
             "invariants", "gradients", "num_steps_skipped", float(window.num_skipped), 0.0, float(MAX_SKIPPED),
             outcome=Outcome.FAIL if many else Outcome.PASS,
-            reason="steps left out because their gradients were not finite, or a hundred times too large",
+            reason="steps left out: gradients were not finite or a hundred times too large, or the learning rate leapt",
         )  # fmt: skip
     for name in window.stale_masters:
         yield _broken(name, "stale_master", 1.0, 0.0, "the optimizer's master weights hold something else")

@@ -206,7 +206,7 @@ class LearningRateSpike(Fault):
     hits: ClassVar[str] = "the learning rate"
     weaker: ClassVar[Mapping[str, Any] | None] = {"factor": 1.5, "steps": 1}
     factor: float = 100.0
-    steps: int = 3
+    steps: int = 5
 
     def before_step(self, run: Injection) -> None:
         """Raise it for this step only: a schedule computes from what it was."""
@@ -234,7 +234,7 @@ class BadBatch(Fault):
     hits: ClassVar[str] = "the batch"
     weaker: ClassVar[Mapping[str, Any] | None] = {"share": 0.1, "steps": 1}
     share: float = 1.0
-    steps: int = 3
+    steps: int = 14
     vocabulary: int | None = None
 
     def forward(

@@ -29,7 +29,7 @@ from weightproof.weights import clean_name, unwrap
 if TYPE_CHECKING:
     from weightproof.testing.faults import Fault
 
-__all__ = ["Fired", "Injection", "inject"]
+__all__ = ["FaultyLoader", "Fired", "Injection", "inject"]
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,9 @@ class Injection:
         here = fault.rank is None or fault.rank == self.rank
         return self._armed and here and fault.at <= self.step < (fault.at + fault.steps)
 
-    def loader(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """One pass over a data loader, with the faults that hit loaders. Wrap it inside a `ReplayableLoader`."""
-        previous: Any = None
-        for batch in batches:
-            given = batch
-            for fault in self.faults:
-                if self.due(fault):
-                    given = fault.load(self, given, previous)
-            yield given
-            previous = batch
+    def loader(self, batches: Iterable[Any]) -> FaultyLoader:
+        """A data loader with the faults that hit loaders. Wrap it inside a `ReplayableLoader`, not around it."""
+        return FaultyLoader(self, batches)
 
     # -- targets of faults ---------------------------------------------------------------------
 
@@ -169,6 +162,35 @@ class Injection:
     ) -> None:
         """Remove them, whatever happened."""
         self.remove()
+
+
+class FaultyLoader:
+    """A loader that gives what the faults of an injection make of its batches; everything else is the loader's own."""
+
+    def __init__(self, injection: Injection, batches: Iterable[Any]) -> None:
+        self.injection = injection
+        self.batches: Any = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        """One pass."""
+        previous: Any = None
+        for batch in self.batches:
+            given = batch
+            for fault in self.injection.faults:
+                if self.injection.due(fault):
+                    given = fault.load(self.injection, given, previous)
+            yield given
+            previous = batch
+
+    def __len__(self) -> int:
+        """Batches of one pass."""
+        return len(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not about faults is the loader's."""
+        if name in ("injection", "batches"):
+            raise AttributeError(name)
+        return getattr(self.batches, name)
 
 
 def inject(  # noqa: PLR0913 - one argument for each part of a loop that a fault may hit
