@@ -29,7 +29,10 @@ def overwrite(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def pick_element(tensor: Tensor, seed: int) -> int:
-    """Flat index of one element, drawn among the largest tenth: where a flipped bit is not lost in a zero.
+    """Flat index of one element, drawn among the largest tenth of those below 2.
+
+    There a flipped bit is not lost in a zero, and the top bit of the exponent is still to be set: of a larger number
+    it is set already, and flipping it makes the number vanish, which harms far less.
 
     Raises:
         InputError: If the tensor is empty.
@@ -37,7 +40,9 @@ def pick_element(tensor: Tensor, seed: int) -> int:
     values = local_of(tensor).detach().flatten()
     if values.numel() == 0:
         raise InputError("no bit can be flipped in an empty tensor: choose another one")
-    largest = values.abs().float().topk(max(1, values.numel() // 10)).indices
+    sizes = values.abs().float()
+    below = torch.where(sizes < 2.0, sizes, -1.0)
+    largest = below.topk(max(1, values.numel() // 10)).indices
     chosen = torch.randint(len(largest), (1,), generator=torch.Generator().manual_seed(seed))
     return int(largest[chosen])
 
