@@ -97,7 +97,8 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
             it, "accelerate" where the Accelerator was made with `log_with=`, else W&B where a run is open.
         output_dir: Folder for certificate and log; by default `weightproof` in the Accelerator's
             `project_dir`. Without either, only checkpoints get a certificate.
-        snapshot_dir: Keep snapshots in this folder instead of in memory.
+        snapshot_dir: Keep snapshots in this folder instead of in memory. A run that was killed goes on from the last
+            one: `guard.step` says where, skip that many steps of data.
         rollback: "full": weights and training state. "weights": the weights; moments are cleared, everything else
             runs on. Saves the memory of the moments.
         data: "skip", or "replay": the batches of the window are given again (`loader` must be a `ReplayableLoader`).
@@ -171,13 +172,14 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
         )
         with session.processes.together("attach: what the run consists of"):
             policy_of_run = RollingPolicy(options, session, run, acts=on_violation != "monitor")
-        policy_of_run.begin(0)
+        began = policy_of_run.begin(0)
     except BaseException:
         if policy_of_run is not None:
             policy_of_run.remove()
         session.close()
         raise
     guard = AttachedGuard(session, policy_of_run, every=every, on_violation=on_violation, warmup_steps=warmup_steps)
+    guard.begin_at(began)
     guard.hang_in(accelerator, model)
     return guard
 

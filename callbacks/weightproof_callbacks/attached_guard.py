@@ -68,6 +68,10 @@ class AttachedGuard:
         )
         self._checkpoints = GuardedCheckpoints(accelerator, self)
 
+    def begin_at(self, step: int) -> None:
+        """Count on from a step; `attach` calls this once."""
+        self.step = self._judged_at = step
+
     @property
     def history(self) -> tuple[Step, ...]:
         """Every judged step, oldest first."""

@@ -23,6 +23,7 @@ from weightproof.types import Action
 from weightproof_callbacks.data_position import BatchMemory, ReplayableLoader
 from weightproof_callbacks.gradient_watch import GradientWatch
 from weightproof_callbacks.learning_rate import LearningRate
+from weightproof_callbacks.rolling_folder import RollingFolder
 from weightproof_callbacks.step_phase import StepPhase
 from weightproof_callbacks.training_state import TrainingState, clear_optimizer_state, require_restorable
 
@@ -111,21 +112,41 @@ class RollingPolicy:
             require_restorable(run.optimizer, session.model)
         self._rate = LearningRate(run.optimizer, run.scheduler)
         self.phase = StepPhase(run.wrapper, run.scheduler)
+        self._folder: RollingFolder | None = None
         self._gradients = GradientWatch(run.optimizer, wrapper=run.wrapper, accelerator=run.accelerator, acts=acts)
 
     @property
     def _is_full(self) -> bool:
         return self._acts and self.options.rollback == "full" and self.run.optimizer is not None
 
-    def begin(self, step: int) -> None:
-        """Keep the present state as the last good one, and none that is older."""
+    def begin(self, step: int) -> int:
+        """Keep the present state as the last good one, and none that is older.
+
+        Where the session has a `snapshot_dir` that holds a later state of this run, that one is put in place first.
+
+        Returns:
+            The step that the run goes on from.
+
+        Raises:
+            SnapshotError: The folder is in use by another run, or cannot be written.
+            RestoreError: The state that it holds was altered.
+        """
+        folder = self.session.snapshot_dir
+        if folder is not None and self._acts:
+            keep, in_memory = self.options.keep, self._replays
+            self._folder = RollingFolder(folder, keep, self.session, self._remade, in_memory=in_memory)
+            step = self._folder.resume(step, self._resumed) or step
         # Nobody goes back where nothing is acted on: the one state is what windows are compared with.
         options = self.options if self._acts else replace(self.options, keep=1)
-        self.session.watch(Rolling(options, self._capture), step=step)
+        commit = None if self._folder is None else self._folder.commit
+        self.session.watch(Rolling(options, self._capture, commit), step=step)
+        return step
 
     def remove(self) -> None:
-        """Take every hook away."""
+        """Take every hook away, and leave the folder to others."""
         self._gradients.remove()
+        if self._folder is not None:
+            self._folder.close()
 
     def check(self, step: int, losses: tuple[float, ...] | None, *, in_warmup: bool, on_violation: str) -> Step:
         """Judge the window that ends now.
@@ -168,6 +189,18 @@ class RollingPolicy:
             return _Cleared(self.run.optimizer, self._rate, self.options)
         state = TrainingState.capture(**self.run.parts(with_data=self._replays), device=self.run.device)
         return _Full(state, self._rate, self.phase, self.options, self.session.processes)
+
+    def _remade(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> _Full:
+        """A training state that was kept in files."""
+        state = TrainingState.from_parts(tensors, values["state"], **self.run.parts(with_data=False))
+        found = _Full(state, self._rate, self.phase, self.options, self.session.processes)
+        found.was(values["scale"], tuple(values["phase"]))
+        return found
+
+    def _resumed(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Put a training state that was kept in files into a run that begins."""
+        if self._is_full:
+            self._remade(tensors, values).go_on()
 
     @property
     def _replays(self) -> bool:
@@ -227,7 +260,21 @@ class _Full:
         return next((one for one in self._processes.gather("whether batches can be given again", ours) if one), None)
 
     def parts(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        return self._state.tensors(), {"state": self._state.values(), "scale": self._scale}
+        return self._state.tensors(), {
+            "state": self._state.values(),
+            "scale": self._scale,
+            "phase": list(self._then),
+        }
+
+    def go_on(self) -> None:
+        """Put it into a run that begins: no rollback, and nothing is lowered again."""
+        self._state.restore("skip")
+        self._phase.put_back(self._then)
+        self._rate.scale = self._scale
+
+    def was(self, scale: float, then: tuple[bool, bool]) -> None:
+        """What else was known when it was kept in files."""
+        self._scale, self._then = scale, then
 
 
 class _Cleared:

@@ -85,7 +85,8 @@ class GuardCallback(TrainerCallback):
         trackers: Trackers or their registered names. By default the JSONL log, and W&B where a run
             is open or `report_to` names it.
         output_dir: Folder for certificate and log; by default `weightproof` in `args.output_dir`.
-        snapshot_dir: Keep snapshots in this folder instead of in memory.
+        snapshot_dir: Keep snapshots in this folder instead of in memory. A training that was killed goes on from the
+            last one, which is later than its last checkpoint.
         rollback: "full": weights and training state. "weights": the weights; moments are cleared, everything else
             runs on. Saves the memory of the moments.
         data: "skip", or "replay": the batches of the window are given again (`GuardedTrainer` can).
@@ -258,7 +259,11 @@ class GuardCallback(TrainerCallback):
             self.rolling, run, "train with GuardedTrainer (or GuardedTrainerMixin) in place of Trainer"
         )
         self._policy = RollingPolicy(self.rolling, session, run, acts=self.on_violation != "monitor")
-        self._policy.begin(state.global_step)
+        began = self._policy.begin(state.global_step)
+        if began > state.global_step:
+            state.global_step = self._judged_at = began
+            if self._trainer is not None:
+                self._trainer._globalstep_last_logged = began
         # Trainer divides by the items of all processes, and multiplies again where this hook has passed.
         self._recorder.attach(model, shares=args.world_size if args.average_tokens_across_devices else 1)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -318,6 +318,32 @@ class GuardSession:
         state = GoodState(point, training, self._current, self.baseline, step)
         rolling.push(state, lambda size: max(self.processes.gather("size of the good states", size)))
         self.cost.snapshot_bytes = max(self.cost.snapshot_bytes, rolling.nbytes)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Raw losses of the last windows that were kept, oldest first."""
+        return tuple(self._losses)
+
+    def continue_from(self, values: Mapping[str, torch.Tensor], losses: Sequence[float]) -> None:
+        """Write a state that was kept in files into the model, prove it, and take it as the baseline.
+
+        Args:
+            values: As `Snapshot.present` gave them.
+            losses: Raw losses of the windows before, oldest first.
+
+        Raises:
+            InputError: They are of another model.
+            RestoreError: They could not be proven in place.
+        """
+        with self.processes.together("continuing from a kept state"):
+            kept = {} if self.masters is None else self.masters.tensors()
+            snapshot = Snapshot.of_values(self.model, values, kept)
+            snapshot.restore()
+            snapshot.discard()
+        with self.processes.together("capturing the baseline"):
+            self.baseline = self._capture_baseline(None)
+        self._current = State(self.baseline.readings, self.baseline.fits)
+        self._losses = list(losses)
 
     def has_changed(self) -> bool:
         """Whether any tensor, on any process, is not as it was in the last good state (`watch` keeps one).

@@ -194,6 +194,38 @@ class Snapshot:
         store = MemoryStore(originals) if directory is None else FolderStore(originals, Path(directory))
         return cls(model, store, records, beside)
 
+    @classmethod
+    def of_values(
+        cls, model: nn.Module, values: Mapping[str, torch.Tensor], companions: Mapping[str, torch.Tensor] | None = None
+    ) -> Snapshot:
+        """A snapshot whose originals are given instead of copied: `restore` writes them into the model.
+
+        Args:
+            model: As in `capture`.
+            values: As `present` gave them, of the same model on the same number of processes.
+            companions: As in `capture`.
+
+        Raises:
+            InputError: If they are not the tensors of this model, by name, dtype and shape.
+        """
+        model = unwrap(model)
+        settle(model)
+        beside = {f"{_COMPANION}{name}": tensor for name, tensor in (companions or {}).items()}
+        found = cls(model, MemoryStore(values), _records(model), beside)
+        for name, memory in found._memories().items():
+            given = values.get(name)
+            if given is None or (given.dtype, given.shape) != (memory.dtype, memory.shape):
+                kind = "missing" if given is None else f"{given.dtype} {list(given.shape)}"
+                raise InputError(
+                    f"the kept state is of another model: {name} is {kind} there, and {memory.dtype} "
+                    f"{list(memory.shape)} here"
+                )
+        return found
+
+    def present(self) -> Mapping[str, torch.Tensor]:
+        """What the model and its companions hold now, by name: the parts that lie here, live; do not write to them."""
+        return self._memories()
+
     @property
     def names(self) -> frozenset[str]:
         """Public names of the tensors at capture, one of each."""

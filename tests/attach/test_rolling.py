@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import multiprocessing
+import os
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from tests.support.twins import FAULTS, differences, whole_state
 from torch.utils.data import DataLoader, Subset
 
 from weightproof import attach
-from weightproof.errors import EditRejectedError, InputError
+from weightproof.errors import EditRejectedError, InputError, SnapshotError
 from weightproof_callbacks.training_state import ReplayableLoader
 
 EVERY, FAULT_AT, STEPS, ROWS = 5, 32, 45, 16
@@ -26,10 +29,10 @@ OPTIMIZERS = {
 class Loop:
     """Model with dropout, optimizer, falling learning rate, and rows in their order without some batches."""
 
-    def __init__(self, *, without=(), optimizer="foreach", replayable=False, dtype=torch.float32, rows=64 * ROWS):
+    def __init__(self, *, without=(), optimizer="foreach", replayable=False, dtype=torch.float32, dropout=0.1):
         fresh_accelerate()
         self.accelerator = Accelerator(cpu=True)
-        model = tiny_llama(dropout=0.1).to(dtype)
+        model, rows = tiny_llama(dropout=dropout).to(dtype), 64 * ROWS
         inner = OPTIMIZERS[optimizer](model.parameters())
         schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1.0 / (1.0 + 0.02 * step))
         data = Subset(Chains(rows, seed=1), [row for row in range(rows) if row // ROWS not in without])
@@ -212,3 +215,59 @@ def test_the_budget_decides_how_many_states_are_kept():
         with loop.guarded(snapshot_budget=budget) as guard:
             loop.run(10)
             assert guard.session.rolling.steps == kept
+
+
+# ---- on disk --------------------------------------------------------------------------------------------------------
+
+
+def killed_at(step, folder):
+    """A guarded loop in a process of its own, which is gone after a step without a word."""
+
+    def work():
+        loop = Loop(dropout=0.0)
+        loop.guarded(snapshot_dir=folder)
+        loop.run(step)
+        os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+
+
+def test_a_loop_that_was_killed_goes_on_from_the_last_committed_state_and_says_so(tmp_path, caplog):
+    killed_at(13, tmp_path)
+    loop = Loop(dropout=0.0, without=range(10))
+    with caplog.at_level(logging.WARNING, "weightproof"), loop.guarded(snapshot_dir=tmp_path) as guard:
+        assert guard.step == 10
+        loop.run(10)
+        found = loop.state()
+        assert [step.step for step in guard.history] == [15, 20]
+    undisturbed = Loop(dropout=0.0)
+    undisturbed.run(20)
+    assert "holds the state of step 10: the run goes on from there" in caplog.text
+    assert differences(found, undisturbed.state()) == ["torch"], "but for the seed that a loader draws when it begins"
+
+
+def test_a_good_state_on_disk_is_what_a_rollback_reads(tmp_path):
+    loop = Loop()
+    with loop.guarded(snapshot_dir=tmp_path) as guard:
+        loop.run(STEPS, after=faulty(loop, "weight-noise", FAULT_AT))
+        found = loop.state()
+        assert guard.session.rolling.newest.training.nbytes == 0, "moments are not kept in memory"
+    twin = Loop(without=range(30, 35))
+    twin.run(STEPS - EVERY)
+    assert rejected(guard) == [(35, 30)]
+    assert differences(found, twin.state()) == []
+
+
+def test_a_folder_of_another_model_or_in_use_is_refused(tmp_path):
+    loop = Loop()
+    with loop.guarded(snapshot_dir=tmp_path):
+        loop.run(5)
+        other = Loop()
+        with pytest.raises(SnapshotError, match="in use"):
+            other.guarded(snapshot_dir=tmp_path)
+    bf16 = Loop(dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="the kept state is of another model"):
+        bf16.guarded(snapshot_dir=tmp_path)

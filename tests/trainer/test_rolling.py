@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 
 import pytest
 import torch
@@ -227,3 +229,39 @@ def test_an_optimizer_that_cannot_be_restored_is_refused_before_the_first_step(t
             assert guarded.state.global_step == 0
         else:
             guarded.train()
+
+
+def killed_at(step, folder):
+    """A guarded training in a process of its own, which is gone after a step without a word."""
+
+    class Gone(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                os._exit(9)
+
+    def work():
+        run(folder / "first", [GuardCallback(every=EVERY, snapshot_dir=folder), Gone()], steps=20)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+
+
+def test_a_training_that_was_killed_goes_on_from_the_last_committed_state(tmp_path):
+    before, after = Seen(10), Seen(11)
+    run(tmp_path / "undisturbed", [before], steps=20)
+    killed_at(13, tmp_path)
+    guard, began = GuardCallback(every=EVERY, snapshot_dir=tmp_path), Began()
+    trainer = run(tmp_path / "second", [guard, began, after], steps=20)
+    assert (began.step, differences(began.state, before.states[10])) == (10, [])
+    assert [step.step for step in guard.history] == [15, 20]
+    assert trainer.state.global_step == 20
+    assert after.states[11]["schedule"] == 11
+
+
+class Began(TrainerCallback):
+    """The whole state when training begins. Put it after the guard."""
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+        self.step, self.state = state.global_step, whole_state(model, optimizer, lr_scheduler)

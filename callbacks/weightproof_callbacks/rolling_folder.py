@@ -1,0 +1,130 @@
+"""Good states on disk: a run that was killed goes on from the last one that was committed, and says so.
+
+Each good state is saved whole (weights, the optimizer's masters, training state, the guard's losses) with
+`weightproof.snapshot_store`: after a kill at any moment the old one or the new one is there, proven by digest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from weightproof.errors import InputError
+from weightproof.rolling import GoodState, TrainingPart
+from weightproof.session import GuardSession
+from weightproof.snapshot_store import SnapshotFolder, SnapshotId
+
+logger = logging.getLogger("weightproof")
+
+__all__ = ["FOLDER", "RollingFolder"]
+
+# Inside of the folder that was given: the snapshots of one process lie beside it while a run lasts.
+FOLDER = "good-states"
+_FORMAT = "weightproof-good-state-v1"
+_WEIGHTS, _TRAINING = "weights/", "training/"
+Remake = Callable[[Mapping[str, Tensor], Mapping[str, Any]], TrainingPart]
+
+
+class RollingFolder:
+    """The good states of one run, on disk. Every process makes the same calls.
+
+    Args:
+        path: Folder of the run.
+        keep: How many are kept.
+        session: The session.
+        remake: Makes a training state from what `TrainingPart.parts` gave.
+        in_memory: Whether training states are kept in memory, too (batches can be given again only from there).
+
+    Raises:
+        SnapshotError: The folder is in use by another run, or cannot be written.
+    """
+
+    def __init__(self, path: Path, keep: int, session: GuardSession, remake: Remake, *, in_memory: bool) -> None:
+        self._folder = SnapshotFolder(path / FOLDER, keep=keep, processes=session.processes)
+        self._session = session
+        self._remake = remake
+        self._in_memory = in_memory
+
+    def close(self) -> None:
+        """Free the lock; the states stay."""
+        self._folder.close()
+
+    def commit(self, state: GoodState) -> GoodState:
+        """Save a state: it counts once this returns.
+
+        Returns:
+            The state, its training part left on disk.
+
+        Raises:
+            SnapshotError: It cannot be saved; the states saved before are kept.
+        """
+        tensors, values = ({}, {}) if state.training is None else state.training.parts()
+        held = {f"{_WEIGHTS}{name}": tensor for name, tensor in state.point.snapshot.present().items()}
+        held |= {f"{_TRAINING}{name}": tensor for name, tensor in tensors.items()}
+        notes = {"format": _FORMAT, "losses": list(self._session.losses), "training": dict(values)}
+        number = self._folder.save(state.step, held, notes)
+        if state.training is None or self._in_memory or not tensors:
+            return state
+        return replace(state, training=_OnDisk(self._folder, number, self._remake))
+
+    def resume(self, step: int, put_training: Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]) -> int | None:
+        """Put the newest committed state into the run, where it is of a later step than the run.
+
+        Args:
+            step: Step of the run.
+            put_training: Puts a training state into the run, from what `TrainingPart.parts` gave.
+
+        Returns:
+            Its step; None where there is nothing to go on from.
+
+        Raises:
+            RestoreError: The state on disk was altered, or could not be proven in place.
+            InputError: It is of another model or of another run.
+        """
+        if not self._folder.ids:
+            return None
+        saved = self._folder.latest()
+        if saved is None or saved.step <= step:
+            return None
+        if saved.values.get("format") != _FORMAT:
+            raise InputError(f"{self._folder.path} holds snapshots of another kind: choose another snapshot_dir")
+        self._session.continue_from(_below(saved.tensors, _WEIGHTS), [float(one) for one in saved.values["losses"]])
+        if saved.values["training"]:
+            with self._session.processes.together("restoring the training state"):
+                put_training(_below(saved.tensors, _TRAINING), saved.values["training"])
+        if self._session.processes.is_main:
+            logger.warning(
+                "%s holds the state of step %d: the run goes on from there. Only the data begins where this process "
+                "begins it: skip the batches of %d steps to give none of them twice",
+                self._folder.path,
+                saved.step,
+                saved.step - step,
+            )
+        return saved.step
+
+
+class _OnDisk:
+    """A training state that is read when it is needed."""
+
+    nbytes = 0
+
+    def __init__(self, folder: SnapshotFolder, number: SnapshotId, remake: Remake) -> None:
+        self._folder = folder
+        self._number = number
+        self._remake = remake
+
+    def put_back(self) -> Mapping[str, Any]:
+        return self._remake(*self.parts()).put_back()
+
+    def parts(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        saved = self._folder.load(self._number)
+        return _below(saved.tensors, _TRAINING), saved.values["training"]
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
