@@ -8,15 +8,20 @@ A tour, in the order in which a change travels:
 - `baseline` keeps the readings taken before any change, saved and digested.
 - `edits` plan changes, `kinds` are the contracts they declare, `snapshot` is the only writer.
 - `guards` judge readings with pure functions; `policy` turns verdicts into one decision.
+- `losses` pairs the loss before and after on data, `paired` turns that into an interval: only it may accept.
+- `judging` applies guards and policy to readings, the same in a session, in `certify` and in `verify`.
 - `session` binds these into a transaction: snapshot, change, measure, judge, keep or restore.
-- `certificate` and `trackers` carry the evidence to files, W&B and people.
+- `rolling` and `snapshot_store` keep the last good states of a training run, in memory or through a crash.
+- `comparison` and `certification` judge two model folders; `certificate`, `signing`, `verify`, `report`
+  and `trackers` carry the evidence to files, W&B, people and whoever doubts it.
+- `testing` injects faults, to see that all of this notices.
 
 One process and many take this one path: `collective` lets the processes of a run meet, `placements`
 and `shards` say which part of a sharded tensor lies where, `lockstep` screens matrices where they lie.
 
-`GuardCallback` (for a Hugging Face Trainer) and `attach` (for a loop of your own on Accelerate) live
-in `weightproof_callbacks` and are loaded on first use: importing weightproof imports neither
-transformers nor wandb.
+`GuardCallback` and `GuardedTrainer` (for a Hugging Face Trainer), `attach` and `ReplayableLoader` (for a
+loop of your own on Accelerate) live in `weightproof_callbacks` and are loaded on first use: importing
+weightproof imports neither transformers nor wandb.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
         SnapshotError,
         WeightproofError,
     )
+    from weightproof.losses import LossData
     from weightproof.marchenko_pastur import fit_bulk
     from weightproof.policy import Policy, load_policy
     from weightproof.session import GuardSession
@@ -47,11 +53,16 @@ if TYPE_CHECKING:
     from weightproof.types import Action, BulkFit, Decision, Outcome, Spectrum, Verdict, WeightMatrix
     from weightproof.weights import iter_weight_matrices
     from weightproof_callbacks.accelerator import attach
+    from weightproof_callbacks.data_position import ReplayableLoader
     from weightproof_callbacks.trainer import GuardCallback
+    from weightproof_callbacks.trainer_mixin import GuardedTrainer
 
 _HOMES = {
     "GuardCallback": "weightproof_callbacks.trainer",
+    "GuardedTrainer": "weightproof_callbacks.trainer_mixin",
     "attach": "weightproof_callbacks.accelerator",
+    "ReplayableLoader": "weightproof_callbacks.data_position",
+    "LossData": "weightproof.losses",
     "GuardSession": "weightproof.session",
     "Baseline": "weightproof.baseline",
     "Certificate": "weightproof.certificate",
@@ -83,7 +94,10 @@ __all__ = [  # noqa: RUF022 - grouped by what a reader is looking for
     # guard a model
     "GuardCallback",
     "GuardSession",
+    "GuardedTrainer",
     "attach",
+    "LossData",
+    "ReplayableLoader",
     "Baseline",
     "Certificate",
     # policy
