@@ -56,7 +56,7 @@ class LearningRate:
             for name in _IN_SCHEDULES:
                 rates = vars(schedule).get(name)
                 if isinstance(rates, list):
-                    setattr(schedule, name, [_scaled(rate, factor, written) for rate in rates])
+                    vars(schedule)[name] = [_scaled(rate, factor, written) for rate in rates]
 
 
 def _scaled(rate: Any, factor: float, written: set[int]) -> Any:

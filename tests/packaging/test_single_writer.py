@@ -37,6 +37,10 @@ ALLOWED = {
         "_write",
     ): "writes the state tensors of an optimizer; one that shares memory with a weight is refused at capture",
     (
+        "callbacks/weightproof_callbacks/learning_rate.py",
+        "_scaled",
+    ): "scales the learning rates that an optimizer and its schedules keep as tensors",
+    (
         "callbacks/weightproof_callbacks/fault_drill.py",
         "_train_through",
     ): "clips the gradients of the drill's own copy of a model",
