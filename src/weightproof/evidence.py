@@ -253,10 +253,17 @@ def event_of(step: Step) -> GuardEvent:
         reason=decision.reason,
         warned=decision.warned,
         monitor=step.monitor,
-        rows=metric_rows(decision.verdicts, decision.reported),
+        rows={**metric_rows(decision.verdicts, decision.reported), **_rollback_rows(step)},
         worst=worst_measurements(decision.verdicts),
         seconds=step.seconds,
     )
+
+
+def _rollback_rows(step: Step) -> dict[str, float]:
+    """Where a run was taken back: to which step, how often by now, and what became of its learning rate."""
+    notes = step.record.params if step.record is not None and step.kind.name == "train" else {}
+    names = ("rollbacks", "back_to_step", "learning_rate_scale")
+    return {f"guard/{name}": float(value) for name in names if isinstance(value := notes.get(name), int | float)}
 
 
 def spectrum_of_worst(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tests.support.chains import tiny_llama
@@ -184,6 +186,17 @@ def test_weights_and_training_state_go_back_together_and_the_record_says_so():
     step = session.check_window(step=10, raw_losses=[2.0])
     assert (step.applied, held["steps"]) == ("restored", 5)
     assert {**step.record.params} == {"back_to_step": 5, "rollbacks": 1, "restored": ["a counter"]}
+
+
+def test_trackers_are_told_how_often_and_how_far_back(tmp_path):
+    model = tiny_llama()
+    session = GuardSession(model, trackers=["jsonl"], output_dir=tmp_path)
+    session.watch()
+    ruin(model)
+    session.check_window(step=5, raw_losses=[2.0])
+    session.close()
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert (event["rows"]["guard/rollbacks"], event["rows"]["guard/back_to_step"]) == (1.0, 0.0)
 
 
 def test_a_run_that_breaks_again_goes_back_further_and_is_judged_from_there():
