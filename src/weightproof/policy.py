@@ -128,7 +128,10 @@ class Policy:
             limits={guard: {key: Entry(item) for key, item in keys.items()} for guard, keys in (limits or {}).items()},
             actions={situation: Entry(action) for situation, action in (actions or {}).items()},
         )
-        return _layer(self, changes)
+        found = _layer(self, changes)
+        if is_named_like_a_tier(found):
+            raise PolicyError(f"an overridden policy cannot be called {name!r}: that is a tier; give another name")
+        return found
 
 
 def load_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
@@ -143,7 +146,22 @@ def load_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
         raise PolicyError(f"a policy is a tier ({', '.join(TIERS)}), a path or a Policy, not {policy!r}")
     path = Path(policy)
     is_file = not isinstance(policy, str) or path.suffix in {".yaml", ".yml"} or len(path.parts) > 1
-    return _resolve(read_policy_file(path)) if is_file else _tier(str(policy))
+    return _named_apart(_resolve(read_policy_file(path)), path) if is_file else _tier(str(policy))
+
+
+def _named_apart(policy: Policy, path: Path) -> Policy:
+    """The policy of a file, unless it bears the name of a tier that it is not: certificates show the name."""
+    if is_named_like_a_tier(policy):
+        raise PolicyError(
+            f"policy file {str(path)!r} is called {policy.name!r} and is not that tier: give it a name of its own "
+            "(name: ...)"
+        )
+    return policy
+
+
+def is_named_like_a_tier(policy: Policy) -> bool:
+    """Whether a policy bears the name of a tier and asks for something else than the tier of this version."""
+    return policy.name in TIERS and policy.digest != _tier(policy.name).digest
 
 
 def _tier(name: str) -> Policy:
@@ -307,6 +325,7 @@ __all__ = [
     "decide",
     "decision_digest",
     "evidence_digest",
+    "is_named_like_a_tier",
     "load_policy",
     "with_digests",
 ]

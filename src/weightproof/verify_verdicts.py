@@ -11,7 +11,7 @@ from weightproof.errors import InputError, WeightproofError
 from weightproof.evidence import not_tested
 from weightproof.jsonable import json_digest
 from weightproof.judging import GUARDS, Judged, decide_on, judge_one
-from weightproof.policy import Policy, decide
+from weightproof.policy import Policy, decide, is_named_like_a_tier
 from weightproof.registry import load_plugin, plugins
 from weightproof.types import Action, Measurement, Readings, Verdict
 from weightproof.verify_result import Findings, Value
@@ -45,6 +45,11 @@ def check_verdicts(content: Content, findings: Findings) -> None:
         findings.differs("policy", "resolved", "a policy that this version can use", str(error))
         return
     findings.require_stated("policy", "digest", policy.digest, content.predicate.policy.digest)
+    if is_named_like_a_tier(policy):
+        findings.notes.append(
+            f"the policy is called {policy.name!r} and is not the tier of that name in this version: demand one with "
+            "--policy"
+        )
     judged = short = 0
     for index, step in enumerate(content.predicate.steps):
         where = f"step {index} ({step.name})"

@@ -434,6 +434,18 @@ def test_documented_table_is_the_one_that_decides():
     assert list(documented) == list(SITUATIONS)  # in the order in which they are tried
 
 
+def test_no_other_policy_bears_the_name_of_a_tier(tmp_path):
+    lax = tmp_path / "lax.yaml"
+    lax.write_text("name: conservative\nextends: conservative\nlimits: {loss: {tau: 1000}}\nrequired: []\n")
+    with pytest.raises(PolicyError, match=r"is called 'conservative' and is not that tier"):
+        load_policy(lax)
+    with pytest.raises(PolicyError, match="cannot be called 'balanced'"):
+        load_policy("balanced").override({"loss": {"tau": 1000.0}}, name="balanced")
+    same = tmp_path / "balanced.yaml"
+    same.write_text("extends: balanced\n")
+    assert load_policy(same).digest == load_policy("balanced").digest
+
+
 def test_what_is_done_to_one_loaded_tier_does_not_reach_the_next():
     load_policy("balanced").limits["spectral"]["kappa"] = 9.0
     assert load_policy("balanced").limits["spectral"]["kappa"] != 9.0
