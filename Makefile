@@ -6,7 +6,7 @@ WORKERS ?= 2
 ZERO := .venv-zero/bin
 ZERO_STAMP := .venv-zero/.installed
 
-.PHONY: demo test test-slow test-faults test-faults-slow test-zero test-browser lint format benchmark benchmark-distributed benchmark-coverage clean
+.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-browser lint format benchmark benchmark-distributed benchmark-coverage clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -27,6 +27,9 @@ test-slow: $(STAMP)       ## the long ones: more seeds, longer training
 
 test-faults: $(STAMP)     ## snapshots on disk: 1,000 kills, lost power, flipped bits; writes tests/faults/last_run.txt
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/faults/snapshot_faults.py --write
+
+drill-table: $(STAMP)     ## every fault of training, harmful and mild, in two processes; writes tests/faults/strengths.txt
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support:. $(BIN)/python tests/faults/strengths.py --write
 
 test-faults-slow: $(STAMP) ## 50 guarded runs in several processes, a random fault at a random time in each: minutes
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/distributed/fault_storm.py --write

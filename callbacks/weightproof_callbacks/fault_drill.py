@@ -169,10 +169,11 @@ class Drill:
 
     def _train_through(self, run: _Run, guard: AttachedGuard | None, life: Life) -> None:
         ledger, judged, step = BatchLedger(), 0, 0
+        moved: set[str] = set()
         drawn: dict[str, str] = {}
         # Before the injection's own hook: where the generators stand when a checkpoint would keep them.
         inner: Any = run.injection.optimizer
-        handle = inner.register_step_post_hook(lambda *_: drawn.update(generator_digests()))
+        handle: Any = inner.register_step_post_hook(lambda *_: drawn.update(generator_digests()))
         inner._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
         try:
             for batch in ledger.over(run.batches):
@@ -185,14 +186,22 @@ class Drill:
                 step += 1
                 if guard is None:
                     continue
-                if differing := generators_differing(drawn):
-                    self._stop(life, step, f"digest of the generators ({', '.join(differing)})")
+                moved.update(generators_differing(drawn))
                 if len(guard.history) > judged:
                     judged = len(guard.history)
-                    if skew := loader_skew(guard.session.processes, ledger):
-                        self._stop(life, step, f"digest of the batches ({skew[0]})")
+                    self._compare(guard, ledger, moved, life, step)
         finally:
             handle.remove()
+
+    def _compare(self, guard: AttachedGuard, ledger: BatchLedger, moved: set[str], life: Life, step: int) -> None:
+        """What digests tell, of all processes: every one of them stops, or none."""
+        processes = guard.session.processes
+        drew = processes.gather("generators that moved between two steps", sorted(moved))
+        for rank, names in enumerate(drew):
+            if names:
+                self._stop(life, step, f"digest of the generators ({', '.join(names)} of rank {rank})")
+        if skew := loader_skew(processes, ledger):
+            self._stop(life, step, f"digest of the batches ({skew[0]})")
 
     def _note_left_out(self, run: _Run, batch: Any, life: Life) -> None:
         """A batch whose step was left out, until it is given again and its step is taken."""

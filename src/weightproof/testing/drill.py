@@ -6,6 +6,7 @@ it harm at all?) and a run under guard. `weightproof_callbacks.fault_drill` does
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,7 @@ class Row:
         state: What the run is afterwards.
         loss: Loss under guard minus that of the clean twin; None for a run that was stopped.
         expected: Whether that is as it should be.
+        decided: SHA-256 over the digests of all decisions, the same on all processes.
     """
 
     fault: str
@@ -121,6 +123,7 @@ class Row:
     state: str
     loss: float | None
     expected: bool
+    decided: str = ""
 
     @property
     def harmful(self) -> bool:
@@ -217,6 +220,7 @@ def row_of(  # noqa: PLR0913 - one argument for each run of the comparison
         state=state,
         loss=loss,
         expected=unharmed and (in_time or harm <= HARMFUL),
+        decided=hashlib.sha256("".join(guarded.decisions).encode()).hexdigest(),
     )
 
 
