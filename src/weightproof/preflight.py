@@ -5,24 +5,17 @@ Codes are stable: a script may rely on them. WP0xx environment, WP1xx models, WP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from weightproof.checkpoints import Checkpoint, open_checkpoint
 from weightproof.errors import InputError, WeightproofError
-from weightproof.loading import LOADERS
 from weightproof.policy import Policy, load_policy
+from weightproof.preflight_data import context_length, examine_data, loss_limits
 from weightproof.preflight_environment import Finding, Level, Plan, examine_environment
-from weightproof.registry import load_plugin
 from weightproof.tensor_store import readable
-from weightproof.text_data import read_examples
-
-# Scored tokens counted at most: a file that holds so many has enough for every tier.
-MOST_TOKENS = 200_000
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "seq_length")
 
 
 CODES: Mapping[str, str] = {
@@ -61,7 +54,7 @@ def examine(plan: Plan) -> list[Finding]:
                 models[which] = checkpoint
     found += [*_memory(plan, models), *_pair(models)]
     policy, findings = _policy(plan)
-    found += [*findings, *_data(plan, models, policy), *_key(plan)]
+    found += [*findings, *_context(models, policy), *examine_data(plan, models, policy), *_key(plan)]
     return sorted(found, key=lambda finding: finding.code)
 
 
@@ -124,7 +117,6 @@ def _model(which: str, folder: Path) -> tuple[list[Finding], Checkpoint | None]:
         *found,
         _dtypes(which, checkpoint),
         _architecture(which, checkpoint),
-        *_context(which, checkpoint),
     ], checkpoint
 
 
@@ -153,18 +145,10 @@ def _architecture(which: str, checkpoint: Checkpoint) -> Finding:
     return Finding("WP104", Level.OK, f"{which}: {names[0]}")
 
 
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Longest token sequence that config.json names; None where it names none."""
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    known = [part[field] for part in parts for field in _POSITIONS if isinstance(part.get(field), int)]
-    return min(known) if known else None
-
-
-def _context(which: str, checkpoint: Checkpoint) -> Iterator[Finding]:
-    length = context_length(checkpoint.config)
-    if which != "base" or length is None:
+def _context(models: Mapping[str, Checkpoint], policy: Policy | None) -> Iterator[Finding]:
+    if "base" not in models or (length := context_length(models["base"].config)) is None:
         return
-    windows = load_plugin("weightproof.guards", "loss").Limits().length
+    windows = loss_limits(policy).length
     if length > windows:
         what = f"base: a context of {length} tokens, compared on windows of at most {windows}"
         do = "raise limits.loss.length in a policy file if long contexts matter; else they are listed as not tested"
@@ -209,67 +193,6 @@ def _policy(plan: Plan) -> tuple[Policy | None, list[Finding]]:
     else:
         found.append(Finding("WP302", Level.OK, f"required guards: {', '.join(policy.required) or 'none'}"))
     return policy, found
-
-
-def _data(plan: Plan, models: Mapping[str, Checkpoint], policy: Policy | None) -> Iterator[Finding]:
-    tokenizers: dict[str, tuple[Any, Any]] = {}
-    for which, checkpoint in models.items():
-        try:
-            tokenizers[which] = load_plugin(LOADERS, "tokenizer")(checkpoint.folder)
-        except InputError as error:
-            yield Finding("WP201", Level.ERROR, f"{which}: {error}", "copy the tokenizer files of the model again")
-            continue
-        has = "has a tokenizer" if tokenizers[which][0] is not None else "has no tokenizer"
-        needs = tokenizers[which][0] is None and any(_is_text(path) for path in (plan.retain, plan.target))
-        do = "copy the tokenizer files into the folder, or give .jsonl with input_ids" if needs else ""
-        yield Finding("WP201", Level.ERROR if needs else Level.OK, f"{which} {has}", do)
-    if len(tokenizers) == 2:
-        yield _tokenizers(tokenizers)
-    encode = next((one[0] for one in tokenizers.values() if one[0] is not None), None)
-    for name, path in (("retain", plan.retain), ("target", plan.target)):
-        if path is not None:
-            yield from _file(name, path, encode, policy)
-
-
-def _is_text(path: Path | None) -> bool:
-    return path is not None and path.suffix.lower() != ".jsonl"
-
-
-def _tokenizers(found: Mapping[str, tuple[Any, Any]]) -> Finding:
-    if found["base"][1] == found["subject"][1]:
-        return Finding("WP202", Level.OK, "base and subject make the same tokens of a text")
-    do = "put the base's tokenizer files into the subject's folder: else no loss can be compared"
-    return Finding("WP202", Level.ERROR, "the tokenizers of base and subject differ", do)
-
-
-def _file(name: str, path: Path, encode: Callable[[str], Any] | None, policy: Policy | None) -> Iterator[Finding]:
-    if encode is None and _is_text(path):
-        return  # WP201 says so
-    num_examples = num_tokens = 0
-    try:
-        for example in read_examples(path, encode, name=name):
-            num_examples += 1
-            num_tokens += len(example.get("input_ids", ()))
-            if num_tokens > MOST_TOKENS:
-                break
-    except InputError as error:
-        yield Finding("WP203", Level.ERROR, str(error), "give UTF-8 text, or .jsonl with text or input_ids")
-        return
-    more = "more than " if num_tokens > MOST_TOKENS else ""
-    yield Finding("WP203", Level.OK, f"{name}: {more}{num_tokens} tokens in {path}")
-    if policy is not None:
-        limits = policy.limits_for(load_plugin("weightproof.guards", "loss"))
-        yield _amount(name, num_examples, num_tokens, limits, is_stream=_is_text(path))
-
-
-def _amount(name: str, num_examples: int, num_tokens: int, limits: Any, *, is_stream: bool) -> Finding:
-    """Whether a file reaches the coverage floor of the policy (windows of a text are cut from it)."""
-    windows = num_tokens // limits.length if is_stream else num_examples
-    short = limits.too_little(windows, num_tokens)
-    if short is None:
-        return Finding("WP204", Level.OK, f"{name}: about {windows} windows")
-    do = f"give at least {limits.min_windows} windows and {limits.min_tokens} tokens, or the loss is not measured"
-    return Finding("WP204", Level.WARN, f"{name}: {short}", do)
 
 
 def _key(plan: Plan) -> Iterator[Finding]:

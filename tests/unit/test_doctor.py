@@ -12,6 +12,10 @@ from certified_folders import copied, save_tokenizer, write_text
 from safetensors.torch import load_file, save_file
 
 from weightproof import cli, preflight_environment, registry
+from weightproof.collective import Processes
+from weightproof.guards.loss import LossLimits
+from weightproof.loading import load_model
+from weightproof.losses import LossData, LossProbe
 from weightproof.preflight import CODES, Level, Plan, context_length, examine
 from weightproof.signing import generate_key, write_key_pair
 
@@ -182,6 +186,25 @@ def test_a_context_longer_than_the_windows_is_told(folder, tmp_path):
     levels, sentences = _levels(_plan(folder, base=base))
     assert levels["WP106"] is Level.WARN
     assert "not tested" in sentences["WP106"]
+
+
+def test_windows_are_counted_as_the_loss_guard_cuts_them(folder, tmp_path):
+    base, text = copied(folder / "base", tmp_path / "base"), write_text(tmp_path / "text.txt", rows=150)
+    _config(base, max_position_embeddings=34)
+    levels, sentences = _levels(_plan(folder, base=base, retain=text))
+    loaded = load_model(base)
+    probe = LossProbe(loaded.model, LossData(text, loaded.encode), None, LossLimits(), Processes.alone())
+    [windows] = probe.windows
+    assert levels["WP204"] is Level.OK
+    assert f"about {windows.num_windows} windows, of at most 32 tokens" in sentences["WP204"]
+
+
+def test_what_the_policy_says_of_lengths_counts(folder, tmp_path):
+    base = copied(folder / "base", tmp_path / "base")
+    _config(base, max_position_embeddings=4096)
+    (tmp_path / "long.yaml").write_text("extends: balanced\nlimits: {loss: {length: 4096}}\n")
+    levels, _ = _levels(_plan(folder, base=base, policy=tmp_path / "long.yaml"))
+    assert levels["WP106"] is Level.OK
 
 
 @pytest.mark.parametrize(("argument", "code"), [("base", 0), ("absent", 1)])
