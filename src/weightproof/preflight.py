@@ -17,7 +17,6 @@ from weightproof.preflight_data import context_length, examine_data, loss_limits
 from weightproof.preflight_environment import Finding, Level, Plan, examine_environment
 from weightproof.tensor_store import readable
 
-
 CODES: Mapping[str, str] = {
     "WP001": "versions of the libraries",
     "WP002": "plug-ins that cannot be loaded",
