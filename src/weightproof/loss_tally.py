@@ -15,7 +15,14 @@ import numpy as np
 
 from weightproof.loss_scores import Metric
 from weightproof.loss_windows import Chunk, LossWindows
-from weightproof.paired import MIN_SEQUENTIAL_SIZE, SEQUENTIAL_SHARE, Interval, PairedSums, interval
+from weightproof.paired import (
+    MIN_GROUPS_TO_ACCEPT,
+    MIN_SEQUENTIAL_SIZE,
+    SEQUENTIAL_SHARE,
+    Interval,
+    PairedSums,
+    interval,
+)
 from weightproof.proportions import PairedCounts, mcnemar, newcombe
 from weightproof.types import LossReading
 
@@ -85,8 +92,11 @@ class LossTally:
 
     @property
     def may_accept_early(self) -> bool:
-        """Whether a test may stop here and accept: not for rates, whose counts say nothing while they are 0."""
-        return not any(self._is_rate)
+        """Whether a test may stop here and accept: not on few documents, however many windows they have.
+
+        Nor for rates, whose counts say nothing while they are 0.
+        """
+        return self._num_groups >= MIN_GROUPS_TO_ACCEPT and not any(self._is_rate)
 
     def readings_so_far(self) -> list[LossReading]:
         """One reading a metric, with intervals that allow stopping; [] before they can say anything."""

@@ -277,6 +277,17 @@ def test_documents_are_groups_and_stay_together():
     assert (named.num_windows, named.num_groups) == (90, 10)
 
 
+def test_few_documents_of_many_windows_do_not_accept_early():
+    model, heldout, _ = trained("gpt2")
+    batches = [batch if isinstance(batch, torch.Tensor) else batch["input_ids"] for batch in heldout]
+    ids = torch.cat([batch.reshape(-1, batch.shape[-1]) for batch in batches])[:240]
+    rows = [{"input_ids": row.tolist(), "document": number // 4} for number, row in enumerate(ids)]
+    (reading,) = probe_of(model, rows, limits=LossLimits(min_windows=20, min_tokens=0)).measure()
+    assert (reading.num_windows, reading.num_groups) == (240, 60)
+    assert outcome(reading) is Outcome.PASS
+    assert reading.num_used >= 50  # of documents: harm that sits in few of them is not seen in fewer
+
+
 def test_more_documents_than_groups_are_joined():
     model = trained("gpt2").model
     count = MAX_GROUPS + 100
