@@ -110,6 +110,7 @@ def _load_weights(folder: Path, model_class: Any) -> tuple[torch.nn.Module, tupl
             local_files_only=True,
             attn_implementation="eager",  # config.json could name a kernel to be fetched from the Hub
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     except _ERRORS as error:
         raise InputError(f"{folder} cannot be loaded as {model_class.__name__}: {_brief(error)}") from error

@@ -21,6 +21,7 @@ from weightproof.checkpoints import open_checkpoint
 from weightproof.comparison import Comparison, compare_folders
 from weightproof.errors import InputError
 from weightproof.evidence import not_tested, now, step_json, windows_json
+from weightproof.file_digests import WEIGHT_FILES
 from weightproof.judging import Judged, decide_on, judge_all
 from weightproof.kinds import parse_kind
 from weightproof.loading import LOADERS
@@ -34,6 +35,7 @@ from weightproof.types import Action, Decision, Outcome, Readings
 
 KEPT, REJECTED, UNDECIDED = 0, 1, 2
 TRAINING = "train"
+_SHOWN_FILES = 8
 # Situations in which a change is not taken because too little is known of it, not because harm was found.
 _UNDECIDED = frozenset(
     {
@@ -265,6 +267,7 @@ def _case(
             *_unknown(after),
             *(ran.notes if ran else ()),
             *_configs(request),
+            *_other_files(comparison),
         ],
         parent=None if request.parent is None else request.parent.digest,
     )
@@ -273,6 +276,17 @@ def _case(
 def _unknown(after: Readings) -> list[str]:
     names = ("module_classes", "ties", "computed_buffers")
     return [f"{name.replace('_', ' ')}: {after.unmeasured[name]}" for name in names if name in after.unmeasured]
+
+
+def _other_files(comparison: Comparison) -> list[str]:
+    """Files that differ beside weights and config.json, such as tokenizers: little that is measured depends on them."""
+    old, new = comparison.base_files, comparison.files
+    differing = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    others = [name for name in differing if name != "config.json" and not name.endswith(WEIGHT_FILES)]
+    if not others:
+        return []
+    more = f" and {len(others) - _SHOWN_FILES} more files" if len(others) > _SHOWN_FILES else ""
+    return [f"what the change of {', '.join(others[:_SHOWN_FILES])}{more} does: no weights, and not those of the base"]
 
 
 def _configs(request: Request) -> list[str]:

@@ -460,6 +460,23 @@ def test_a_class_that_does_not_run_what_the_files_hold_is_refused(folders, call,
     )
 
 
+def test_another_tokenizer_is_named_where_no_data_need_one(folders, call, tmp_path):
+    subject = copied(folders / "int8", tmp_path / "subject")
+    save_tokenizer(subject, shift=1)
+    (subject / "config.json").write_text((subject / "config.json").read_text().replace("{", "{ ", 1))
+    found = json.loads(call("certify", folders / "base", subject, "-o", tmp_path / "out", "--json")[1])
+    [said] = [line for line in found["not_tested"] if "tokenizer.json" in line]
+    assert "config.json" not in said.replace("tokenizer_config.json", "")
+
+
+def test_a_config_of_another_size_names_the_tensor(folders, tmp_path):
+    folder = copied(folders / "base", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 2 * config["intermediate_size"]}))
+    with pytest.raises(InputError, match=r"mlp\.\w+\.weight .*in another shape than config.json says"):
+        load_model(folder)
+
+
 def test_a_change_in_config_json_alone_is_named(folders, call, tmp_path):
     subject = copied(folders / "base", tmp_path / "subject")
     config = json.loads((subject / "config.json").read_text())
