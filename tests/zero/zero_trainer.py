@@ -46,7 +46,7 @@ def trained(rank: int, size: int, setup: Setup, folder: str) -> dict[str, Any]:
     )
     assert arguments.world_size == size
     data = [{"input_ids": row, "labels": row} for row in calibration_windows("llama")[0]["input_ids"]]
-    guard = GuardCallback(every=2, edits={4: edits.RTN(8)}, retain=calibration_windows("llama"))
+    guard = GuardCallback(every=2, edits={4: edits.RTN(8)}, retain=calibration_windows("llama"), rollback="weights")
     model = load("llama").model.to(setup.dtype)
     trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[guard, Poison(at=5)])
     trainer.train()
