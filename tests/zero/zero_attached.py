@@ -62,7 +62,8 @@ def attached(rank: int, size: int, setup: Setup, folder: str) -> dict[str, Any]:
     """A bad step, edits, a save of rejected weights, and a resume."""
     loop = Loop(size, setup)
     facts: dict[str, Any] = {}
-    with attach(loop.accelerator, loop.engine, loop.optimizer, every=2) as guard:
+    # A rollback of all would take back the learning rates that the loop sets for its bad and its idle steps, too.
+    with attach(loop.accelerator, loop.engine, loop.optimizer, every=2, rollback="weights") as guard:
         loop.run(2)
         guard.check()
         good = loop.parts()
