@@ -47,8 +47,8 @@ test-browser: $(STAMP)    ## the HTML report in headless Chromium (which must be
 	$(BIN)/python -m pytest tests/browser
 
 lint: $(STAMP)            ## ruff, pyright, import-linter
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from faults import WEIGHT, Scene
+from fault_scenes import WEIGHT, Scene
 from sharding import shard
 from torch.distributed.tensor import DTensor
 from worlds import WorldError, run_world

@@ -13,8 +13,8 @@ from pathlib import Path
 import fault_tables
 import pytest
 import torch.distributed as dist
+from fault_scenes import HEADER, Fault, Outcome, Scene, live_through, mistakes, printed
 from fault_tables import DIES, SHORT, SLEEPS
-from faults import HEADER, Fault, Outcome, Scene, live_through, mistakes, printed
 from sharding import shard
 from torch import nn
 from torch.distributed.tensor import DTensor

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from architectures import build
-from faults import NAME, WEIGHT, Fault, Scene, raising
+from fault_scenes import NAME, WEIGHT, Fault, Scene, raising
 from torch import nn
 
 from weightproof import GuardSession, edits, kinds, probes, snapshot, tensor_store
