@@ -22,8 +22,10 @@ demo: $(STAMP)            ## train a small model under guard, keep INT8, roll IN
 test: $(STAMP)            ## every test that fits in minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow'
 
-test-slow: $(STAMP)       ## the long ones: more seeds, longer training
-	$(BIN)/python -m pytest -m slow
+test-slow: $(STAMP)       ## the long ones: more seeds, longer training; writes tests/slow_last_run.txt
+	mkdir -p .cache
+	$(BIN)/python -m pytest -m slow -v --no-header > .cache/slow_run.txt || { cat .cache/slow_run.txt; exit 1; }
+	cp .cache/slow_run.txt tests/slow_last_run.txt && tail -n 1 tests/slow_last_run.txt
 
 test-faults: $(STAMP)     ## snapshots on disk: 1,000 kills, lost power, flipped bits; writes tests/faults/last_run.txt
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/faults/snapshot_faults.py --write

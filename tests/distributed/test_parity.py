@@ -49,6 +49,12 @@ RUNS = [
     ("c", "DDP", 4, ("uneven",)),
     ("c", "FSDP2", 4, ("uneven",)),
 ]
+# What four processes add to two is seen with the uneven model; these repeat it.
+SLOW = {("a", "FSDP2", 4), ("c", "DDP", 4)}
+CASES = [
+    pytest.param(*run, id="-".join(map(str, run[:3])), marks=[pytest.mark.slow] if run[:3] in SLOW else [])
+    for run in RUNS
+]
 
 
 @functools.cache
@@ -69,7 +75,7 @@ def require_parity(label: str, expected: Sequence[Seen], ranks: Sequence[Sequenc
     assert not comparison.found, f"{len(comparison.found)} differences\n" + "\n".join(comparison.found[:20])
 
 
-@pytest.mark.parametrize(("group", "kind", "size", "names"), RUNS, ids=[f"{g}-{k}-{n}" for g, k, n, _ in RUNS])
+@pytest.mark.parametrize(("group", "kind", "size", "names"), CASES)
 def test_a_step_is_judged_as_by_one_process(group: str, kind: str, size: int, names: Sequence[str]):
     ranks = run_world(live, size, kind, names, timeout=PATIENT)
     for name in names:

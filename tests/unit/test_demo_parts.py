@@ -192,7 +192,6 @@ def fast_demo(tmp_path_factory):
     return folder / "out", done
 
 
-@pytest.mark.xdist_group("fast-demo")
 def test_the_fast_demo_keeps_int8_and_rolls_int2_back(fast_demo):
     output, done = fast_demo
     assert done.returncode == 0, done.stdout + done.stderr
@@ -207,7 +206,6 @@ def test_the_fast_demo_keeps_int8_and_rolls_int2_back(fast_demo):
     assert {event["action"] for event in windows} == {"KEEP"}
 
 
-@pytest.mark.xdist_group("fast-demo")
 def test_the_fast_demo_prints_paths_that_exist(fast_demo):
     output, done = fast_demo
     lines = [line for line in done.stdout.splitlines() if "weightproof certify" not in line]
@@ -218,7 +216,6 @@ def test_the_fast_demo_prints_paths_that_exist(fast_demo):
     assert (output / "spectra.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.xdist_group("fast-demo")
 def test_the_fast_demo_leaves_loadable_models_and_a_certificate(fast_demo):
     output, _ = fast_demo
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "base")
@@ -236,7 +233,6 @@ def test_the_fast_demo_leaves_loadable_models_and_a_certificate(fast_demo):
     assert steps[0]["record"]["digest_after"] == certificate.statement["subject"][0]["digest"]["sha256"]
 
 
-@pytest.mark.xdist_group("fast-demo")
 def test_the_fast_demo_prints_commands_that_certify_and_verify_its_folders(fast_demo, monkeypatch, capsys):
     output, done = fast_demo
     monkeypatch.chdir(output.parent)
@@ -252,7 +248,6 @@ def test_the_fast_demo_prints_commands_that_certify_and_verify_its_folders(fast_
     assert certificate.predicate["assurance"] == "loss"
 
 
-@pytest.mark.xdist_group("fast-demo")
 def test_the_fast_demo_shares_one_offline_run(fast_demo):
     output, _ = fast_demo
     run = read_offline_run(output)

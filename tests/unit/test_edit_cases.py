@@ -10,26 +10,19 @@ from trained_models import NAMES, chain_samples, load, unigram_entropy, untraine
 from weight_edits import HARMFUL, NOT_ADMITTED, PRESERVING, SCALE, Edit, apply_edit, preserving_edits
 
 
-def per_architecture(name: str):
-    return pytest.param(name, marks=pytest.mark.xdist_group(f"trained-{name}"))
-
-
-ARCHITECTURES = [per_architecture(name) for name in NAMES]
 PRESERVING_CASES = [
-    pytest.param(name, edit, id=f"{name}-{edit.name}", marks=pytest.mark.xdist_group(f"trained-{name}"))
-    for name in NAMES
-    for edit in preserving_edits(name)
+    pytest.param(name, edit, id=f"{name}-{edit.name}") for name in NAMES for edit in preserving_edits(name)
 ]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_trained_model_beats_the_untrained_one_and_symbol_frequencies(name: str) -> None:
     model, _, loss = load(name)
     assert loss(model) < loss(untrained(name)) - 1.0
     assert loss(model) < unigram_entropy() - 0.5
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_loading_twice_gives_the_same_weights_and_windows(name: str) -> None:
     first, second = load(name), load(name)
     weights = second.model.state_dict()
@@ -55,7 +48,6 @@ def test_what_is_listed_as_not_admitted_is_left_out(name: str, edit_name: str) -
     assert edit_name not in {edit.name for edit in preserving_edits(name)}
 
 
-@pytest.mark.xdist_group("trained-gpt2")
 def test_a_gelu_mlp_does_not_admit_the_rescaling() -> None:
     model, heldout, _ = load("gpt2")
     edited = copy.deepcopy(model)
@@ -66,7 +58,7 @@ def test_a_gelu_mlp_does_not_admit_the_rescaling() -> None:
     assert SCALE > 10
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_most_destructive_edits_harm_the_model(name: str) -> None:
     model, _, loss = load(name)
     base, harmless = loss(model), []
