@@ -9,7 +9,6 @@ import torch
 from trained_models import NAMES, chain_samples, load, unigram_entropy, untrained
 from weight_edits import HARMFUL, NOT_ADMITTED, PRESERVING, SCALE, Edit, apply_edit, preserving_edits
 
-
 PRESERVING_CASES = [
     pytest.param(name, edit, id=f"{name}-{edit.name}") for name in NAMES for edit in preserving_edits(name)
 ]
