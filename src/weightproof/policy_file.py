@@ -6,14 +6,13 @@ A wrong file is one sentence that names file, key and what to do; nothing falls 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import yaml
-
-from weightproof.errors import PolicyError
+from weightproof.errors import InputError, PolicyError
+from weightproof.plain_yaml import parse_yaml
 
 LimitValue = float | int | str | None | Mapping[str, float]
 
@@ -44,22 +43,6 @@ class PolicyFile:
     actions: Mapping[str, Entry] = field(default_factory=dict[str, Entry])
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without repeated keys: the second would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a mapping, refusing a key that occurs twice."""
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                raise PolicyError(
-                    f"key {key!r} is written twice, the second time in line {key_node.start_mark.line + 1}"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
 def suggest(name: object, known: Collection[str]) -> str:
     """`; did you mean 'x'? (known: ...)` for an error message."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
@@ -85,15 +68,9 @@ def read_policy_file(path: Path) -> PolicyFile:
 def parse_policy(text: str, *, origin: str, name: str) -> PolicyFile:
     """Parse the YAML text of a policy; `name` serves where the text gives none."""
     try:
-        # _Loader is a SafeLoader: it builds plain values only.
-        raw = cast("object", yaml.load(text, Loader=_Loader))
-    except yaml.MarkedYAMLError as error:
-        place = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise PolicyError(f"{origin} is not valid YAML{place}: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise PolicyError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
-    except PolicyError as error:
-        raise PolicyError(f"{origin}: {error}") from error
+        raw = parse_yaml(text, origin)
+    except InputError as error:
+        raise PolicyError(str(error)) from error
     body = _mapping(raw, origin)
     for key in body:
         if key not in KEYS:
