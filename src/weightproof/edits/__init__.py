@@ -9,6 +9,13 @@ An edit is one file with one frozen dataclass (its parameters), registered in th
 - `selects(matrix)`: whether it wants to change this `WeightMatrix`;
 - `plan(matrix, context)`: the new (d_out, d_in) values in the matrix's dtype, or None to leave it.
 
+Optional, looked for by name:
+
+- `prepare(session)`: the same edit with what it must know of the model first (a threshold over all matrices,
+  second moments of inputs), called before planning; the weights stay as they are;
+- `unmatched(matrices)`: patterns that choose nothing, which is an error;
+- `touches_vectors`: True where biases and norms are changed too; they come as n x 1 matrices of family "vector".
+
 `plan` is pure: it reads `matrix.load()` and returns a fresh tensor. It never writes to the model;
 `weightproof.snapshot.write_matrix` does, and what was written is compared with the plan bit for bit.
 
@@ -24,11 +31,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from weightproof.edits.prune import Prune
 from weightproof.edits.rtn import RTN
+from weightproof.edits.selection import VECTOR_FAMILY
+from weightproof.edits.svd import SVD
 from weightproof.kinds import Kind
 from weightproof.types import WeightMatrix
 
-__all__ = ["RTN", "Edit"]
+__all__ = ["RTN", "SVD", "VECTOR_FAMILY", "Edit", "Prune"]
 
 
 @runtime_checkable
