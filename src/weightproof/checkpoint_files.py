@@ -97,6 +97,17 @@ def _require_small_header(file: Path) -> None:
         )
 
 
+def read_tensors_of(file: Path) -> dict[str, Tensor]:
+    """Every tensor of one safetensors file by its key; for small files, such as those of adapters.
+
+    Raises:
+        InputError: If it leads out of its folder, or is torn or oversized.
+    """
+    require_regular(file.parent, file)
+    _require_small_header(file)
+    return _open(file, lambda handle: {key: handle.get_tensor(key) for key in handle.keys()})  # noqa: SIM118
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file of a model folder.
 
