@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +26,7 @@ from weightproof.curvature_mask import RaggedMask, StaircaseMask, check_energy, 
 from weightproof.eigenbasis import Eigenbasis, checked_factor, eigenbasis
 from weightproof.errors import InputError
 
-__all__ = ["FORMULAS", "edit_matrix", "project"]
+__all__ = ["FORMULAS", "FactorBases", "edit_matrix", "project"]
 
 FORMULAS = ("original", "modified", "ekfac")
 
@@ -72,30 +73,38 @@ def edit_matrix(
     checked_factor(activation_covariance, weight.shape[1], "the activation covariance")
     if energy == 1.0:
         return weight.detach().clone()
-    bases = (
+    bases = FactorBases(
         eigenbasis(gradient_covariance, "the gradient covariance"),
         eigenbasis(activation_covariance, "the activation covariance"),
     )
-    return project(weight, *bases, energy, formula)[0]
+    return project(weight, bases, energy, formula)[0]
+
+
+@dataclass(frozen=True)
+class FactorBases:
+    """The decomposed factors of one matrix, made once for many energies.
+
+    Attributes:
+        gradient: Of G, (d_out, d_out).
+        activation: Of A, (d_in, d_in).
+        corrected: (d_out, d_in) corrected eigenvalues for "ekfac", rows and columns in the order of the bases.
+    """
+
+    gradient: Eigenbasis
+    activation: Eigenbasis
+    corrected: torch.Tensor | None = None
 
 
 def project(
-    weight: torch.Tensor,
-    gradient: Eigenbasis,
-    activation: Eigenbasis,
-    energy: float,
-    formula: str = "original",
-    corrected: torch.Tensor | None = None,
+    weight: torch.Tensor, bases: FactorBases, energy: float, formula: str = "original"
 ) -> tuple[torch.Tensor, StaircaseMask | RaggedMask]:
-    """As `edit_matrix`, with decompositions that are made once for many energies.
+    """As `edit_matrix`, with factors that are decomposed already.
 
     Args:
         weight: (d_out, d_in), finite.
-        gradient: Of G.
-        activation: Of A.
+        bases: The decomposed factors.
         energy: Share to keep.
         formula: One of `FORMULAS`.
-        corrected: (d_out, d_in) corrected eigenvalues for "ekfac", rows and columns in the order of the bases.
 
     Returns:
         The edited matrix, and which pairs were kept.
@@ -107,37 +116,47 @@ def project(
     if not bool(torch.isfinite(weight).all()):
         raise InputError("the weights hold NaN or inf: they cannot be edited")
     if formula == "original":
-        mask = staircase(gradient.values, activation.values, energy)
-        if mask.kept_pairs == weight.numel():
-            return weight.detach().clone(), mask
-        left, right = gradient.vectors[:, : mask.rows], activation.vectors[:, : mask.columns]
-        kept = mask.apply_(_rotated(weight, left, right))
-        return _back(weight, left, kept, right), mask
-    if formula == "ekfac" and corrected is None:
+        return _by_products(weight, bases, energy)
+    if formula == "ekfac" and bases.corrected is None:
         raise InputError("formula 'ekfac' needs corrected eigenvalues: fit the factors with eigenvalue_correction=True")
-    coefficients = _rotated(weight, gradient.vectors, activation.vectors)
+    return _by_saliency(weight, bases, energy, bases.corrected if formula == "ekfac" else None)
+
+
+def _by_products(weight: torch.Tensor, bases: FactorBases, energy: float) -> tuple[torch.Tensor, StaircaseMask]:
+    mask = staircase(bases.gradient.values, bases.activation.values, energy)
+    if mask.kept_pairs == weight.numel():
+        return weight.detach().clone(), mask
+    left, right = bases.gradient.vectors[:, : mask.rows], bases.activation.vectors[:, : mask.columns]
+    return _back(weight, left, mask.apply_(_rotated(weight, left, right)), right), mask
+
+
+def _by_saliency(
+    weight: torch.Tensor, bases: FactorBases, energy: float, corrected: torch.Tensor | None
+) -> tuple[torch.Tensor, RaggedMask]:
+    if energy == 0.0:
+        return torch.zeros_like(weight), RaggedMask(math.inf, 0.0, 0)
+    if energy == 1.0:
+        return weight.detach().clone(), RaggedMask(0.0, 1.0, weight.numel())
+    coefficients = _rotated(weight, bases.gradient.vectors, bases.activation.vectors)
 
     def saliencies() -> Iterator[torch.Tensor]:
         for start, stop in _row_blocks(coefficients):
-            if corrected is not None and formula == "ekfac":
+            if corrected is None:
+                curvature = bases.gradient.values[start:stop, None] * bases.activation.values
+                yield (curvature * coefficients[start:stop].to(torch.float64).square()).cpu()
+            else:
                 yield corrected[start:stop].to("cpu", torch.float64)
-                continue
-            curvature = gradient.values[start:stop, None] * activation.values
-            yield (curvature * coefficients[start:stop].to(torch.float64).square()).cpu()
 
-    if energy in (0.0, 1.0):
-        everything = weight.detach().clone() if energy else torch.zeros_like(weight)
-        return everything, RaggedMask(math.inf if not energy else 0.0, energy, int(energy) * weight.numel())
-    chosen = ragged(saliencies, energy)
-    if chosen.kept_pairs == weight.numel():
-        return weight.detach().clone(), chosen
+    mask = ragged(saliencies, energy)
+    if mask.kept_pairs == weight.numel():
+        return weight.detach().clone(), mask
     for (start, stop), block in zip(_row_blocks(coefficients), saliencies(), strict=True):
-        coefficients[start:stop].masked_fill_((block < chosen.threshold).to(coefficients.device), 0.0)
-    return _back(weight, gradient.vectors, coefficients, activation.vectors), chosen
+        coefficients[start:stop].masked_fill_((block < mask.threshold).to(coefficients.device), 0.0)
+    return _back(weight, bases.gradient.vectors, coefficients, bases.activation.vectors), mask
 
 
 def _rotated(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left' W right, in the dtype of the bases."""
+    """U' W V of two bases, in the dtype of the bases."""
     return left.T @ weight.detach().to(left.dtype) @ right.to(left.dtype)
 
 
