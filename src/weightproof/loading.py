@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weightproof.errors import InputError
 from weightproof.registry import load_plugin
 
 if TYPE_CHECKING:
     from torch import nn
 
 LOADERS = "weightproof.loaders"
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,34 @@ def load_model(folder: Path, *, device: str = "cpu", loader: str = "transformers
         InputError: If no loader of that name is installed, or the folder cannot be loaded.
     """
     return load_plugin(LOADERS, loader)(folder, device=device)
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """The small demo model on disk.
+
+    Attributes:
+        folder: The model, with its tokenizer.
+        retain: Text that it was not trained on.
+        train: Text that it was trained on.
+    """
+
+    folder: Path
+    retain: Path
+    train: Path
+
+
+def resolve_folder(model: str) -> Path:
+    """The local folder `model` names; a Hub id is fetched by the loader plug-in, a folder never is.
+
+    Raises:
+        InputError: If it is a file, a path that does not exist, or an id that cannot be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{model} is a file: name the folder that holds the model's config.json and safetensors")
+    if not HUB_ID.fullmatch(model):
+        raise InputError(f"there is no folder {model}: check the path (a Hub id looks like owner/name)")
+    return load_plugin(LOADERS, "hub")(model)

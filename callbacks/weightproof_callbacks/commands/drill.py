@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weightproof.cli.certify import check_output
-from weightproof.cli.inspect import resolve_folder
 from weightproof.errors import InputError
+from weightproof.loading import resolve_folder
 
 if TYPE_CHECKING:
     from weightproof.testing.drill import Procedure, Row

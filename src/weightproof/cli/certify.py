@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weightproof.cli.inspect import resolve_folder
 from weightproof.errors import InputError
+from weightproof.kind_words import KINDS, kind_from_words
+from weightproof.loading import resolve_folder
 
 if TYPE_CHECKING:
     from weightproof.certificate import Certificate
@@ -25,8 +25,6 @@ OUTCOMES = (
     "[bold red]rejected[/]: the subject must not take the place of the base",
     "[bold yellow]undecided[/]: too little was measured for the subject to take the place of the base",
 )
-KINDS = "int8, int4, quantize:bits=4,granularity=group,group_size=64, cast:bfloat16, prune:0.5, preserving, unknown"
-_INT = re.compile(r"int(\d{1,2})")
 
 
 def certify(  # noqa: PLR0913, PLR0917 - one option a line
@@ -93,30 +91,7 @@ def parse_kind_option(text: str | None) -> object:
     Raises:
         InputError: If it is none of the kinds that can be declared in words.
     """
-    from weightproof.kinds import Cast, Prune, Quantize, parse_kind
-
-    if text is None:
-        return None
-    name, _, rest = text.partition(":")
-    try:
-        if match := _INT.fullmatch(text):
-            return Quantize(int(match[1]))
-        if name == "quantize":
-            return Quantize(**_settings(rest))
-        if name == "cast":
-            return Cast(rest)
-        if name == "prune":
-            return Prune(float(rest))
-        if not rest:
-            return parse_kind(name)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--kind {text}: {error}. Give one of {KINDS}") from error
-    raise InputError(f"--kind {text} is unknown: give one of {KINDS}")
-
-
-def _settings(text: str) -> dict[str, Any]:
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    return {name.strip(): int(value) if value.strip().isdecimal() else value.strip() for name, _, value in pairs}
+    return None if text is None else kind_from_words(text, "--kind")
 
 
 def check_output(output: Path) -> None:

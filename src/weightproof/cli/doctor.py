@@ -43,7 +43,7 @@ def doctor(  # noqa: PLR0913, PLR0917 - one option a line
 
 def _folder(name: str) -> Path:
     """A local path as it is, so that a folder that is missing is a finding; else what a Hub id resolves to."""
-    from weightproof.cli.inspect import HUB_ID, resolve_folder
+    from weightproof.loading import HUB_ID, resolve_folder
 
     path = Path(name).expanduser()
     is_id = not path.exists() and HUB_ID.fullmatch(name) is not None and "/" in name and not path.parent.exists()

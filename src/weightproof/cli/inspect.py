@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weightproof.errors import InputError
-from weightproof.registry import load_plugin
+from weightproof.loading import resolve_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from weightproof.cli.spectral_report import MatrixReport, SpectralReport
 
-HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 NAME_WIDTH = 26
 WIDTH = 118
 """Columns of the tables where standard output is not a terminal."""
@@ -55,22 +53,6 @@ def inspect(
         print_report(report)
     if plot is not None:
         _write_plot(plot, report)
-
-
-def resolve_folder(model: str) -> Path:
-    """The local folder `model` names; a Hub id is fetched by the loader plug-in, a folder never is.
-
-    Raises:
-        InputError: If it is a file, a path that does not exist, or an id that cannot be fetched.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise InputError(f"{model} is a file: name the folder that holds the model's config.json and safetensors")
-    if not HUB_ID.fullmatch(model):
-        raise InputError(f"there is no folder {model}: check the path (a Hub id looks like owner/name)")
-    return load_plugin("weightproof.loaders", "hub")(model)
 
 
 def shorten(name: str, width: int) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightproof.cli.inspect import resolve_folder
+from weightproof.loading import resolve_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
