@@ -150,6 +150,11 @@ class Assessor:
         """Random-token windows, then calibration windows, as far as there are any."""
         return tuple(w for w in (self._random, self._calibration) if w is not None)
 
+    @property
+    def all_windows(self) -> tuple[Any, ...]:
+        """These, then those on which the loss is read."""
+        return (*self.windows, *self.loss.windows)
+
     # -- losses --------------------------------------------------------------------------------
 
     def capture_losses(self) -> None:

@@ -37,6 +37,7 @@ class Publisher:
         accelerator: `accelerate.Accelerator` of the run, for trackers that log through it.
 
     Attributes:
+        history: Every judged step, oldest first.
         trackers: Those that are open on this process: none where another one writes.
 
     Raises:
@@ -55,6 +56,7 @@ class Publisher:
         self._certificate = certificate
         self._output_dir = output_dir
         self._picture: bytes | None = None
+        self.history: list[Step] = []
         with processes.together("opening the trackers"):
             self.trackers = open_trackers(trackers, output_dir, accelerator) if processes.is_main else ()
         self._wants_pictures = processes.broadcast("trackers", bool(self.trackers))
@@ -65,7 +67,11 @@ class Publisher:
             self._picture, step.spectra = evidence.spectrum_of_worst(step, model, baseline, self._processes)
 
     def publish(self, step: Step) -> None:
-        """Write the evidence of a judged step; where that fails the log says so, and the verdict stands."""
+        """Record a judged step: history, then the certificate file, then the trackers.
+
+        Where writing fails the log says so, and the verdict stands.
+        """
+        self._record(step)
         with self._processes.together("writing the evidence"):
             try:
                 self._write(step)
@@ -73,6 +79,14 @@ class Publisher:
                 # The verdict stands and was carried out: a full disk may not undo it, nor hide it behind another
                 # error, nor end the run of the processes that do not write.
                 logger.error("the evidence of step %d, %s, could not be written: %s", step.step, step.name, error)
+
+    def _record(self, step: Step) -> None:
+        self.history.append(step)
+        # All readings of a step take room: kept of this one and of the one that made the present weights.
+        present = next((one for one in reversed(self.history) if one.applied == "kept"), step)
+        for one in self.history:
+            if one is not step and one is not present:
+                one.judged = None
 
     def complete(self, last: Step) -> None:
         """Write what the certificate still lacks after the last step, and its report.

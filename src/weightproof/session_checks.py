@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from weightproof.assessment import Assessor
 from weightproof.baseline import Baseline
 from weightproof.collective import Processes
 from weightproof.errors import BaselineError, InputError
-from weightproof.steps import Step
+from weightproof.steps import MasterWeights, Step
 from weightproof.types import TensorReading
+from weightproof.weights import iter_tensors, unwrap
+
+T = TypeVar("T")
 
 
 def processes_of(accelerator: Any, timeout: float) -> Processes:
@@ -24,6 +28,18 @@ def processes_of(accelerator: Any, timeout: float) -> Processes:
             "before the guard session, in every process"
         )
     return processes
+
+
+def settings_of(assessor: Assessor, masters: MasterWeights | None) -> dict[str, str]:
+    """What must be the same on every process, in words."""
+    model, policy = assessor.model, assessor.policy
+    return {
+        "policy": f"{policy.name} ({policy.digest[:12]})",
+        "windows": ", ".join(f"{w.name} ({w.digest[:12]})" for w in assessor.all_windows) or "none",
+        "model class": type(unwrap(model)).__name__,
+        "number of tensors": str(sum(1 for _ in iter_tensors(model))),
+        "master weights": "none" if masters is None else type(masters).__name__,
+    }
 
 
 def require_same(processes: Processes, operation: str, ours: Mapping[str, str], advice: str) -> None:
@@ -71,6 +87,13 @@ def _short(value: str) -> str:
 def loaded(given: Baseline | Path | str) -> Baseline:
     """A baseline as given, or read from its file."""
     return given if isinstance(given, Baseline) else Baseline.load(given)
+
+
+def from_main(processes: Processes, what: str, read: Callable[[], T]) -> T:
+    """What rank 0 read, on every rank: a folder may exist on its machine only."""
+    with processes.together(f"reading {what}"):
+        found = read() if processes.is_main else None
+    return cast("T", processes.broadcast(what, found))
 
 
 def as_losses(raw_losses: Sequence[float] | None) -> tuple[float, ...] | None:

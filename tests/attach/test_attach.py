@@ -213,7 +213,7 @@ def test_broken_weights_are_found_though_the_scaler_skips_every_step_from_then_o
 def test_a_halt_ends_the_run_with_the_weights_restored(monkeypatch, what):
     loop = Loop()
     guard = attach(loop.accelerator, loop.model, loop.optimizer, every=2)
-    before, assessor = loop.weights(), guard.session._assessor
+    before, assessor = loop.weights(), guard.session.guarded.assessor
     halted = functools.partial(assessor.halted, reason="processes disagree", situation="processes_disagree")
     monkeypatch.setattr(assessor, "_agreed", halted)
     with pytest.raises(RestoreError, match="halts the run: processes disagree"):

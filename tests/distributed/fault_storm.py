@@ -212,13 +212,13 @@ def _live_through(scene: Scene, plan: Plan) -> Report:
 
 def _make_the_steps(scene: Scene, plan: Plan, storm: Storm, seen: _Seen, report: Report) -> None:
     generator = random.Random(f"{plan.seed} {plan.number} {scene.rank}")
-    judge = scene.guard._judge
+    assess = scene.guard.guarded.assessor.assess
 
     def noted(*args: Any) -> Any:
         seen.after = seen.fingerprint()
-        return judge(*args)
+        return assess(*args)
 
-    scene.guard._judge = noted
+    scene.guard.guarded.assessor.assess = noted
     for name, factor in STEPS:
         report.during, seen.before, seen.after = name, seen.fingerprint(), ""
         if factor is None:

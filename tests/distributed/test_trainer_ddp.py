@@ -105,7 +105,7 @@ def twins(rank, size, folder):
     assert [step.step for step in runs["guarded"][0].history] == [3, 4, 6, 8, 9, 12]
     (edit,) = [step for step in runs["edited"][0].history if step.name != "train"]
     assert edit.record.stray_names == (), "buffers that training moved apart were not changed by anybody"
-    seen = torch.tensor(runs["edited"][0].session._losses).view(-1, 2).mean(1).tolist()
+    seen = torch.tensor(runs["edited"][0].session.losses).view(-1, 2).mean(1).tolist()
     assert seen == pytest.approx(list(logged_losses(trainer).values()), rel=1e-4), "of tokens averaged on each process"
     return found
 
@@ -154,7 +154,7 @@ def guarded(size, folder, **changes):
     assert same(before.seen[35], after.seen[35]), "bit for bit as before the rejected edit"
     return {
         "decisions": decisions(guard), "digests": digests(guard), "model_digest": guard.session.model_digest,
-        "losses": guard.session._losses, "logged": list(logged_losses(trainer).values()),
+        "losses": guard.session.losses, "logged": list(logged_losses(trainer).values()),
         "kept": after.seen[30], "restored": after.seen[35], "last": weights(trainer.model),
     }  # fmt: skip
 

@@ -82,7 +82,7 @@ def edited(size, folder, model):
     assert same(before.seen[35], after.seen[35]), "bit for bit as before the rejected edit"
     return {
         "decisions": decisions(guard), "digests": digests(guard), "model_digest": guard.session.model_digest,
-        "losses": guard.session._losses, "logged": list(logged_losses(trainer).values()),
+        "losses": guard.session.losses, "logged": list(logged_losses(trainer).values()),
     }  # fmt: skip
 
 

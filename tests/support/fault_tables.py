@@ -88,7 +88,7 @@ def replaces_a_module(scene: Scene) -> None:
 
 def while_measured(scene: Scene, forward: Callable[..., Any]) -> None:
     """The weights are sound; the arithmetic of one process is not, while the change is measured."""
-    assess = scene.guard._assessor.assess
+    assess = scene.guard.guarded.assessor.assess
 
     def assessed(*args: Any) -> Any:
         hook = scene.model.get_submodule(EARLY).register_forward_hook(forward)
@@ -97,12 +97,12 @@ def while_measured(scene: Scene, forward: Callable[..., Any]) -> None:
         finally:
             hook.remove()
 
-    with scene.patched(scene.guard._assessor, "assess", assessed):
+    with scene.patched(scene.guard.guarded.assessor, "assess", assessed):
         scene.edit()
 
 
 def judging(scene: Scene, fault: Callable[[], None]) -> None:
-    guard = scene.guard._assessor.guards["spectral"]
+    guard = scene.guard.guarded.assessor.guards["spectral"]
     with scene.patched(type(guard), "judge", after(fault, type(guard).judge)):
         scene.edit()
 
@@ -141,13 +141,13 @@ def leaves_a_hook(scene: Scene) -> None:
 def alters_the_kept_copy(scene: Scene) -> None:
     """What the tensor was cannot be told any more."""
     points: list[Any] = []
-    safe_point = scene.guard._safe_point
+    safe_point = scene.guard.guarded.safe_point
 
     def noted() -> Any:
         points.append(safe_point())
         return points[-1]
 
-    with scene.patched(scene.guard, "_safe_point", noted):
+    with scene.patched(scene.guard.guarded, "safe_point", noted):
         scene.edit(lambda: points[-1].snapshot.original(WEIGHT).add_(1.0), factor=1000.0)
 
 

@@ -84,7 +84,7 @@ class Scene:
         self.session = GuardSession(self.model, retain=self.spec.retain(), timeout=120.0, **settings)
         assert self.session.processes.size == self.size
         self.sessions += 1
-        assessor: Any = self.session._assessor
+        assessor: Any = self.session.guarded.assessor
         assess = assessor.assess
 
         def noted(*args: Any) -> Any:

@@ -275,7 +275,7 @@ def test_a_trial_that_fails_midway_is_taken_back():
     model = load("llama").model
     session = GuardSession(model, policy=policy(), retain=windows())
     before = model.get_parameter(f"{OUTPUT}.weight").detach().clone()
-    probe = session._assessor.loss
+    probe = session.guarded.assessor.loss
 
     class Broken:
         def again(self, **limits):

@@ -217,7 +217,7 @@ def test_a_run_that_breaks_again_goes_back_further_and_is_judged_from_there():
 def test_a_first_loss_far_too_high_puts_the_last_good_state_itself_in_doubt():
     model, session = watched()
     first = digest_now(session)
-    session._losses = [2.0, 2.01] * 20
+    session.training.losses = [2.0, 2.01] * 20
     nudge(model, 0.01)
     assert session.check_window(step=5, raw_losses=[2.0] * 5).applied == "kept"
     nudge(model)
@@ -229,7 +229,7 @@ def test_a_first_loss_far_too_high_puts_the_last_good_state_itself_in_doubt():
 def test_a_window_that_ends_high_does_not_become_the_last_good_state_yet():
     model, session = watched()
     first = digest_now(session)
-    session._losses = [2.0, 2.01] * 20
+    session.training.losses = [2.0, 2.01] * 20
     nudge(model)
     assert session.check_window(step=5, raw_losses=[2.0, 2.0, 2.0, 9.0]).applied == "kept"
     assert session.rolling.steps == (0,)

@@ -390,7 +390,7 @@ class TestTrainingWindows:
         session = GuardSession(llama)
         session.watch()
         before = state_of(llama)
-        session._losses = [2.0, 2.01] * 10
+        session.training.losses = [2.0, 2.01] * 10
         scale(llama, DOWN, 100.0)
         first = session.check_window(step=5, raw_losses=[2.0, 2.0, 2.0])
         second = session.check_window(step=10, raw_losses=[9.0, 9.0, 9.0])
@@ -400,7 +400,7 @@ class TestTrainingWindows:
     def test_state_saved_after_a_held_window_was_rejected_describes_the_restored_weights(self, llama, tmp_path):
         session = GuardSession(llama)
         session.watch()
-        session._losses = [2.0, 2.01] * 10
+        session.training.losses = [2.0, 2.01] * 10
         scale(llama, DOWN, 100.0)
         assert session.check_window(step=5, raw_losses=[2.0, 2.0, 2.0]).applied == "kept"
         assert session.check_window(step=10, raw_losses=[9.0, 9.0, 9.0]).applied == "restored"
@@ -410,7 +410,7 @@ class TestTrainingWindows:
     def test_an_edit_after_a_held_window_is_charged_with_its_own_changes_only(self, llama):
         session = GuardSession(llama)
         session.watch()
-        session._losses = [2.0, 2.01] * 10
+        session.training.losses = [2.0, 2.01] * 10
         scale(llama, DOWN, 100.0)
         assert session.check_window(step=5, raw_losses=[2.0, 2.0, 2.0]).applied == "kept"
         with session.edit("small", targets="*.q_proj.weight") as step:
