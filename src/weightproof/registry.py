@@ -20,6 +20,7 @@ GROUPS = (
     "weightproof.recipes",
     "weightproof.commands",
     "weightproof.cards",
+    "weightproof.readers",
 )
 
 

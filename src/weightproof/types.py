@@ -64,6 +64,9 @@ class WeightMatrix:
         shard: The part of the matrix that this process holds, 2-D; None when it holds all of it.
         select_shard: For a sharded matrix: turns any shard laid out like that of `tensor_name` into one of
             this matrix.
+        storage: Backend that stores a packed matrix (a quantizer, a pruning mask); None for a plain one.
+        parts: Of a packed matrix: local name of each part -> public name of the tensor that it is.
+        rebuild: Of a packed matrix: its values from other contents of its parts, by local name.
     """
 
     name: str
@@ -79,6 +82,14 @@ class WeightMatrix:
     select: Callable[[torch.Tensor], torch.Tensor] | None = None
     shard: Shard | None = None
     select_shard: Callable[[Shard], Shard] | None = None
+    storage: str | None = None
+    parts: Mapping[str, str] = field(default_factory=dict[str, str])
+    rebuild: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Public names of every tensor that holds a part of it."""
+        return tuple(self.parts.values()) or (self.tensor_name,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +97,7 @@ class NamedTensor:
     """A parameter or buffer under its public name; `tied_names` are its other names.
 
     `shape` is that of the whole tensor; `tensor` may be a shard of it (see `weightproof.shards`).
+    `part_of` is the packed matrix that it is a part of, with the backend that stores it so; None for any other.
     """
 
     name: str
@@ -94,6 +106,7 @@ class NamedTensor:
     persistent: bool
     tied_names: tuple[str, ...]
     shape: tuple[int, ...]
+    part_of: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

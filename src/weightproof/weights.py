@@ -3,26 +3,29 @@
 A matrix is found by what its module is, not by its shape: every parameter of two or more
 dimensions is enumerated, of an unknown architecture too, and what is not a linear map or cannot
 be read carries the reason in `refusal`, so that "measured n of m" can always be printed.
-Buffers are tensors (`iter_tensors`), never matrices. Names are public (`clean_name`), tied
-tensors appear once under the first of their names. Of a sharded tensor the shapes, names and ties are
-those of the whole model; the values are the part that lies here (`WeightMatrix.shard`).
+Buffers are tensors (`iter_tensors`), never matrices. What a quantizer, a mask or a parametrization stores in
+its own way is one matrix, read by a reader (`weightproof.readers`), and its parts are tensors. Names are public
+(`clean_name`), tied tensors appear once under the first of their names. Of a sharded tensor the shapes, names and
+ties are those of the whole model; the values are the part that lies here (`WeightMatrix.shard`).
 
 transformers, accelerate and PEFT are recognised by class and attribute names; none is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from weightproof.checkpoints import iter_checkpoint_matrices
 from weightproof.errors import InputError
-from weightproof.families import clean_name, public_names, unwrap
+from weightproof.families import clean_name, family_of, public_names, unwrap
 from weightproof.layouts import DEPTHWISE, Layout, Piece, Stored, parameter_layout, pieces, unreadable_dtype
 from weightproof.placements import class_of, is_dtensor, is_flattened, local_of, refusal_of, shape_of
+from weightproof.readers import PackedWeight, Placed, Unreadable, packed_weights
 from weightproof.shards import Shard, flat_kernels, shard_of, slab
 from weightproof.types import NamedTensor, StructureReading, WeightMatrix
 
@@ -42,13 +45,33 @@ _TURNED_STACK_CLASSES = frozenset({"GptOssExperts", "Llama4TextExperts"})
 
 @dataclass(slots=True)
 class _Entry:
-    """One storage and every (raw name, owner) under which it is registered."""
+    """One storage and every (raw name, owner) under which it is registered.
+
+    `packed` is the packed weight that it is a part of; `local` its name there.
+    """
 
     tensor: Tensor
     module: nn.Module
     is_buffer: bool
     persistent: bool
     raw_names: list[str] = field(default_factory=list)
+    packed: Placed | None = None
+    local: str = ""
+
+
+@dataclass(slots=True)
+class _Walk:
+    """Everything a model holds, with public names: tensors by storage, and packed weights."""
+
+    entries: list[_Entry]
+    packed: list[Placed]
+    public: Mapping[str, str]
+
+    def name(self, entry: _Entry) -> str:
+        return self.public[entry.raw_names[0]]
+
+    def tied_names(self, entry: _Entry) -> tuple[str, ...]:
+        return tuple(self.public[raw] for raw in entry.raw_names[1:])
 
 
 def storage_identity(tensor: Tensor) -> Hashable:
@@ -74,26 +97,72 @@ def _registered(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor,
                 yield f"{prefix}.{name}" if prefix else name, module, name, tensor, is_buffer
 
 
-def _entries(model: nn.Module) -> list[_Entry]:
+def _walk(model: nn.Module) -> _Walk:
+    model = unwrap(model)
+    packed = packed_weights(model)
+    parts = _parts(packed)
     found: dict[Hashable, _Entry] = {}
-    for raw, module, name, tensor, is_buffer in _registered(unwrap(model)):
+    for raw, module, name, tensor, is_buffer in _registered(model):
+        if raw in parts and parts[raw][1] is None:
+            continue  # a tensor subclass: its inner tensors stand for it
         persistent = not is_buffer or name not in module._non_persistent_buffers_set
         entry = found.setdefault(storage_identity(tensor), _Entry(tensor, module, is_buffer, persistent))
         entry.raw_names.append(raw)
-    return list(found.values())
+        if raw in parts and entry.packed is None:
+            entry.packed, entry.local = parts[raw][0], parts[raw][2]
+    for raw, (placed, tensor, local) in parts.items():
+        if tensor is None:
+            continue
+        entry = found.setdefault(
+            storage_identity(tensor), _Entry(tensor, placed.module, False, False, [], placed, local)
+        )
+        if raw not in entry.raw_names:
+            entry.raw_names.append(raw)
+    entries = list(found.values())
+    matrices = [raw for one in packed for raw in one.raws([one.found.name])]
+    names = [raw for entry in entries for raw in entry.raw_names]
+    return _Walk(entries, packed, public_names(dict.fromkeys([*names, *matrices])))
 
 
-def _named_entries(model: nn.Module) -> list[tuple[str, tuple[str, ...], _Entry]]:
-    entries = _entries(model)
-    public = public_names(raw for entry in entries for raw in entry.raw_names)
-    return [(public[entry.raw_names[0]], tuple(public[raw] for raw in entry.raw_names[1:]), entry) for entry in entries]
+def _parts(packed: list[Placed]) -> dict[str, tuple[Placed, Tensor | None, str]]:
+    """Raw name -> the packed weight that it is a part of, the plain tensor behind it, and its local name.
+
+    None for a registered tensor that holds no values of its own.
+    """
+    found: dict[str, tuple[Placed, Tensor | None, str]] = {}
+    for one in packed:
+        if isinstance(one.found, PackedWeight):  # the tensors of an unreadable one are as they are registered
+            tensors = one.found.tensors
+            for local in dict.fromkeys([*one.found.registered, *tensors]):
+                found |= {raw: (one, tensors.get(local), local) for raw in one.raws([local])}
+    return found
 
 
 def iter_tensors(model: nn.Module) -> Iterator[NamedTensor]:
-    """Every parameter, then every buffer, once per storage; other names in `tied_names`."""
-    for name, tied_names, entry in _named_entries(model):
+    """Every parameter, then every buffer, then what lies in packed weights, once per storage.
+
+    Other names are in `tied_names`. A tensor subclass that a reader knows gives the plain tensors it is made of.
+    """
+    walk = _walk(model)
+    for entry in walk.entries:
         shape = shape_of(entry.tensor)
-        yield NamedTensor(name, entry.tensor, entry.is_buffer, entry.persistent, tied_names, shape)
+        yield NamedTensor(
+            walk.name(entry),
+            entry.tensor,
+            entry.is_buffer,
+            entry.persistent,
+            walk.tied_names(entry),
+            shape,
+            _part_of(walk, entry),
+        )
+
+
+def _part_of(walk: _Walk, entry: _Entry) -> tuple[str, str] | None:
+    """Public name of the packed matrix that a tensor is a part of, and its backend; a bias is not a part of it."""
+    placed = entry.packed
+    if placed is None or entry.local == "bias":
+        return None
+    return walk.public[placed.raw(placed.found.name)], placed.found.backend
 
 
 # ---------------------------------------------------------------- matrices
@@ -174,8 +243,9 @@ def iter_weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
     """Every weight matrix of a model, oriented (d_out, d_in), once per storage.
 
     `load()` gives a view on live storage: what is written to it is written to the model (only
-    `snapshot.py` does); of a matrix that is sharded, the part that lies here is in `shard`. A matrix
-    with a `refusal` is counted, not measured; what its `load()` gives means nothing.
+    `snapshot.py` does); of a matrix that is sharded, the part that lies here is in `shard`; of one that is
+    packed (`storage`), a fresh dequantised copy. A matrix with a `refusal` is counted, not measured; what its
+    `load()` gives means nothing.
 
     Args:
         model: Any module; DDP, torch.compile and PEFT wrappers are looked through.
@@ -184,32 +254,87 @@ def iter_weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
         >>> [(m.name, m.d_out, m.d_in) for m in iter_weight_matrices(nn.Sequential(nn.Linear(3, 2)))]
         [('0.weight', 2, 3)]
     """
-    for name, tied_names, entry in _named_entries(model):
-        shape = _matrix_shape(entry.tensor)
-        if entry.is_buffer or len(shape) < 2:
-            continue
-        stored = _stored(name, entry, shape)
-        shard = shard_of(entry.tensor) if stored.refusal is None else None
-        for index, piece in enumerate(pieces(stored)):
-            suffix = piece.name.removeprefix(name)
-            matrix = WeightMatrix(
-                name=piece.name,
-                family=piece.family,
-                d_out=piece.d_out,
-                d_in=piece.d_in,
-                dtype=entry.tensor.dtype,
-                tied_names=tuple(f"{tied}{suffix}" for tied in tied_names),
-                tensor_name=name,
-                load=partial(_load, entry.tensor, piece),
-                refusal=piece.refusal,
-                select=piece.select,
-            )
-            if piece.refusal is not None:
-                yield matrix
-            elif shard is None:
-                yield replace(matrix, is_view=_aliases(entry.tensor, piece))
-            else:
-                yield _as_shard(matrix, shard, partial(_matrix_shard, stored.layout, index))
+    walk = _walk(model)
+    hidden = {raw for one in walk.packed for raw in one.raws(one.found.registered)}
+    for entry in walk.entries:
+        if hidden.isdisjoint(entry.raw_names):
+            yield from _plain_matrices(walk.name(entry), walk.tied_names(entry), entry)
+    yield from _packed_matrices(walk)
+
+
+def _plain_matrices(name: str, tied_names: tuple[str, ...], entry: _Entry) -> Iterator[WeightMatrix]:
+    """The matrices of one parameter."""
+    shape = _matrix_shape(entry.tensor)
+    if entry.is_buffer or entry.packed is not None or len(shape) < 2:
+        return
+    stored = _stored(name, entry, shape)
+    shard = shard_of(entry.tensor) if stored.refusal is None else None
+    for index, piece in enumerate(pieces(stored)):
+        suffix = piece.name.removeprefix(name)
+        matrix = WeightMatrix(
+            name=piece.name,
+            family=piece.family,
+            d_out=piece.d_out,
+            d_in=piece.d_in,
+            dtype=entry.tensor.dtype,
+            tied_names=tuple(f"{tied}{suffix}" for tied in tied_names),
+            tensor_name=name,
+            load=partial(_load, entry.tensor, piece),
+            refusal=piece.refusal,
+            select=piece.select,
+        )
+        if piece.refusal is not None:
+            yield matrix
+        elif shard is None:
+            yield replace(matrix, is_view=_aliases(entry.tensor, piece))
+        else:
+            yield _as_shard(matrix, shard, partial(_matrix_shard, stored.layout, index))
+
+
+def _packed_matrices(walk: _Walk) -> Iterator[WeightMatrix]:
+    """One matrix for each packed weight; tied ones, whose parts are the same storage, once."""
+    by_raw = {raw: entry for entry in walk.entries for raw in entry.raw_names}
+    found: dict[Hashable, WeightMatrix] = {}
+    for placed in walk.packed:
+        names = [walk.public[raw] for raw in placed.raws([placed.found.name])]
+        parts = _stored_parts(walk, placed, by_raw)
+        key = tuple(parts.values()) or id(placed)
+        if key in found:
+            known = found[key]
+            found[key] = replace(known, tied_names=(*known.tied_names, *names))
+        else:
+            found[key] = _packed_matrix(placed, names, parts)
+    yield from found.values()
+
+
+def _stored_parts(walk: _Walk, placed: Placed, by_raw: Mapping[str, _Entry]) -> dict[str, str]:
+    """Local name of each part of a packed weight -> public name of the tensor; a bias is not a part."""
+    if not isinstance(placed.found, PackedWeight):
+        return {}
+    return {local: walk.name(by_raw[placed.raw(local)]) for local in placed.found.tensors if local != "bias"}
+
+
+def _packed_matrix(placed: Placed, names: list[str], parts: Mapping[str, str]) -> WeightMatrix:
+    found = placed.found
+    matrix = WeightMatrix(
+        name=names[0],
+        family=family_of(names[0], class_of(placed.module).__name__),
+        d_out=found.d_out,
+        d_in=found.d_in,
+        dtype=torch.float32,
+        tied_names=tuple(names[1:]),
+        tensor_name=next(iter(parts.values()), names[0]),
+        load=partial(_refuse_packed, names[0], found),
+        is_view=False,
+        storage=found.backend,
+    )
+    if not isinstance(found, PackedWeight):
+        return replace(matrix, refusal=found.refusal)
+    return replace(matrix, dtype=found.dtype, load=found.dequantize, parts=parts, rebuild=found.rebuild)
+
+
+def _refuse_packed(name: str, found: PackedWeight | Unreadable) -> Tensor:
+    raise InputError(f"{name} has no values: {found.refusal if isinstance(found, Unreadable) else found.backend}")
 
 
 def _as_shard(matrix: WeightMatrix, stored: Shard, select: Callable[[Shard], Shard]) -> WeightMatrix:
@@ -236,7 +361,8 @@ def read_structure(model: nn.Module) -> StructureReading:
     model = unwrap(model)
     modules = [(raw, module) for raw, module in model.named_modules(remove_duplicate=False) if raw]
     public = public_names(raw for raw, _ in modules)
-    groups = [(name, *tied_names) for name, tied_names, _ in _named_entries(model) if tied_names]
+    walk = _walk(model)
+    groups = [(walk.name(entry), *walk.tied_names(entry)) for entry in walk.entries if len(entry.raw_names) > 1]
     embeddings = [(raw, module) for raw, module in modules if isinstance(module, nn.Embedding)]
     return StructureReading(
         modules={"": class_of(model).__name__} | {public[raw]: class_of(module).__name__ for raw, module in modules},

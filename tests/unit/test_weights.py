@@ -261,14 +261,25 @@ def test_packed_integers_and_foreign_tensor_types_are_refused():
     assert "Wrapped" in wrapped.refusal
 
 
-def test_weights_under_a_parametrization_or_mask_are_refused():
+def test_weights_under_a_mask_or_parametrization_are_the_ones_in_use():
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     nn.utils.parametrizations.orthogonal(model["a"])
-    model["c"] = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3), dim=2)
     prune.l1_unstructured(model["b"], "weight", amount=0.5)
+    with torch.no_grad():
+        model["b"].weight_orig.mul_(2.0)  # as an optimizer's step does: `weight` is stale until the next forward pass
     found = _by_name(model)
-    assert "remove the parametrization" in found["b.weight_orig"].refusal
-    assert all(matrix.refusal for name, matrix in found.items() if name.startswith("a."))
+    assert found.keys() == {"a.weight", "b.weight"}
+    assert (found["a.weight"].storage, found["b.weight"].storage) == ("parametrization", "prune-mask")
+    for name, matrix in found.items():
+        layer = model[name[0]]
+        torch.testing.assert_close((layer(torch.eye(3)) - layer.bias).T, matrix.load())
+        assert not matrix.is_view
+    assert int((found["b.weight"].load() == 0).sum()) == 4
+
+
+def test_a_parametrization_that_is_no_matrix_is_refused():
+    model = nn.ModuleDict({"c": nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3), dim=2)})
+    found = _by_name(model)
     conv = [matrix for name, matrix in found.items() if name.startswith("c.")]
     assert len(conv) == 2
     assert all("remove the parametrization" in matrix.refusal for matrix in conv)

@@ -1,0 +1,79 @@
+"""bitsandbytes, 4 bits: a Params4bit of packed codes, with their scales in an object of its own, `quant_state`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from weightproof.readers import PackedWeight, Reading, plain_copy
+from weightproof_callbacks.quantizers.subclasses import parameter
+
+_STATE = ("absmax", "code", "offset")
+
+
+class Bitsandbytes4bitReader:
+    """Reads Linear4bit, LinearNF4, LinearFP4 and Embedding4bit of bitsandbytes."""
+
+    name = "bitsandbytes-4bit"
+
+    def read(self, module: nn.Module) -> Reading:
+        """The packed weight, or why it has none that can be read."""
+        weight = parameter(module)
+        if type(weight).__name__ != "Params4bit":
+            return None
+        state = weight.quant_state
+        if state is None:
+            return "its values are not quantised yet: move the module to a device first (model.to('cpu'))"
+        if len(state.shape) != 2:
+            return f"its quant_state describes {list(state.shape)}, which is no single linear map"
+        inner = state.state2 if state.nested else None
+        return PackedWeight(
+            name="weight",
+            backend=self.name,
+            d_out=int(state.shape[0]),
+            d_in=int(state.shape[1]),
+            dtype=state.dtype,
+            registered=("weight",),
+            tensors={"weight": weight, **_held(state, "weight."), **_held(inner, "weight.nested_")},
+            dequantize=partial(_dequantized, state, weight),
+            bits=4,
+            group_size=int(state.blocksize),
+            rebuild=partial(_rebuilt, state),
+            owners=(state,) if inner is None else (state, inner),
+        )
+
+
+def _held(state: Any, prefix: str) -> dict[str, Tensor]:
+    return {
+        f"{prefix}{name}": getattr(state, name) for name in _STATE if isinstance(getattr(state, name, None), Tensor)
+    }
+
+
+def _dequantized(state: Any, codes: Tensor) -> Tensor:
+    import bitsandbytes.functional  # pyright: ignore[reportMissingImports] - the module that is read comes from it
+
+    return plain_copy(bitsandbytes.functional.dequantize_4bit(codes.detach(), state), state.dtype)
+
+
+def _rebuilt(state: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    return _dequantized(_refilled(state, tensors), tensors["weight"])
+
+
+def _refilled(state: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """A quant_state with other tensors."""
+    fresh = copy.copy(state)
+    if fresh.nested:
+        fresh.state2 = copy.copy(state.state2)
+        _refill(fresh.state2, tensors, "weight.nested_")
+    _refill(fresh, tensors, "weight.")
+    return fresh
+
+
+def _refill(state: Any, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    for name in _STATE:
+        if f"{prefix}{name}" in tensors:
+            setattr(state, name, tensors[f"{prefix}{name}"])
