@@ -52,14 +52,14 @@ def quantization_statistics(grid: Grid, before: torch.Tensor, after: torch.Tenso
         error_square += float(row_error.square().sum())
         weight_square += float(_row_norms(old).square().sum())
         if whole is None:
-            most_levels = max(most_levels, _levels_per_group(new, grid.group_size))
+            most_levels = max(most_levels, levels_per_group(new, grid.group_size))
         elif len(levels) < _MAX_LEVELS:
             levels = np.unique(np.concatenate([levels, new.cpu().numpy().ravel()]), equal_nan=False)
             most_levels = len(levels)
     return {
         "levels_per_group": float(most_levels),
         "error_over_half_step": worst_row,
-        "relative_error": math.sqrt(_ratio(error_square, weight_square)),
+        "relative_error": math.sqrt(ratio(error_square, weight_square)),
         "sign_flip_fraction": flipped / max(1, before.numel()),
     }
 
@@ -69,8 +69,8 @@ def cast_error(dtype: torch.dtype, before: torch.Tensor, after: torch.Tensor) ->
     worst = 0.0
     for old, new in chunks(before, after, _working_dtype(before, after)):
         same = (old == new) | (old.isnan() & new.isnan())
-        ratio = torch.where(same, 0.0, (new - old).abs() / _half_ulp(old.abs(), dtype))
-        worst = max(worst, float(ratio.nan_to_num(nan=math.inf, posinf=math.inf).max()))
+        error = torch.where(same, 0.0, (new - old).abs() / half_ulp(old.abs(), dtype))
+        worst = max(worst, float(error.nan_to_num(nan=math.inf, posinf=math.inf).max()))
     return worst
 
 
@@ -83,24 +83,6 @@ def count_altered(before: torch.Tensor, after: torch.Tensor) -> tuple[int, int, 
         altered += int((changed & kept).sum())
         nonzero += int(kept.sum())
     return differ, altered, nonzero
-
-
-def merge_error(before: torch.Tensor, after: torch.Tensor, delta: torch.Tensor) -> tuple[float, float]:
-    """||(W' - W) - delta||_F / ||delta||_F, and the largest value that rounding can make of it.
-
-    Rounding is half an ulp of each merged element in the coarser of the two dtypes, plus that of
-    the product B @ A when it was computed in the same dtype (8 units of roundoff are allowed).
-    """
-    coarse = max((before.dtype, after.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    error = size = rounding = 0.0
-    for (old, new), (grown, _) in zip(chunks(before, after), chunks(delta.to(before.device), delta), strict=True):
-        error += float((new - old - grown).square().sum())
-        size += float(grown.square().sum())
-        rounding += float(_half_ulp((old + grown).abs(), coarse).square().sum())
-    if size == 0.0:
-        return _ratio(error, size), 0.0
-    limit = 1.01 * math.sqrt(rounding / size) + 4 * torch.finfo(coarse).eps + 2.0**-20
-    return math.sqrt(_ratio(error, size)), limit
 
 
 def relative_change(before: torch.Tensor, after: torch.Tensor) -> float | None:
@@ -126,6 +108,16 @@ def chunks(
         yield part, new[start : start + step].to(part.device).to(dtype)
 
 
+def incomparable(before: torch.Tensor, after: torch.Tensor) -> str | None:
+    """Why two tensors cannot be compared element by element, or None."""
+    if before.shape != after.shape:
+        return f"the shape changed from {list(before.shape)} to {list(after.shape)}"
+    for tensor in (before, after):
+        if not tensor.is_floating_point():
+            return f"stored as {str(tensor.dtype).removeprefix('torch.')}, which holds codes, not weights"
+    return None
+
+
 def _working_dtype(before: torch.Tensor, after: torch.Tensor) -> torch.dtype:
     """float32, which holds every smaller dtype exactly; float64 when one of the two is stored so."""
     return torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
@@ -145,7 +137,7 @@ def _peaks(size: torch.Tensor, grid: Grid, whole: float | None) -> torch.Tensor:
     return torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in size.split(grid.group_size, dim=1)], dim=1)
 
 
-def _levels_per_group(new: torch.Tensor, group_size: int | None) -> int:
+def levels_per_group(new: torch.Tensor, group_size: int | None) -> int:
     """Largest number of distinct values in one group; 0.0 and -0.0 are one value, NaNs are many.
 
     NumPy's vectorised sort is some thirty times faster than torch.sort on a CPU.
@@ -162,7 +154,7 @@ def _levels_per_group(new: torch.Tensor, group_size: int | None) -> int:
     return most
 
 
-def _half_ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def half_ulp(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Half the spacing of `dtype` at each |w|, never less than half its smallest subnormal.
 
     The exponent bits of a float32 or float64 number, alone, are the power of two below it (0 for a
@@ -190,7 +182,8 @@ def _max_ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> float:
     return float(quotient.nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
-def _ratio(numerator: float, denominator: float) -> float:
+def ratio(numerator: float, denominator: float) -> float:
+    """The quotient; 0 where there is nothing to divide, inf where it is undefined."""
     if numerator == 0.0:
         return 0.0
     quotient = numerator / denominator if denominator else math.inf

@@ -14,24 +14,28 @@ and without a forward pass. A reading is within its contract when `value <= limi
 | Prune | `altered_fraction`: weights that are neither 0 nor what they were | 0 | yes |
 | Prune | `nonzero_fraction` | 1 - sparsity + 1 / d_in | yes |
 | LoraMerge | `merge_error`: ||(W' - W) - delta||_F / ||delta||_F | rounding of the dtype | yes |
+| LoraMerge | `replaced_fraction`: elements that are not those of the adapter's own copy | 0 | yes |
 | LoraMerge | `altered_fraction`: changed weights of a matrix that has no delta | 0 | yes |
 | all but Cast | `altered_outside_matrices`: a bias, norm or buffer changed | 0 | yes |
+| preserving | `circuit_change`, `output_change`: see `weightproof.preserving` | rounding of the dtype | yes |
+| train | `relative_growth`: see `weightproof.guards.training_contract` | provisional | no |
 
-`merge_error` is 1 for a delta merged zero times or twice, and 2 for the wrong sign. A value that is
-undefined (NaN in the weights) is given as inf, because NaN compares with no limit.
+`merge_error` is 1 for a delta merged zero times or twice, and 2 for the wrong sign; the reading says in words which
+of these it looks like. A value that is undefined (NaN in the weights) is given as inf, because NaN compares with no
+limit. What `preserving` and `train` promise concerns more than one matrix: it is not measured by `measure`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from weightproof.contracts import Grid, cast_error, count_altered, merge_error, quantization_statistics
+from weightproof.contracts import Grid, cast_error, count_altered, incomparable, quantization_statistics
 from weightproof.errors import InputError
+from weightproof.merge_kind import LoraMerge
 from weightproof.types import ContractReading
 
 GRANULARITIES = ("channel", "tensor", "group")
@@ -63,7 +67,7 @@ class Kind(Protocol):
 class Plain:
     """A kind without parameters: `unknown` (no promise), `train`, or `preserving`.
 
-    It bounds no matrix by itself: outputs, or the rules for training windows, must decide.
+    It bounds no matrix by itself: circuits and outputs, or the rules for training windows, must decide.
     """
 
     name: str = "unknown"
@@ -113,7 +117,7 @@ class Cast:
         An element that overflowed to inf, or was saturated instead, is beyond half an ulp. An
         element that was not finite before must be the same after.
         """
-        reason = _incomparable(before, after)
+        reason = incomparable(before, after)
         value = None if reason else cast_error(self.dtype, before, after)
         return (ContractReading(name, "cast_error_half_ulp", value, 1.0, rigorous=True, reason=reason),)
 
@@ -157,7 +161,7 @@ class Quantize:
             "relative_error": (typical_quantization_error(self.bits), False),
             "sign_flip_fraction": (0.0, False),
         }
-        reason = _incomparable(before, after)
+        reason = incomparable(before, after)
         grid = Grid(self.bits, self.granularity, self.group_size)
         values = {} if reason else quantization_statistics(grid, before, after)
         return tuple(
@@ -198,7 +202,7 @@ class Prune:
         The number of zeros of a row is a whole number, so one element per row is allowed beside
         the declared share.
         """
-        reason = _incomparable(before, after)
+        reason = incomparable(before, after)
         rows = before.shape[0] if before.ndim > 1 else 1
         density = min(1.0, 1.0 - self.sparsity + rows / max(1, before.numel()) + 1e-9)
         size = max(1, before.numel())
@@ -210,50 +214,6 @@ class Prune:
             ContractReading(name, statistic, None if reason else value, limit, rigorous=True, reason=reason)
             for statistic, value, limit in found
         )
-
-
-@dataclass(frozen=True, eq=False)
-class LoraMerge:
-    """Each matrix grew by exactly its adapter's delta.
-
-    This is the plain form: deltas are given as full matrices. Reading them from an adapter folder,
-    and variants whose merge is not an addition (DoRA), come with fuller adapter support.
-
-    Attributes:
-        adapter: Matrix name -> delta (d_out, d_in), that is scaling * B @ A. Matrices not named
-            must not change.
-    """
-
-    adapter: Mapping[str, torch.Tensor]
-
-    name = "lora_merge"
-
-    def __post_init__(self) -> None:
-        """Validate the parameters."""
-        if not isinstance(self.adapter, Mapping) or not self.adapter:
-            raise InputError("LoraMerge needs a mapping of matrix name -> delta (scaling * B @ A); it is empty")
-        for key, delta in self.adapter.items():
-            if not isinstance(delta, torch.Tensor) or delta.ndim != 2:
-                raise InputError(f"LoraMerge: the delta of {key!r} must be a 2-D tensor (d_out, d_in)")
-
-    def params(self) -> dict[str, Any]:
-        """The names of the matrices that have a delta."""
-        return {"matrices": sorted(self.adapter)}
-
-    def measure(self, name: str, before: torch.Tensor, after: torch.Tensor) -> tuple[ContractReading, ...]:
-        """||(W' - W) - delta||_F / ||delta||_F against the rounding of the coarser dtype."""
-        delta = self.adapter.get(name)
-        reason = _incomparable(before, after)
-        if delta is None:
-            value = None if reason else count_altered(before, after)[0] / max(1, before.numel())
-            return (ContractReading(name, "altered_fraction", value, 0.0, rigorous=True, reason=reason),)
-        if reason is None and delta.shape != before.shape:
-            reason = f"the declared delta has shape {list(delta.shape)}, the matrix {list(before.shape)}"
-        value, limit = (None, 1.0) if reason else merge_error(before, after, delta)
-        if value is not None and limit >= 1.0 and value <= limit:
-            value, limit = None, 1.0
-            reason = "the delta is smaller than the rounding of the dtype: merged or not, the weights look the same"
-        return (ContractReading(name, "merge_error", value, limit, rigorous=True, reason=reason),)
 
 
 def parse_kind(kind: object) -> Kind:
@@ -277,6 +237,20 @@ def parse_kind(kind: object) -> Kind:
         f"kind must be one of {', '.join(PLAIN_NAMES)} or an object of weightproof.kinds such as Quantize(bits=8), "
         f"not {type(kind).__name__}"
     )
+
+
+def expected_names(kind: Kind) -> frozenset[str]:
+    """Matrices and tensors that a change of this kind must change: measured although nothing was written there."""
+    return kind.expected if isinstance(kind, LoraMerge) else frozenset()
+
+
+def bound(kind: Kind, model: torch.nn.Module) -> Kind:
+    """The kind with what only the model tells: its names of tied tensors; whether an adapter belongs to it.
+
+    Raises:
+        InputError: The declaration does not fit the model.
+    """
+    return kind.bound(model) if isinstance(kind, LoraMerge) else kind
 
 
 def check_grid(bits: int, granularity: str, group_size: int | None, *, max_bits: int) -> None:
@@ -316,16 +290,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _incomparable(before: torch.Tensor, after: torch.Tensor) -> str | None:
-    """Why two tensors cannot be compared element by element, or None."""
-    if before.shape != after.shape:
-        return f"the shape changed from {list(before.shape)} to {list(after.shape)}"
-    for tensor in (before, after):
-        if not tensor.is_floating_point():
-            return f"stored as {_dtype_name(tensor.dtype)}, which holds codes, not weights"
-    return None
-
-
 def _unknown_name(name: str) -> str:
     classes = {"cast": "Cast(dtype)", "quantize": "Quantize(bits)", "prune": "Prune(sparsity)"}
     classes["lora_merge"] = "LoraMerge(adapter)"
@@ -339,7 +303,8 @@ def _unknown_name(name: str) -> str:
 def measure_outside(kind: Kind, name: str, before: torch.Tensor, after: torch.Tensor) -> tuple[ContractReading, ...]:
     """The contract of a changed tensor that is no measured weight matrix (a bias, a norm, a buffer).
 
-    A cast rounds it like any other; quantizing, pruning and merging may not touch it at all.
+    A cast rounds it like any other, a merge adds the bias that its adapter has for it or puts the adapter's copy in
+    its place; quantizing, pruning, and a merge that has nothing for it, may not touch it at all.
 
     Args:
         kind: The declared kind.
@@ -349,6 +314,8 @@ def measure_outside(kind: Kind, name: str, before: torch.Tensor, after: torch.Te
     """
     if isinstance(kind, Cast):
         return kind.measure(name, before.reshape(1, -1), after.reshape(1, -1))
-    if isinstance(kind, Quantize | Prune | LoraMerge):
+    if isinstance(kind, LoraMerge):
+        return kind.measure_outside(name, before, after)
+    if isinstance(kind, Quantize | Prune):
         return (ContractReading(name, "altered_outside_matrices", 1.0, 0.0, rigorous=True),)
     return ()

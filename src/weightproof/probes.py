@@ -25,7 +25,7 @@ from weightproof.circuit_readings import config_of, read_circuits, vectors_of
 from weightproof.collective import Processes
 from weightproof.contracts import relative_change
 from weightproof.gram import needs_float64
-from weightproof.kinds import Kind, Plain
+from weightproof.kinds import Kind, Plain, expected_names
 from weightproof.lockstep import Screened, ScreenRequest, screen
 from weightproof.matrix_readings import (
     bound_reading,
@@ -321,11 +321,12 @@ def change_of(  # noqa: PLR0913, PLR0917 - the two states, the change and who re
     """
     found: dict[str, _Exact] = {}
     jobs: list[_Job] = []
+    expected = expected_names(scope.kind)
     for matrix in every:
         kept = _kept(matrix, tensors, current, baseline, scope)
         if kept is not None:
             found[matrix.name] = kept
-        asked = matrix.tensor_name in scope.touched or matrix.name in scope.planned
+        asked = matrix.tensor_name in scope.touched or matrix.name in scope.planned or matrix.name in expected
         if matrix.refusal is None and (kept is None or asked):
             jobs.append(_job(matrix, current, baseline, scope, stale=kept is None))
     read = _read_jobs(jobs, originals, scope, processes)
@@ -406,8 +407,10 @@ def _read_owned(job: _Job, weight: torch.Tensor, original: torch.Tensor | None, 
             if not reading.reason:
                 bulk, fit = read_bulk(matrix, weight, tracked, job.fit)
     contract: list[ContractReading] = []
-    if job.touched and original is not None and original.shape == weight.shape:
-        contract += scope.kind.measure(name, original, weight)
+    # What a change must do is asked of matrices that it left alone, too: these are their own originals.
+    then = original if job.touched else weight if name in expected_names(scope.kind) else None
+    if then is not None and then.shape == weight.shape:
+        contract += scope.kind.measure(name, then, weight)
     if name in scope.planned:
         contract.append(_differs_from_plan(name, differs=tensor_digest(weight) != scope.planned[name]))
     delta = relative_delta(weight, original) if job.touched else None
