@@ -31,14 +31,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from weightproof.edits.gptq import GPTQ
 from weightproof.edits.prune import Prune
 from weightproof.edits.rtn import RTN
 from weightproof.edits.selection import VECTOR_FAMILY
 from weightproof.edits.svd import SVD
+from weightproof.edits.task_arithmetic import TaskArithmetic
 from weightproof.kinds import Kind
 from weightproof.types import WeightMatrix
 
-__all__ = ["RTN", "SVD", "VECTOR_FAMILY", "Edit", "Prune"]
+__all__ = ["GPTQ", "RTN", "SVD", "VECTOR_FAMILY", "Edit", "Prune", "TaskArithmetic"]
 
 
 @runtime_checkable
