@@ -16,6 +16,8 @@ and without a forward pass. A reading is within its contract when `value <= limi
 | LoraMerge | `merge_error`: ||(W' - W) - delta||_F / ||delta||_F | rounding of the dtype | yes |
 | LoraMerge | `replaced_fraction`: elements that are not those of the adapter's own copy | 0 | yes |
 | LoraMerge | `altered_fraction`: changed weights of a matrix that has no delta | 0 | yes |
+| LowRank | `tail_over_rounding`: what lies beyond the rank / what rounding leaves there | 1 | yes |
+| LowRank | `error_over_tail`: ||E||_F / that of the best approximation of this rank | 1 | yes |
 | all but Cast | `altered_outside_matrices`: a bias, norm or buffer changed | 0 | yes |
 | preserving | `circuit_change`, `output_change`: see `weightproof.preserving` | rounding of the dtype | yes |
 | train | `relative_growth`: see `weightproof.guards.training_contract` | provisional | no |
@@ -35,6 +37,7 @@ import torch
 
 from weightproof.contracts import Grid, cast_error, count_altered, incomparable, quantization_statistics
 from weightproof.errors import InputError
+from weightproof.low_rank import LowRank
 from weightproof.merge_kind import LoraMerge
 from weightproof.types import ContractReading
 
@@ -316,6 +319,6 @@ def measure_outside(kind: Kind, name: str, before: torch.Tensor, after: torch.Te
         return kind.measure(name, before.reshape(1, -1), after.reshape(1, -1))
     if isinstance(kind, LoraMerge):
         return kind.measure_outside(name, before, after)
-    if isinstance(kind, Quantize | Prune):
+    if isinstance(kind, Quantize | Prune | LowRank):
         return (ContractReading(name, "altered_outside_matrices", 1.0, 0.0, rigorous=True),)
     return ()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from weightproof.contracts import incomparable
 from weightproof.errors import InputError
 from weightproof.types import ContractReading
 
@@ -102,7 +103,7 @@ class LowRank:
 
     def measure(self, name: str, before: Tensor, after: Tensor) -> tuple[ContractReading, ...]:
         """What is left beyond the rank, over what rounding leaves there; the error, over that of the best one."""
-        reason, values = self._incomparable(before, after), None
+        reason, values = incomparable(before, after), None
         if reason is None:
             values = self._values(before, after)
         return tuple(
@@ -111,13 +112,6 @@ class LowRank:
             )
             for place, statistic in enumerate(("tail_over_rounding", "error_over_tail"))
         )
-
-    def _incomparable(self, before: Tensor, after: Tensor) -> str | None:
-        if before.shape != after.shape:
-            return f"the shape changed from {list(before.shape)} to {list(after.shape)}"
-        if not before.is_floating_point() or not after.is_floating_point():
-            return "it holds codes, not weights"
-        return None
 
     def _values(self, before: Tensor, after: Tensor) -> tuple[float, float]:
         old, new = before.to(torch.float64), after.to(device=before.device, dtype=torch.float64)

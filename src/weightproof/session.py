@@ -33,7 +33,7 @@ from weightproof.certificate import Certificate
 from weightproof.errors import InputError
 from weightproof.guard_state import STATE_FILE, GuardState
 from weightproof.guarded_model import GuardedModel
-from weightproof.plans import rewrite
+from weightproof.plans import prepared, rewrite, selected
 from weightproof.policy import Policy, load_policy
 from weightproof.probes import State
 from weightproof.publisher import Publisher
@@ -51,7 +51,6 @@ from weightproof.trackers import Tracker
 from weightproof.training_windows import TrainingWindows, Window
 from weightproof.transaction import Transaction, edit_of
 from weightproof.types import Action
-from weightproof.weights import iter_weight_matrices
 
 logger = logging.getLogger("weightproof")
 
@@ -242,23 +241,17 @@ class GuardSession:
         edit.point.snapshot.discard()
 
     def apply(self, edit: Any, *, on_violation: str = "rollback", step: int | None = None) -> Step:
-        """Plan an edit, write it, and judge it; see `weightproof.edits`.
+        """Let an edit see the model where it must, plan it, write it, and judge it; see `weightproof.edits`.
 
         Raises:
-            InputError: If the edit selects no matrix of this model.
+            InputError: If the edit selects no matrix of this model, or one that it cannot change.
         """
         with self.processes.together("selecting the matrices of an edit"):
-            readable = [matrix for matrix in iter_weight_matrices(self.model) if matrix.refusal is None]
-            selected = [matrix for matrix in readable if edit.selects(matrix)]
-            if not selected:
-                families = ", ".join(sorted({matrix.family for matrix in readable})) or "(none)"
-                raise InputError(
-                    f"edit {edit.name!r} selects no weight matrix of this model: check include= and exclude= (its "
-                    f"matrices are of the families {families}; a family is chosen by its exact name)"
-                )
-        targets = sorted({matrix.tensor_name for matrix in selected})
+            edit = prepared(edit, self)
+            chosen = selected(self.model, edit)
+        targets = sorted({matrix.tensor_name for matrix in chosen})
         with self.edit(edit.name, edit.kind, targets, on_violation, step=step) as handle:
-            planned = rewrite(self.processes, edit.name, selected, lambda matrix: edit.plan(matrix, self))
+            planned = rewrite(self.processes, edit.name, chosen, lambda matrix: edit.plan(matrix, self))
             handle.planned.update(planned)
         return handle
 
@@ -331,6 +324,8 @@ class GuardSession:
         grad_norms: Sequence[float] | None = None,
         num_skipped: int = 0,
         in_warmup: bool = False,
+        impossible_moments: Sequence[str] = (),
+        disagreements: Sequence[str] = (),
         on_violation: str = "rollback",
         name: str = "train",
     ) -> Step:
@@ -339,7 +334,8 @@ class GuardSession:
         Healthy training moves outputs and spectra, so only invariants, finiteness, gross growth and
         the raw loss decide; the rest is reported. Kept: the present state becomes the last good one
         and the baseline. Rejected: the run goes back to the last good state, or to an older one where that
-        is in doubt; after too many rollbacks the decision is HALT, with that state in place.
+        is in doubt; after too many rollbacks, or where the processes' inputs disagree, the decision is HALT, with that
+        state in place.
 
         Args:
             step: Global step.
@@ -347,6 +343,8 @@ class GuardSession:
             grad_norms: Gradient norms of these steps.
             num_skipped: Steps since the last check that were left out for their gradients; their losses are not given.
             in_warmup: Whether the learning rate is still warming up.
+            impossible_moments: What is wrong with the optimizer's state on this process, in words.
+            disagreements: What is wrong with the batches of the processes, in words; the same on all of them.
             on_violation: As in `edit`.
             name: Shown in the log.
 
@@ -355,7 +353,7 @@ class GuardSession:
             RestoreError: If a restore could not be proven exact (the decision is then HALT).
         """
         with self._begun(name, "train", on_violation, step) as handle:
-            seen = Window(raw_losses, grad_norms, num_skipped, in_warmup)
+            seen = Window(raw_losses, grad_norms, num_skipped, in_warmup, impossible_moments, disagreements)
             window = self.training.judge(handle, seen, on_violation)
         if handle.decision is not None and handle.decision.action is Action.KEEP:
             self.training.learn(window)

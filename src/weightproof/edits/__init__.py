@@ -32,6 +32,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from weightproof.edits.gptq import GPTQ
+from weightproof.edits.lora_merge import LoraMerge
 from weightproof.edits.prune import Prune
 from weightproof.edits.rtn import RTN
 from weightproof.edits.selection import VECTOR_FAMILY
@@ -40,7 +41,7 @@ from weightproof.edits.task_arithmetic import TaskArithmetic
 from weightproof.kinds import Kind
 from weightproof.types import WeightMatrix
 
-__all__ = ["GPTQ", "RTN", "SVD", "VECTOR_FAMILY", "Edit", "Prune", "TaskArithmetic"]
+__all__ = ["GPTQ", "RTN", "SVD", "VECTOR_FAMILY", "Edit", "LoraMerge", "Prune", "TaskArithmetic"]
 
 
 @runtime_checkable

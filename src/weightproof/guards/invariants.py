@@ -8,6 +8,7 @@ No number here is a tuned limit: each is exact. In the order in which they are r
 - replicas: a tensor of which two processes hold different copies is FAIL, and names tensor and ranks;
 - finiteness of every parameter and buffer, and of the raw losses of a window of training;
 - what else a window of training showed: too many steps without a usable gradient, masters that hold other weights,
+  moments that no gradients could have made, processes that were given each other's batches,
   and a loss that rose and stayed there (limits in `weightproof.spikes`; the one entry that is no exact fact);
 - scope: a changed tensor that no declared target covers is FAIL;
 - contract: a breach of a rigorous bound is FAIL, of a typical size WARN, an unmeasured one WARN.
@@ -25,7 +26,7 @@ from weightproof.guards.structure import judge_structure
 from weightproof.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is_witnessed
 from weightproof.types import EditRecord, Measurement, Outcome, Readings, Verdict
 
-WITH_CONTRACT = frozenset({"cast", "quantize", "prune", "lora_merge"})
+WITH_CONTRACT = frozenset({"cast", "quantize", "prune", "lora_merge", "low_rank"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,11 @@ def _judge_window(after: Readings) -> Iterator[Measurement]:
         )  # fmt: skip
     for name in window.stale_masters:
         yield _broken(name, "stale_master", 1.0, 0.0, "the optimizer's master weights hold something else")
+    for found in window.impossible_moments:
+        reason = f"{found}: no gradients of this run could have made that"
+        yield _broken("optimizer", "impossible_moment", 1.0, 0.0, reason)
+    for found in window.disagreements:
+        yield _broken("batches", "inputs_disagree", 1.0, 0.0, f"{found}: going back to older weights repairs no loader")
 
 
 def _is_finite(value: float) -> bool:

@@ -13,6 +13,7 @@ FORBIDS: dict[str, frozenset[str]] = {
     "quantize": frozenset({"dtype", "storage"}),
     "prune": frozenset({"dtype", "storage", "module_class"}),
     "lora_merge": frozenset({"dtype", "storage"}),
+    "low_rank": frozenset({"dtype", "storage", "module_class"}),
     "preserving": frozenset({"dtype", "storage", "module_class"}),
     "train": frozenset({"dtype", "storage", "module_class"}),
 }
