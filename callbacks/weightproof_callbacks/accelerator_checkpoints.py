@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, save_fsdp_model, save_fsdp_optimiz
 from weightproof.errors import EditRejectedError, InputError
 from weightproof.session import STATE_FILE, GuardSession
 from weightproof.steps import Step
+from weightproof_callbacks.generator_record import GeneratorRecord
 
 STATE_FORMAT = "weightproof-attached-v1"
 CERTIFICATE_FILE = "certificate.json"
@@ -93,9 +94,11 @@ class GuardedCheckpoints:
         if rejected is not None:
             self._save_again(models, weights, folder, rejected)
         session.save_state(folder)
+        generators = GeneratorRecord.now(session.processes)  # accelerate saves them next, and nothing draws before
         certificate = session.certificate()
         with session.processes.together("save_state: write the certificate"):
             if session.processes.is_main:
+                generators.save(folder)
                 certificate.save(folder / CERTIFICATE_FILE)
 
     def _save_again(

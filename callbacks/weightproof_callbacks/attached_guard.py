@@ -18,12 +18,15 @@ from weightproof.steps import Step
 from weightproof.types import Action
 from weightproof_callbacks.accelerator_checkpoints import GuardedCheckpoints
 from weightproof_callbacks.accelerator_trigger import StepTrigger
+from weightproof_callbacks.generator_record import GeneratorRecord
 from weightproof_callbacks.raw_loss import RawLossRecorder
 from weightproof_callbacks.rolling_policy import RollingPolicy, words_of
 from weightproof_callbacks.training_state import forget_moments
 
 logger = logging.getLogger("weightproof.accelerate")
 
+# Decisions that end a run whose last good state is in place; after any other HALT nobody can vouch for the model.
+STOPS = ("rollbacks_exhausted", "inputs_disagree")
 # What `on_violation` means to the session, for an edit; a window is judged first and stopped after.
 EDIT_MODES = {"rollback": "rollback", "monitor": "monitor", "stop": "raise"}
 
@@ -232,8 +235,13 @@ class AttachedGuard:
             BaselineError: The weights are not those that the files describe. The guard stays stopped.
         """
         self._stopped = f"the weights loaded from {folder} were not proven"
+        # Accelerate has loaded them before; the good state that is kept next must hold the right ones.
+        processes = self.session.processes
+        generators = GeneratorRecord.shared(processes, folder)
+        if generators is not None:
+            generators.settle(processes, str(folder), acts=self._on_violation != "monitor")
         self.session.load_state(folder, step=step)
-        self._policy.forget()
+        self._policy.start_anew()
         self._stopped = None
         self.step = self._judged_at = step
         self._recorder.attach(self.session.model)
@@ -297,7 +305,7 @@ class AttachedGuard:
         """Nobody may go on with a model for which the processes found no common verdict."""
         decision = step.decision
         if decision is not None and decision.action is Action.HALT:
-            if decision.situation == "rollbacks_exhausted":
+            if decision.situation in STOPS:
                 raise EditRejectedError(f"training stopped at step {step.step}: {decision.reason}")
             raise RestoreError(f"{step.name} at step {step.step} halts the run: {decision.reason}")
 

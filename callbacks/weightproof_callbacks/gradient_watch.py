@@ -6,7 +6,8 @@ above what was usual (`weightproof.spikes`), the gradients are taken away: the o
 weights nor moments nor step counts, and accelerate's wrapper says that the step was skipped, as it does after an
 overflow, so that the learning-rate schedule waits as well.
 
-A learning rate that leaps far beyond every one that was used so far (a schedule that breaks) is treated alike.
+A learning rate that leaps far beyond every one that was used so far, and beyond what its schedule is to reach (a
+schedule that breaks), is treated alike.
 
 Clipping hides two things from that place: a norm of 50 that became 1, and an infinite one, which made every
 gradient zero. Where the Accelerator is known, the norm that its `clip_grad_norm_` found counts instead.
@@ -18,7 +19,7 @@ itself; an optimizer that is given a closure, whose gradients do not exist yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,14 +29,17 @@ from weightproof.placements import is_dtensor
 from weightproof.spikes import HISTORY, is_gross_norm
 from weightproof_callbacks.accelerator_checks import torch_optimizer
 from weightproof_callbacks.accelerator_trigger import only_fills_its_state
+from weightproof_callbacks.moment_watch import MomentWatch
 from weightproof_callbacks.sharded import zero_optimizer
 
 __all__ = ["GradientWatch", "gradient_norm"]
 
 
-# A group's learning rate against the largest it stepped with so far. Warm-up at most doubles it from step to step,
-# restarts of a schedule go back to where they were.
+# A group's learning rate against the largest that it stepped with so far, or was made with. Warm-up may begin anywhere
+# below that (1e-8 of it is common), restarts of a schedule go back to it.
 GROSS_RATE_RATIO = 20.0
+# Where torch's schedules note, in the group, the rate that they were given to work with.
+_NOTED_RATES = ("initial_lr", "max_lr")
 
 
 class GradientWatch:
@@ -46,9 +50,18 @@ class GradientWatch:
         wrapper: accelerate's wrapper around it, if there is one.
         accelerator: The run's `Accelerator`, where it clips.
         acts: Whether steps are left out; else norms are only noted.
+        model: The model, where the optimizer's moments are to be held against the gradients (`impossible_moments`).
     """
 
-    def __init__(self, optimizer: Any, *, wrapper: Any = None, accelerator: Any = None, acts: bool = True) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        *,
+        wrapper: Any = None,
+        accelerator: Any = None,
+        acts: bool = True,
+        model: torch.nn.Module | None = None,
+    ) -> None:
         self._wrapper = wrapper
         self._clipped: Any = None  # norm that the last clipping found, before the step that follows it
         self._clipper: Any = None
@@ -57,10 +70,12 @@ class GradientWatch:
         self._window: list[tuple[float, bool]] = []  # norm, whether the step was left out
         self._rates: list[float] = []  # the largest learning rate of each group so far
         self._handle: Any = None
+        self._moments: MomentWatch | None = None
         scaler = getattr(wrapper, "scaler", None) or getattr(optimizer, "scaler", None)
         if optimizer is not None and zero_optimizer(optimizer) is None and scaler is None:
             self._handle = torch_optimizer(optimizer).register_step_pre_hook(self._before_step)
             self._watch_clipping(accelerator)
+            self._moments = None if model is None else MomentWatch(optimizer, model)
 
     @property
     def watches(self) -> bool:
@@ -72,6 +87,8 @@ class GradientWatch:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        if self._moments is not None:
+            self._moments.remove()
         if self._clipper is not None and vars(self._clipper).get("clip_grad_norm_") is self._clip:
             del self._clipper.clip_grad_norm_
         self._clipper = None
@@ -91,9 +108,8 @@ class GradientWatch:
         self._clipper, self._clip = accelerator, clip
         accelerator.clip_grad_norm_ = clip
 
-    def _norm(self, gradients: list[Tensor]) -> float:
+    def _norm(self, present: float) -> float:
         """Before clipping where that is known; the larger one, as a gradient may have been changed since."""
-        present = gradient_norm(gradients)
         clipped, self._clipped = self._clipped, None
         if clipped is None:
             return present
@@ -104,10 +120,14 @@ class GradientWatch:
     def _leaps(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a group's learning rate is far beyond all before it; else it is one of them from now on."""
         rates = [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
-        before = [*self._rates, *[0.0] * (len(rates) - len(self._rates))]
-        if any(0.0 < most * GROSS_RATE_RATIO < rate for rate, most in zip(rates, before, strict=False)):
+        before = [*self._rates, *[0.0] * (len(rates) - len(self._rates))][: len(rates)]
+        known = zip(rates, before, optimizer.param_groups, strict=True)
+        # A group that never stepped with any rate may begin with any.
+        if any(
+            most > 0.0 and rate > GROSS_RATE_RATIO * max(most, _noted(group, optimizer)) for rate, most, group in known
+        ):
             return True
-        self._rates = [max(rate, most) for rate, most in zip(rates, before, strict=False)]
+        self._rates = [max(rate, most) for rate, most in zip(rates, before, strict=True)]
         return False
 
     def drain(self) -> list[tuple[float, bool]]:
@@ -115,27 +135,48 @@ class GradientWatch:
         found, self._window = self._window, []
         return found
 
+    def impossible_moments(self) -> tuple[str, ...]:
+        """Moments on this process that the gradients so far could not have made (`MomentWatch`)."""
+        return () if self._moments is None else self._moments.impossible()
+
+    def trust_moments(self) -> None:
+        """The moments come from elsewhere: a checkpoint was loaded."""
+        if self._moments is not None:
+            self._moments.trust_present()
+
     def learn(self, norms: Iterable[float]) -> None:
         """Norms of a window that was kept: what is usual from now on."""
         self._accepted = [*self._accepted, *norms][-HISTORY:]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        has_closure = any(callable(one) for one in (*args[1:], kwargs.get("closure")))
-        if has_closure or only_fills_its_state(optimizer):
+        if only_fills_its_state(optimizer):
+            return
+        if any(callable(one) for one in (*args[1:], kwargs.get("closure"))):
+            if self._moments is not None:
+                self._moments.lose_sight()
             return
         gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
         if not gradients:
             return
-        norm = self._norm(gradients)
+        present = gradient_norm(gradients)
+        norm = self._norm(present)
         taken = [value for value, left_out in self._window if not left_out]
         left_out = self._acts and (self._leaps(optimizer) or is_gross_norm([*self._accepted, *taken], norm))
         self._window.append((norm, left_out))
+        if self._moments is not None and not left_out:
+            self._moments.saw(present)
         if left_out:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
         if self._wrapper is not None and self._acts:
             self._wrapper._is_overflow = left_out
+
+
+def _noted(group: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> float:
+    """The largest rate that a group was made with, or that a schedule noted as its own."""
+    made = [optimizer.defaults.get("lr", 0.0), *(group.get(key, 0.0) for key in _NOTED_RATES)]
+    return max(float(rate) for rate in made)
 
 
 def gradient_norm(gradients: list[Tensor]) -> float:

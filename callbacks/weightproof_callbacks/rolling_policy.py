@@ -20,6 +20,7 @@ from weightproof.session import GuardSession
 from weightproof.spikes import MAX_SKIPPED
 from weightproof.steps import Step
 from weightproof.types import Action
+from weightproof_callbacks.batch_watch import BatchWatch
 from weightproof_callbacks.data_position import BatchMemory, ReplayableLoader
 from weightproof_callbacks.gradient_watch import GradientWatch
 from weightproof_callbacks.learning_rate import LearningRate
@@ -113,7 +114,10 @@ class RollingPolicy:
         self._rate = LearningRate(run.optimizer, run.scheduler)
         self.phase = StepPhase(run.wrapper, run.scheduler)
         self._folder: RollingFolder | None = None
-        self._gradients = GradientWatch(run.optimizer, wrapper=run.wrapper, accelerator=run.accelerator, acts=acts)
+        self._gradients = GradientWatch(
+            run.optimizer, wrapper=run.wrapper, accelerator=run.accelerator, acts=acts, model=session.model
+        )
+        self._batches = BatchWatch(session.model, session.processes)
 
     @property
     def _is_full(self) -> bool:
@@ -155,6 +159,7 @@ class RollingPolicy:
             step: Step of the run.
             losses: Raw losses of its steps.
             in_warmup: As in `GuardSession.check_window`.
+        self._batches.remove()
             on_violation: "monitor" only reports.
         """
         seen = self._gradients.drain()
@@ -179,19 +184,28 @@ class RollingPolicy:
         return judged
 
     def forget(self) -> None:
-        """Steps since the last check belong to something else (an edit, a loaded checkpoint)."""
+        """Steps since the last check belong to something else: an edit."""
         self._gradients.drain()
+            impossible_moments=self._gradients.impossible_moments(),
+            disagreements=self._batches.disagreements(),
 
     def _capture(self) -> TrainingPart | None:
         if not self._acts or self.run.optimizer is None:
             return None
         if not self._is_full:
+        if judged.applied == "restored":
+            self._batches.forget()
             return _Cleared(self.run.optimizer, self._rate, self.options)
         state = TrainingState.capture(**self.run.parts(with_data=self._replays), device=self.run.device)
         return _Full(state, self._rate, self.phase, self.options, self.session.processes)
 
     def _remade(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> _Full:
         """A training state that was kept in files."""
+    def start_anew(self) -> None:
+        """A checkpoint was loaded: moments come from there, and batches may come again."""
+        self._gradients.drain()
+        self._gradients.trust_moments()
+        self._batches.forget()
         state = TrainingState.from_parts(tensors, values["state"], **self.run.parts(with_data=False))
         found = _Full(state, self._rate, self.phase, self.options, self.session.processes)
         found.was(values["scale"], tuple(values["phase"]))
@@ -210,7 +224,7 @@ class RollingPolicy:
 class _Full:
     """A captured training state, and the learning rate's scale at that time."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what belongs to one state
         self,
         state: TrainingState,
         rate: LearningRate,
@@ -290,6 +304,7 @@ class _Cleared:
     def put_back(self) -> Mapping[str, Any]:
         cleared = clear_optimizer_state(self._optimizer)
         self._rate.rescale(self._rate.scale, self._options.lr_factor)
+            **values,
         return {
             "restored": ["weights and buffers"],
             "not_restored": [

@@ -43,11 +43,13 @@ from weightproof.rolling import RollingOptions
 from weightproof.session import STATE_FILE, GuardSession
 from weightproof.steps import Step
 from weightproof.types import Action
+from weightproof_callbacks.generator_record import GeneratorRecord
 from weightproof_callbacks.model_card import write_evidence
 from weightproof_callbacks.raw_loss import RawLossRecorder
 from weightproof_callbacks.rolling_policy import RollingPolicy, Run, require_replayable_run, words_of
 from weightproof_callbacks.sharded import find_masters
 from weightproof_callbacks.trainer_checks import (
+    begins_an_epoch,
     checked_edits,
     known_to_all,
     require_all_processes,
@@ -159,6 +161,7 @@ class GuardCallback(TrainerCallback):
         self._policy: RollingPolicy | None = None
         self._trainer: Any = None
         self._judged_at = self._warmup_steps = 0
+        self._generators: GeneratorRecord | None = None  # where a resume has to put them
         self._stopped = False
         self._warned: set[str] = set()
 
@@ -172,6 +175,14 @@ class GuardCallback(TrainerCallback):
         self._trainer = trainer
 
     # -- events --------------------------------------------------------------------------------
+    def generators_loaded(self) -> None:
+        """Trainer has restored the random generators of a checkpoint; `GuardedTrainer` calls this."""
+        record, self._generators = self._generators, None
+        if record is not None:
+            processes = self._required_session.processes
+            with processes.together("the random generators after the resume"):
+                record.settle(processes, "the checkpoint", acts=self.on_violation != "monitor")
+
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -182,6 +193,18 @@ class GuardCallback(TrainerCallback):
         self._guarded("the beginning of the training", control, lambda: self._begin(args, state, **kwargs))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare the generators after a resume, where Trainer restored them right before."""
+        if self._generators is None or self._trainer is not None:
+            return
+        if args.ignore_data_skip or begins_an_epoch(args, state, kwargs.get("train_dataloader")):
+            # It did not restore them, or the loader has drawn since.
+            self._generators = None
+            return
+        self._guarded("the random generators after the resume", control, self.generators_loaded)
+
         """Judge the window if one is due, then apply the edit scheduled for this step."""
         self._recorder.end_step()
         due = state.global_step in self.edits or state.global_step % self.every == 0
@@ -249,6 +272,7 @@ class GuardCallback(TrainerCallback):
         require_same_schedule(session.processes, args, state, self.edits, settings)
         self._stopped = False
         self._warned.clear()
+        self._generators = None
         self._judged_at = state.global_step
         self._warmup_steps = args.get_warmup_steps(state.max_steps)
         self._warn_of_unreached_edits(state)
@@ -264,6 +288,8 @@ class GuardCallback(TrainerCallback):
             state.global_step = self._judged_at = began
             if self._trainer is not None:
                 self._trainer._globalstep_last_logged = began
+                # Of that state, whatever the older checkpoint says that Trainer is about to read.
+                self._generators = GeneratorRecord.now(session.processes)
         # Trainer divides by the items of all processes, and multiplies again where this hook has passed.
         self._recorder.attach(model, shares=args.world_size if args.average_tokens_across_devices else 1)
 
@@ -303,6 +329,7 @@ class GuardCallback(TrainerCallback):
             session.load_state(found, step=state.global_step)
 
     def _step(self, where: str, state: TrainerState, control: TrainerControl) -> None:
+            self._generators = GeneratorRecord.shared(session.processes, found)
         self._judge(where, state, control)
         edit = self.edits.get(state.global_step)
         if edit is not None and not self._stopped:
@@ -350,7 +377,11 @@ class GuardCallback(TrainerCallback):
                 if self._is_main:
                     logger.error("%s was saved before it was judged and holds rejected weights: do not use it", folder)
                 return
-        self._required_session.save_state(folder)
+        session = self._required_session
+        session.save_state(folder)
+        generators = GeneratorRecord.now(session.processes)
+        if self._is_main:
+            generators.save(folder)
 
     def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         session = self._required_session

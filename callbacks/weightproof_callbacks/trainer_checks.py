@@ -51,6 +51,16 @@ def require_edits_that_apply(edits: Mapping[int, Any], model: nn.Module) -> None
             )
 
 
+def begins_an_epoch(args: TrainingArguments, state: TrainerState, loader: Any) -> bool:
+    """Whether the step that begins now is the first of an epoch, as Trainer counts them."""
+    try:
+        batches = len(loader)
+    except TypeError:  # streamed data: one epoch without end
+        return state.global_step == 0
+    steps = max(1, -(-batches // args.gradient_accumulation_steps))
+    return state.global_step % steps == 0
+
+
 # ---- what must be the same on every process -------------------------------------------------------------------------
 
 

@@ -33,12 +33,16 @@ class Window:
         grad_norms: Their gradient norms.
         num_skipped: Steps that were left out for their gradients.
         in_warmup: Whether the learning rate is still warming up.
+        impossible_moments: States of the optimizer that no gradients could have made, in words.
+        disagreements: What is proven to be wrong with what the processes trained on, in words; the same on all of them.
     """
 
     raw_losses: Sequence[float] | None = None
     grad_norms: Sequence[float] | None = None
     num_skipped: int = 0
     in_warmup: bool = False
+    impossible_moments: Sequence[str] = ()
+    disagreements: Sequence[str] = ()
 
 
 class TrainingWindows:
@@ -139,7 +143,7 @@ class TrainingWindows:
             raw_losses=losses,
             loss_spike=None if losses is None else is_loss_spike(self.losses, losses),
             in_warmup=window.in_warmup,
-            window=self._reading(losses or (), norms, skipped),
+            window=self._reading(losses or (), norms, skipped, window),
         )
         recorder = self._recorder
         change = Transaction(guarded, handle, good.point, before=guarded.current, subject=subject, recorder=recorder)
@@ -152,7 +156,10 @@ class TrainingWindows:
         self.losses = [*self.losses, *(window.raw_losses or ())][-HISTORY:]
         self._norms = [*self._norms, *(window.grad_norms or ())][-HISTORY:]
 
-    def _reading(self, losses: Sequence[float], norms: tuple[float, ...] | None, num_skipped: int) -> WindowReading:
+    def _reading(
+        self, losses: Sequence[float], norms: tuple[float, ...] | None, num_skipped: int, seen: Window
+    ) -> WindowReading:
+        moments = self._guarded.processes.gather("impossible moments", tuple(seen.impossible_moments))
         loss, norm = lasting_score(self.losses, losses), norm_score(self._norms, norms or ())
         guarded, stale = self._guarded, set[str]()
         if guarded.masters is not None:
@@ -167,6 +174,8 @@ class TrainingWindows:
             norm_z=None if norm is None else norm.z,
             norm_ratio=None if norm is None else norm.ratio,
             stale_masters=tuple(sorted(stale)),
+            impossible_moments=tuple(dict.fromkeys(one for theirs in moments for one in theirs)),
+            disagreements=tuple(seen.disagreements),
         )
 
     # -- keep it -------------------------------------------------------------------------------
@@ -201,7 +210,10 @@ class TrainingWindows:
     # -- or go back ----------------------------------------------------------------------------
 
     def _go_back(self, handle: Step) -> None:
-        """Take the run back to a good state, with all that belongs to it; HALT where that was done too often."""
+        """Take the run back to a good state, with all that belongs to it.
+
+        HALT where that was done too often, and where it cannot help: the processes train on each other's batches.
+        """
         guarded, rolling, decision = self._guarded, self.rolling, handle.decision
         if rolling is None or decision is None:
             raise InputError("nobody watches: there is no good state to go back to")
@@ -217,7 +229,10 @@ class TrainingWindows:
         guarded.held, guarded.current, guarded.baseline = None, good.current, good.baseline
         if handle.record is not None:
             handle.record = replace(handle.record, params={**handle.record.params, **notes})
-        if rolling.exhausted and decision.action is not Action.HALT:
+        if handle.judged is not None and (window := handle.judged.after.window) and window.disagreements:
+            reason = f"{decision.reason}. The last good state, of step {good.step}, is in place"
+            handle.decision = guarded.assessor.halted(decision, reason, situation="inputs_disagree")
+        elif rolling.exhausted and decision.action is not Action.HALT:
             reason = f"{decision.reason}. {rolling.tried()}"
             handle.decision = guarded.assessor.halted(decision, reason, situation="rollbacks_exhausted")
 

@@ -169,7 +169,8 @@ class TensorReading:
 
     Of a tensor that every process holds whole, the facts are those of the lowest rank where it is not finite,
     else of rank 0; `differing_ranks` are the ranks whose copy is not that of rank 0 bit for bit. `nonfinite_ranks`
-    are those whose copy or part is not finite, where that is not every rank.
+    are those whose copy or part is not finite, where that is not every rank. `part_of` is the packed matrix that the
+    tensor is a part of; its `storage` is then the backend's name.
     """
 
     name: str
@@ -182,6 +183,7 @@ class TensorReading:
     num_nan: int | None = None
     differing_ranks: tuple[int, ...] = ()
     nonfinite_ranks: tuple[int, ...] = ()
+    part_of: str | None = None
 
     @property
     def is_infinite_by_design(self) -> bool:
@@ -256,7 +258,8 @@ class ContractReading:
     """One number that a declared kind of edit bounds, for one matrix.
 
     `rigorous` bounds are theorems about the declared kind (a breach is FAIL); the others are
-    typical sizes (a breach is WARN). `value` None: not measurable, `reason` says why.
+    typical sizes (a breach is WARN). `value` None: not measurable, `reason` says why. Of a value beyond its limit
+    `reason` may say what it looks like (a delta merged twice, for example).
     """
 
     target: str
@@ -392,7 +395,9 @@ class WindowReading:
     `grad_norms` are those of the steps that were taken, None where nobody read them; `num_skipped` steps were left
     out, because their gradients were not finite or far too large. `loss_z`, `loss_ratio` and `loss_rise` compare the
     mildest of the last three losses with what was usual, `norm_z` and `norm_ratio` the largest gradient norm; None
-    where too little is known. `stale_masters` are weights that the optimizer's next step would undo.
+    where too little is known. `stale_masters` are weights that the optimizer's next step would undo,
+    `impossible_moments` states of it that no gradients could have made, and `disagreements` what is proven to be wrong
+    with what the processes trained on; the last two in words.
     """
 
     grad_norms: tuple[float, ...] | None = None
@@ -403,6 +408,8 @@ class WindowReading:
     norm_z: float | None = None
     norm_ratio: float | None = None
     stale_masters: tuple[str, ...] = ()
+    impossible_moments: tuple[str, ...] = ()
+    disagreements: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

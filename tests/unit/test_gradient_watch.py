@@ -5,6 +5,15 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
+from transformers.optimization import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_hard_restarts_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
+    get_polynomial_decay_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from weightproof.tensor_store import same_bits
 from weightproof_callbacks.gradient_watch import GROSS_RATE_RATIO, GradientWatch
@@ -118,3 +127,69 @@ def test_a_watch_that_does_not_act_only_notes():
     assert steps.step(SOUND)
     assert steps.step(SOUND, lr=1e6)
     assert [left_out for _, left_out in steps.watch.drain()] == [False, False]
+
+
+# ---- rates of common schedules ------------------------------------------------------------------------------------
+
+STEPS = 60
+PEAK = 1e-2
+SCHEDULES = {
+    "warm-up from 0, cosine": lambda o: get_cosine_schedule_with_warmup(o, 10, STEPS),
+    "warm-up of one step from 0": lambda o: get_constant_schedule_with_warmup(o, 1),
+    "linear warm-up from 1e-8": lambda o: lr_scheduler.LinearLR(o, start_factor=1e-8, total_iters=10),
+    "constant 1e-3 of it, then all": lambda o: lr_scheduler.ConstantLR(o, factor=1e-3, total_iters=5),
+    "exponential warm-up": lambda o: lr_scheduler.LambdaLR(o, lambda step: min(1.0, 10.0 ** (step / 2 - 8))),
+    "cosine, restarts from 0": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=7, T_mult=2, eta_min=0.0),
+    "restarts that halve": lambda o: get_cosine_with_hard_restarts_schedule_with_warmup(o, 3, STEPS, 4),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=PEAK, total_steps=STEPS),
+    "one cycle from a hundredth in one step": lambda o: lr_scheduler.OneCycleLR(
+        o, max_lr=PEAK, total_steps=STEPS, pct_start=0.02, div_factor=1000.0, cycle_momentum=False
+    ),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(
+        o, base_lr=PEAK / 1000, max_lr=PEAK, step_size_up=1, cycle_momentum=False
+    ),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.1, patience=1),
+    "warm-up, stable, decay": lambda o: get_wsd_schedule(o, 10, 20, num_stable_steps=20),
+    "inverse square root": lambda o: get_inverse_sqrt_schedule(o, 10),
+    "polynomial": lambda o: get_polynomial_decay_schedule_with_warmup(o, 10, STEPS, lr_end=1e-9),
+    "warm-up, then cosine (sequential)": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [lr_scheduler.LinearLR(o, start_factor=1e-4, total_iters=5), lr_scheduler.CosineAnnealingLR(o, T_max=20)],
+        milestones=[5],
+    ),
+    "step up again (multiplicative)": lambda o: lr_scheduler.MultiplicativeLR(
+        o, lambda step: 1e-4 if step == 10 else 1e4 if step == 20 else 1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_common_schedule_is_taken_for_a_leap(name):
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=PEAK)
+    schedule = SCHEDULES[name](optimizer)
+    watch = GradientWatch(optimizer)
+    rates = []
+    for _ in range(STEPS - 1):
+        weight.grad = torch.ones(4)
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step(*((1.0,) if name == "plateau" else ()))
+    assert not any(left_out for _, left_out in watch.drain())
+    assert max(rates) <= PEAK * 1.001
+    watch.remove()
+
+
+def test_a_rate_that_leaps_beyond_a_schedule_of_tiny_steps_is_seen():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=PEAK)
+    schedule = lr_scheduler.LinearLR(optimizer, start_factor=1e-8, total_iters=10)
+    watch = GradientWatch(optimizer)
+    for step in range(20):
+        weight.grad = torch.ones(4)
+        if step == 15:
+            optimizer.param_groups[0]["lr"] *= 100.0
+        optimizer.step()
+        schedule.step()
+        optimizer.param_groups[0]["lr"] = schedule.get_last_lr()[0] if step < 15 else PEAK
+    assert [place for place, (_, left_out) in enumerate(watch.drain()) if left_out] == [15]

@@ -41,6 +41,7 @@ NEXT: Mapping[str, str] = {
     "train_fail": "lower the learning rate or skip the batch that broke the window",
     "processes_disagree": "check that every process holds the same weights, then load the last good checkpoint",
     "rollbacks_exhausted": "find out what keeps breaking the run; the last good state is in place",
+    "inputs_disagree": "check how the loader is sharded and resumed on every process; the last good state is in place",
     "restore_not_proven": "do not use the model in memory: load the last good checkpoint",
 }
 """What to do next, by situation."""
