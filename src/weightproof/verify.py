@@ -11,7 +11,7 @@ VALID means that the certificate says what is true, not that the change was kept
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from weightproof.certificate import Certificate
 from weightproof.certificate_form import Content, StepForm, content_of
 from weightproof.certification import TRAINING, Request, certify_folders
 from weightproof.comparison import compare_folders, read_folder
+from weightproof.edits.mixed import QuantizeEach
 from weightproof.errors import InputError, WeightproofError
 from weightproof.model_pair import Data
 from weightproof.policy import Policy
@@ -254,10 +255,12 @@ def _kind_of(record: EditRecord | None) -> object:
     """The kind that a record declares, as far as its parameters say what it was."""
     if record is None:
         return None
-    params: dict[str, Any] = dict(record.params)
+    params: dict[str, Any] = {key: value for key, value in record.params.items() if key != "inferred"}
     try:
         if record.kind in kinds.PLAIN_NAMES:
             return kinds.Plain(record.kind)
+        if record.kind == "quantize" and isinstance(params.get("bits"), Mapping):
+            return QuantizeEach(params.pop("bits"), **params)
         made = {"cast": kinds.Cast, "quantize": kinds.Quantize, "prune": kinds.Prune}.get(record.kind)
         return None if made is None else made(**params)
     except (TypeError, InputError):

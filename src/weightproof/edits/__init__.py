@@ -33,6 +33,7 @@ import torch
 
 from weightproof.edits.gptq import GPTQ
 from weightproof.edits.lora_merge import LoraMerge
+from weightproof.edits.mixed import Mixed
 from weightproof.edits.prune import Prune
 from weightproof.edits.rtn import RTN
 from weightproof.edits.selection import VECTOR_FAMILY
@@ -41,7 +42,7 @@ from weightproof.edits.task_arithmetic import TaskArithmetic
 from weightproof.kinds import Kind
 from weightproof.types import WeightMatrix
 
-__all__ = ["GPTQ", "RTN", "SVD", "VECTOR_FAMILY", "Edit", "LoraMerge", "Prune", "TaskArithmetic"]
+__all__ = ["GPTQ", "RTN", "SVD", "VECTOR_FAMILY", "Edit", "LoraMerge", "Mixed", "Prune", "TaskArithmetic"]
 
 
 @runtime_checkable
