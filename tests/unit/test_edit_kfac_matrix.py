@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from weightproof.curvature_mask import ragged, staircase
+from weightproof.curvature.mask import ragged, staircase
 from weightproof.edits.kfac import FactorBases, edit_matrix, project
-from weightproof.eigenbasis import Eigenbasis, EigenbasisCache, eigenbasis
+from weightproof.curvature.eigenbasis import Eigenbasis, EigenbasisCache, eigenbasis
 from weightproof.errors import InputError
 
 W = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)

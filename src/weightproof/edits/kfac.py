@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
-from weightproof.curvature_mask import RaggedMask, StaircaseMask, check_energy, ragged, staircase
-from weightproof.eigenbasis import Eigenbasis, checked_factor, eigenbasis
+from weightproof.curvature.mask import RaggedMask, StaircaseMask, check_energy, ragged, staircase
+from weightproof.curvature.eigenbasis import Eigenbasis, checked_factor, eigenbasis
 from weightproof.errors import InputError
 
 __all__ = ["FORMULAS", "FactorBases", "edit_matrix", "project"]

@@ -1,0 +1,97 @@
+"""The loss change of an edit, foreseen from curvature: 1/2 tr(G E A E') per matrix, E = W' - W.
+
+No forward pass is made. It is the second-order term of the loss at a minimum with the curvature of each matrix
+approximated by a Kronecker product, summed over matrices: it ranks edits and says which matrix is to blame. It is
+blind to norms and biases, loud on changes that preserve the function, and falls short on large edits
+(docs/kfac.md has how far): advice, never a verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from weightproof.curvature.factors import Factors
+from weightproof.errors import InputError
+from weightproof.weights import iter_weight_matrices
+
+__all__ = ["Prediction", "predict_loss_change", "quadratic_form"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted loss changes, nats per token.
+
+    Attributes:
+        by_matrix: Of each matrix that has factors, by name; None where its values are not finite.
+        not_covered: Matrices that changed and have no factors.
+    """
+
+    by_matrix: Mapping[str, float | None]
+    not_covered: tuple[str, ...]
+
+    @property
+    def total(self) -> float | None:
+        """Sum over the matrices; None if one could not be predicted."""
+        values = list(self.by_matrix.values())
+        return None if any(value is None for value in values) else float(sum(value or 0.0 for value in values))
+
+    def ranked(self) -> list[tuple[str, float]]:
+        """Matrices from the largest predicted change down, those that are not finite first."""
+        found = [(name, float("inf") if value is None else value) for name, value in self.by_matrix.items()]
+        return sorted(found, key=lambda pair: -pair[1])
+
+
+def predict_loss_change(
+    factors: Factors, before: nn.Module | Mapping[str, Tensor], after: nn.Module | Mapping[str, Tensor]
+) -> Prediction:
+    """What an edit should cost, without running the model.
+
+    Args:
+        factors: Fitted at the weights `before`.
+        before: A model, or matrices (d_out, d_in) by name.
+        after: The same after the edit.
+
+    Returns:
+        The prediction, nats per token where the factors are of a loss summed over tokens.
+
+    Raises:
+        InputError: If `before` are not the weights that the factors were fitted at, or names or shapes do not fit.
+    """
+    if isinstance(before, nn.Module):
+        factors.require_weights(before)
+    old, new = _matrices(before), _matrices(after)
+    found: dict[str, float | None] = {}
+    for name in factors:
+        if name not in old or name not in new:
+            raise InputError(f"{name} has factors and is missing {'before' if name not in old else 'after'} the edit")
+        if old[name].shape != new[name].shape:
+            raise InputError(f"{name} changed its shape from {list(old[name].shape)} to {list(new[name].shape)}")
+        change = new[name].to(torch.float64) - old[name].to(torch.float64)
+        factor = factors[name]
+        found[name] = quadratic_form(change, factor.activation_covariance, factor.gradient_covariance)
+    others = [name for name in old if name not in factors and name in new and not torch.equal(old[name], new[name])]
+    return Prediction(found, tuple(others))
+
+
+def quadratic_form(change: Tensor, activation_covariance: Tensor, gradient_covariance: Tensor) -> float | None:
+    """1/2 tr(G E A E') for one matrix; None where it is not finite.
+
+    Args:
+        change: E, (d_out, d_in).
+        activation_covariance: A, (d_in, d_in).
+        gradient_covariance: G, (d_out, d_out).
+    """
+    dtype = activation_covariance.dtype
+    change = change.to(dtype)
+    value = 0.5 * float(((gradient_covariance.to(dtype) @ change) * (change @ activation_covariance)).sum())
+    return max(value, 0.0) if torch.isfinite(torch.tensor(value)) else None
+
+
+def _matrices(given: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if isinstance(given, nn.Module):
+        return {one.name: one.load().detach() for one in iter_weight_matrices(given) if one.refusal is None}
+    return dict(given)
