@@ -96,7 +96,9 @@ def read_circuits(
     circuits = find_circuits(matrices, {name: one.size for name, one in vectors.items()}, config)
     found: dict[str, CircuitReading] = {}
     for circuit in circuits:
-        stored = frozenset((*(by_name[name].tensor_name for name in circuit.matrices), *circuit.vectors))
+        stored = frozenset(
+            (*(part for name in circuit.matrices for part in by_name[name].tensor_names), *circuit.vectors)
+        )
         refused = next((f"{name}: {vectors[name].refusal}" for name in circuit.vectors if vectors[name].refusal), None)
         reading = unread(circuit, refused) if refused else None if kept is None else kept(circuit, stored)
         if reading is not None:

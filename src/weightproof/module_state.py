@@ -63,6 +63,7 @@ class ModuleState:
     hooks: dict[str, dict[int, object]]
     notes: Notes
     forward: object
+    attributes: frozenset[str]
 
     @classmethod
     def of(cls, module: nn.Module) -> ModuleState:
@@ -77,6 +78,7 @@ class ModuleState:
             hooks={table: dict(own[table]) for table in _HOOK_TABLES},
             notes=Notes.of(module),
             forward=own.get("forward"),
+            attributes=frozenset(own),
         )
 
     def is_changed(self) -> bool:
@@ -109,6 +111,41 @@ class ModuleState:
         own.pop("forward", None)
         if self.forward is not None:
             own["forward"] = self.forward
+        for name in own.keys() - self.attributes:
+            del own[name]  # what came with the change: a quantizer's scheme, for example
+
+
+@dataclass(slots=True)
+class Attributes:
+    """The very objects that an object's attributes (or a dictionary's keys) hold: the state of a packed weight.
+
+    For what `ModuleState` does not cover: objects that are no modules, and attributes that are neither tensors in a
+    module's tables nor small notes.
+    """
+
+    owner: object
+    kept: dict[str, object]
+
+    @classmethod
+    def of(cls, owner: object) -> Attributes:
+        """As they are now; of a module without what torch keeps in every one."""
+        own = _contents(owner)
+        hidden = _MODULE_OWN if isinstance(owner, nn.Module) else frozenset[str]()
+        return cls(owner, {key: value for key, value in own.items() if key not in hidden})
+
+    def put_back(self) -> None:
+        """The same attributes with the same objects; those that were added go, but a module keeps its own."""
+        own = _contents(self.owner)
+        if not isinstance(self.owner, nn.Module):
+            for key in own.keys() - self.kept.keys():
+                del own[key]
+        for key, value in self.kept.items():
+            if key not in own or own[key] is not value:
+                own[key] = value
+
+
+def _contents(owner: object) -> dict[str, object]:
+    return owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
 
 
 def _same_objects(now: Mapping[str, object], kept: Mapping[str, object]) -> bool:

@@ -71,15 +71,22 @@ class PackedWeight:
 class Unreadable:
     """A module whose backend is recognised and whose weight cannot be read.
 
-    `registered` are all tensors of two or more dimensions in the module itself: none of them is a matrix.
+    `tensors` are all that are registered in the module itself, but for its bias: none of them is a matrix.
     """
 
     backend: str
     reason: str
     d_out: int
     d_in: int
-    registered: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
     name: str = "weight"
+    owners: tuple[object, ...] = ()
+    opaque: bool = False
+
+    @property
+    def registered(self) -> tuple[str, ...]:
+        """Their local names."""
+        return tuple(self.tensors)
 
     @property
     def refusal(self) -> str:
@@ -180,12 +187,12 @@ def _known_attributes(kind: type[nn.Module]) -> frozenset[str]:
 
 def _unreadable(module: nn.Module, backend: str, reason: str) -> Unreadable:
     own = {**vars(module)["_parameters"], **vars(module)["_buffers"]}
-    registered = tuple(name for name, tensor in own.items() if tensor is not None and name != "bias")
+    tensors = {name: tensor for name, tensor in own.items() if tensor is not None and name != "bias"}
     weight = own.get("weight")
     shape = tuple(weight.shape) if weight is not None and weight.ndim == 2 else (0, 0)
     d_out = getattr(module, "out_features", shape[0])
     d_in = getattr(module, "in_features", shape[1])
-    return Unreadable(backend, reason, _whole(d_out), _whole(d_in), registered)
+    return Unreadable(backend, reason, _whole(d_out), _whole(d_in), tensors)
 
 
 def _whole(size: object) -> int:

@@ -7,6 +7,9 @@ survive, whatever the edit did (in-place writes, `model.to(dtype)`, replaced mod
 One thing cannot be put back: autograd drops the hooks by which DDP averages gradients from a parameter
 that gets another dtype or device. A restore says so; the model must be wrapped again before it is trained.
 
+Of a packed weight (a quantizer's, see `weightproof.readers`) every tensor in it is kept, and so are the objects that
+hold them (a tensor subclass, a state, a packed object of C++): the same objects go back, with the same bits in them.
+
 Of a sharded model each process keeps, restores and proves its own part, and waits for no other.
 
 A module's own notes (flags, numbers, small lists, such as PEFT's `merged_adapters`) go back with its
@@ -28,8 +31,9 @@ import torch.distributed as dist
 from torch import nn
 
 from weightproof.errors import InputError, RestoreError, SnapshotError
-from weightproof.module_state import ModuleState, configs_of
+from weightproof.module_state import Attributes, ModuleState, configs_of
 from weightproof.placements import is_dtensor, is_zero3, local_of, refusal_of, settle, shape_of
+from weightproof.readers import packed_weights
 from weightproof.shards import Shard, shard_of
 from weightproof.tensor_store import (
     FolderStore,
@@ -42,7 +46,7 @@ from weightproof.tensor_store import (
     tensor_digest,
     tensor_digests,
 )
-from weightproof.types import WeightMatrix
+from weightproof.types import NamedTensor, WeightMatrix
 from weightproof.weights import clean_name, iter_tensors, iter_weight_matrices, storage_identity, unwrap
 
 __all__ = ["MatrixBits", "Snapshot", "model_digest", "tensor_digest", "write_matrix", "write_part"]
@@ -136,6 +140,7 @@ class _Record:
     names: tuple[str, ...]
     placement: object
     shard: Shard | None
+    part_of: tuple[str, str] | None = None
     holders: list[_Holder] = field(default_factory=list)
 
     def memory(self) -> torch.Tensor:
@@ -160,9 +165,11 @@ class Snapshot:
         self._records = records
         self._companions = companions
         self._modules = [ModuleState.of(module) for module in model.modules()]
+        self._owners = [Attributes.of(owner) for owner in _owners(model)]
         self._configs = configs_of(model)
         self._paths = dict(model.named_modules(remove_duplicate=False))
         self._registered = _registered(model)
+        self._packed_names = frozenset(name for name, record in records.items() if record.part_of is not None)
         self._matrices = _matrices(model)
         self.nbytes = store.nbytes
 
@@ -181,14 +188,16 @@ class Snapshot:
                 optimizer, for example): the same objects are written to when the model is restored.
 
         Raises:
-            SnapshotError: If there is no room, or a tensor cannot be copied bit for bit (quantized
-                subclass, meta, sparse, shards of FSDP version 1). The model is untouched.
+            SnapshotError: If there is no room, or a tensor cannot be copied bit for bit (a subclass that no
+                reader knows, meta, sparse, shards of FSDP version 1). The model is untouched.
         """
         model = unwrap(model)
         settle(model)
         beside = {f"{_COMPANION}{name}": tensor for name, tensor in (companions or {}).items()}
-        for raw, tensor in (_registered(model) | beside).items():
-            _require_copyable(clean_name(raw), tensor)
+        for named in iter_tensors(model):
+            _require_copyable(named.name, named.tensor, is_part=named.part_of is not None)
+        for name, tensor in beside.items():
+            _require_copyable(name, tensor)
         records = _records(model)
         originals = {name: record.memory() for name, record in records.items()} | beside
         store = MemoryStore(originals) if directory is None else FolderStore(originals, Path(directory))
@@ -273,6 +282,8 @@ class Snapshot:
     def original_shard(self, matrix: WeightMatrix) -> torch.Tensor | Shard | None:
         """The original of a matrix, as `original_matrix` where it was whole here, else the part that lay here."""
         known = self._matrices.get(matrix.name)
+        if known is not None and known.rebuild is not None:
+            return known.rebuild({local: self.original(name) for local, name in known.parts.items()})
         if known is None or known.select is None:
             return None
         record, kept = self._records[known.tensor_name], self.original(known.tensor_name)
@@ -289,7 +300,7 @@ class Snapshot:
         changed.
         """
         settle(self._model)
-        now = {name: named.tensor for named in iter_tensors(self._model) for name in (named.name, *named.tied_names)}
+        now = {name: named for named in iter_tensors(self._model) for name in (named.name, *named.tied_names)}
         changed: list[str] = []
         for record in self._records.values():
             different = self._differing(record, now)
@@ -297,14 +308,17 @@ class Snapshot:
         known = {name for record in self._records.values() for name in record.names}
         return (*changed, *(name for name in now if name not in known))
 
-    def _differing(self, record: _Record, now: Mapping[str, torch.Tensor]) -> list[str]:
+    def _differing(self, record: _Record, now: Mapping[str, NamedTensor]) -> list[str]:
         kept = self._held().read(record.name)
         equal: dict[int, bool] = {}
         for name in record.names:
-            tensor = now.get(name)
-            if tensor is not None and id(tensor) not in equal:
-                alike = _is_copyable(tensor) and _placement(tensor) == record.placement
-                equal[id(tensor)] = alike and same_bits(local_of(tensor), kept)
+            named = now.get(name)
+            if named is not None and id(named) not in equal:
+                tensor, is_part = named.tensor, named.part_of is not None
+                alike = _is_copyable(tensor, is_part=is_part) and _placement(tensor) == record.placement
+                # The same bits mean something else where another backend reads them.
+                alike = alike and named.part_of == record.part_of
+                equal[id(named)] = alike and same_bits(local_of(tensor), kept)
         return [name for name in record.names if name not in now or not equal[id(now[name])]]
 
     def replaced_modules(self) -> tuple[str, ...]:
@@ -343,6 +357,8 @@ class Snapshot:
             for owner, name, notes in self._configs:
                 vars(owner)[name] = notes.owner
                 notes.put_back()
+            for owner in self._owners:
+                owner.put_back()
             self._put_holders_back()
             for name, memory in self._memories().items():
                 if name in differing:
@@ -381,6 +397,7 @@ class Snapshot:
         """Those of some tensors that the model no longer holds in their original objects and storage."""
         settle(self._model)
         registered = {id(tensor) for tensor in _registered(self._model).values()}
+        registered |= {id(named.tensor) for named in iter_tensors(self._model)}
 
         def in_place(record: _Record) -> bool:
             return all(id(one.holder) in registered and _same_memory(one.holder, one.alias) for one in record.holders)
@@ -430,13 +447,19 @@ class Snapshot:
             for holder in record.holders:
                 if not _same_memory(holder.holder, holder.alias):
                     raise RestoreError(f"{record.name} is not in its original storage: do not use the model")
-        found = tensor_digests(self._memories())
-        wrong = [name for name in digests if found[name] != digests[name]]
+        found = tensor_digests(self._read_again())
+        wrong = [name for name in digests if found.get(name) != digests[name]]
         if wrong:
             raise RestoreError(
                 f"{wrong[0]} has another digest after restoring ({len(wrong)} of {len(digests)} tensors): "
                 "do not use the model"
             )
+
+    def _read_again(self) -> Mapping[str, torch.Tensor]:
+        """What the model holds now, found by walking it anew: packed objects are asked again for what is in them."""
+        parts = {named.name: local_of(named.tensor) for named in iter_tensors(self._model) if named.part_of is not None}
+        plain = {name: memory for name, memory in self._memories().items() if name not in self._packed_names}
+        return {**plain, **parts}
 
     def discard(self) -> None:
         """Free the memory or remove the files; the snapshot cannot be used afterwards."""
@@ -518,6 +541,11 @@ def write_part(matrix: WeightMatrix, part: torch.Tensor) -> None:
 def _require_writable(matrix: WeightMatrix) -> None:
     if matrix.refusal is not None:
         raise InputError(f"{matrix.name} cannot be written: {matrix.refusal}")
+    if matrix.storage is not None:
+        raise InputError(
+            f"{matrix.name} cannot be written: it is stored by {matrix.storage}; edit the model before it is packed, "
+            "or use the backend's own tools inside session.edit()"
+        )
     if not matrix.is_view:
         raise InputError(f"{matrix.name} cannot be written: it is a copy, not a view of the model's storage")
 
@@ -559,17 +587,33 @@ def _records(model: nn.Module) -> dict[str, _Record]:
     """One record per storage, under the names of `iter_tensors`, with all objects that hold it."""
     records: dict[str, _Record] = {}
     by_memory: dict[object, _Record] = {}
-    for named in iter_tensors(model):
+    every = list(iter_tensors(model))  # walked once: reading a packed object makes new copies each time
+    for named in every:
         tensor = named.tensor
         shard = shard_of(tensor) if refusal_of(tensor) is None else None
-        record = _Record(named.name, (named.name, *named.tied_names), _placement(tensor), shard)
+        record = _Record(named.name, (named.name, *named.tied_names), _placement(tensor), shard, named.part_of)
         records[named.name] = by_memory[storage_identity(tensor)] = record
     seen: set[int] = set()
     for tensor in _registered(model).values():
-        if id(tensor) not in seen:
+        # A tensor subclass has no memory of its own: what lies in it is held by its inner tensors.
+        record = by_memory.get(storage_identity(tensor))
+        if record is not None and id(tensor) not in seen:
             seen.add(id(tensor))
-            by_memory[storage_identity(tensor)].holders.append(_holder_of(tensor))
+            record.holders.append(_holder_of(tensor))
+    for named in every:
+        if not records[named.name].holders:
+            records[named.name].holders.append(_holder_of(named.tensor))
     return records
+
+
+def _owners(model: nn.Module) -> list[object]:
+    """Every object whose attributes hold a part of a packed weight, once: modules, tensor subclasses, states."""
+    found: dict[int, object] = {}
+    for placed in packed_weights(model):
+        held = (*placed.found.owners, placed.module, *placed.found.tensors.values())
+        registered = (getattr(placed.module, name, None) for name in placed.found.registered)
+        found |= {id(owner): owner for owner in (*held, *registered) if owner is not None}
+    return list(found.values())
 
 
 def _matrices(model: nn.Module) -> dict[str, WeightMatrix]:
@@ -587,19 +631,21 @@ def _placement(tensor: Any) -> object:
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 
 
-def _is_copyable(tensor: torch.Tensor) -> bool:
-    """Whether the values are those of a plain tensor, or of a plain part."""
-    return type(local_of(tensor)) is torch.Tensor and (type(tensor) in _PLAIN_TYPES or is_dtensor(tensor))
+def _is_copyable(tensor: torch.Tensor, *, is_part: bool = False) -> bool:
+    """Whether the values are those of a plain tensor, or of a plain part; a part may be a parameter of any class."""
+    if type(local_of(tensor)) is not torch.Tensor:
+        return False
+    return is_part or type(tensor) in _PLAIN_TYPES or is_dtensor(tensor)
 
 
-def _require_copyable(name: str, tensor: torch.Tensor) -> None:
+def _require_copyable(name: str, tensor: torch.Tensor, *, is_part: bool = False) -> None:
     """Refuse what cannot be copied and restored bit for bit. Of DTensors any placement can."""
     local = local_of(tensor)
     reason = None if is_dtensor(tensor) else refusal_of(tensor)
     if local.is_meta:
         reason = "it is on the meta device and has no values here: load the weights into memory first"
-    elif reason is None and not _is_copyable(tensor):
-        reason = f"it is a {type(tensor).__name__}, and quantized tensors are not supported yet"
+    elif reason is None and not _is_copyable(tensor, is_part=is_part):
+        reason = f"it is a {type(tensor).__name__}, a kind of tensor that no reader knows (docs/quantizers.md)"
     elif reason is None and (local.layout != torch.strided or local.is_quantized):
         reason = f"its layout {local.layout} is not supported yet"
     if reason:

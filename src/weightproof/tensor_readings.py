@@ -124,11 +124,14 @@ def _whole(named: NamedTensor) -> TensorReading:
         num_nonfinite=num_nonfinite,
         digest=tensor_digest(tensor),
         num_nan=int(torch.isnan(tensor).sum()) if num_nonfinite else 0,
+        part_of=None if named.part_of is None else named.part_of[0],
     )
 
 
 def _storage(named: NamedTensor) -> str:
-    """Class of the tensor as one process would hold it: sharding is not a change of storage."""
+    """Class of the tensor as one process would hold it (sharding is not a change of storage), or its backend."""
+    if named.part_of is not None:
+        return named.part_of[1]
     if local_of(named.tensor) is named.tensor:
         return type(named.tensor).__name__
     return "Tensor" if named.is_buffer else "Parameter"

@@ -81,10 +81,16 @@ def storage_identity(tensor: Tensor) -> Hashable:
     compared as objects.
     """
     memory = local_of(tensor) if is_dtensor(tensor) else tensor
-    plain = type(memory) in (Tensor, nn.Parameter, nn.Buffer)
-    if not plain or memory.is_meta or memory.numel() == 0:
+    if not _has_memory(memory) or memory.is_meta or memory.numel() == 0:
         return id(tensor)
     return memory.device, memory.dtype, memory.data_ptr(), tuple(memory.shape), memory.stride()
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is plain, or a parameter class of its own around plain memory."""
+    if type(tensor) in (Tensor, nn.Parameter, nn.Buffer):
+        return True
+    return not nn.parameter.is_lazy(tensor) and type(tensor.detach()) is Tensor
 
 
 def _registered(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]]:
@@ -131,10 +137,9 @@ def _parts(packed: list[Placed]) -> dict[str, tuple[Placed, Tensor | None, str]]
     """
     found: dict[str, tuple[Placed, Tensor | None, str]] = {}
     for one in packed:
-        if isinstance(one.found, PackedWeight):  # the tensors of an unreadable one are as they are registered
-            tensors = one.found.tensors
-            for local in dict.fromkeys([*one.found.registered, *tensors]):
-                found |= {raw: (one, tensors.get(local), local) for raw in one.raws([local])}
+        tensors = one.found.tensors
+        for local in dict.fromkeys([*one.found.registered, *tensors]):
+            found |= {raw: (one, tensors.get(local), local) for raw in one.raws([local])}
     return found
 
 

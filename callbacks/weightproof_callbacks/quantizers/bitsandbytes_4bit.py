@@ -66,14 +66,12 @@ def _rebuilt(state: Any, tensors: Mapping[str, Tensor]) -> Tensor:
 def _refilled(state: Any, tensors: Mapping[str, Tensor]) -> Any:
     """A quant_state with other tensors."""
     fresh = copy.copy(state)
+    vars(fresh).update(_of_state(tensors, "weight."))
     if fresh.nested:
         fresh.state2 = copy.copy(state.state2)
-        _refill(fresh.state2, tensors, "weight.nested_")
-    _refill(fresh, tensors, "weight.")
+        vars(fresh.state2).update(_of_state(tensors, "weight.nested_"))
     return fresh
 
 
-def _refill(state: Any, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    for name in _STATE:
-        if f"{prefix}{name}" in tensors:
-            setattr(state, name, tensors[f"{prefix}{name}"])
+def _of_state(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensors[f"{prefix}{name}"] for name in _STATE if f"{prefix}{name}" in tensors}

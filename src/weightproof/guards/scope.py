@@ -10,13 +10,17 @@ from weightproof.types import EditRecord, Readings
 
 
 def changed_tensors(before: Readings, after: Readings, edit: EditRecord) -> tuple[str, ...]:
-    """Names whose digest, dtype or shape differs, that appeared or went, or that the snapshot found changed."""
+    """Names whose digest, dtype or shape differs, that appeared or went, or that the snapshot found changed.
+
+    The parts of a packed weight (codes, scales) are named as the matrix that they store.
+    """
     changed = set(edit.changed_names)
     for name in {*before.tensors, *after.tensors}:
         then, now = before.tensors.get(name), after.tensors.get(name)
         if then is None or now is None or (then.digest, then.dtype, then.shape) != (now.digest, now.dtype, now.shape):
             changed.add(name)
-    return tuple(sorted(changed))
+    packed = {name: reading.part_of for tensors in (before.tensors, after.tensors) for name, reading in tensors.items()}
+    return tuple(sorted({packed.get(name) or name for name in changed}))
 
 
 @final
