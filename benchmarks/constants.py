@@ -13,12 +13,13 @@ import torch
 from decoder import Stack, placed
 from speed import quantize
 
+from weightproof.changed_matrices import relative_delta
 from weightproof.contracts import _levels_per_group
 from weightproof.gram import _eigenvalues, gram
 from weightproof.kinds import Quantize
 from weightproof.lanczos import GolubKahan
 from weightproof.matrix_readings import fit_reading, no_bulk, read_exactly, read_tracked
-from weightproof.probes import read_state, relative_delta
+from weightproof.probes import read_state
 from weightproof.shards import assemble
 from weightproof.spectrum import delta_norm_bound, profile
 from weightproof.tensor_store import leaf_digests

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from weightproof import kinds
+from weightproof.change_readings import ChangeScope, change_of, kept_circuits
 from weightproof.checkpoints import Checkpoint, StoredTensor, open_checkpoint
 from weightproof.collective import Processes
 from weightproof.errors import BaselineError, InputError
@@ -31,7 +32,7 @@ from weightproof.folder_readings import (
 from weightproof.guards.limits import for_family
 from weightproof.judging import Judged
 from weightproof.policy import Policy
-from weightproof.probes import ChangeScope, change_of, kept_circuits, with_circuits
+from weightproof.probes import with_circuits
 from weightproof.registry import load_plugin
 from weightproof.types import BulkFit, ContractReading, EditRecord, Readings, TensorReading, WeightMatrix
 

@@ -20,7 +20,7 @@ from architectures import build
 from fault_scenes import NAME, WEIGHT, Fault, Scene, raising
 from torch import nn
 
-from weightproof import GuardSession, edits, kinds, probes, snapshot, tensor_store
+from weightproof import GuardSession, changed_matrices, edits, kinds, snapshot, tensor_store
 
 # The limit of the tests in which a rank sleeps or dies.
 SHORT = 2.0
@@ -109,8 +109,8 @@ def judging(scene: Scene, fault: Callable[[], None]) -> None:
 
 def reading(scene: Scene, fault: Callable[[], None]) -> None:
     """Changed matrices are read by their owners, or where their shards lie."""
-    owner = scene.patched(probes, "read_tracked", after(fault, probes.read_tracked))
-    with owner, scene.patched(probes, "screen", after(fault, probes.screen)):
+    owner = scene.patched(changed_matrices, "read_tracked", after(fault, changed_matrices.read_tracked))
+    with owner, scene.patched(changed_matrices, "screen", after(fault, changed_matrices.screen)):
         scene.edit()
 
 

@@ -12,6 +12,7 @@ from tests.oracles.circuits import ov_values, qk_values
 
 from weightproof import GuardSession
 from weightproof.baseline import Baseline
+from weightproof.change_readings import kept_circuits
 from weightproof.circuit_finder import UNKNOWN, find_circuits
 from weightproof.circuit_readings import config_of, read_circuits, vectors_of
 from weightproof.circuits import (
@@ -25,7 +26,7 @@ from weightproof.circuits import (
     summary,
 )
 from weightproof.collective import Processes
-from weightproof.probes import State, kept_circuits, read_state
+from weightproof.probes import State, read_state
 from weightproof.types import Outcome, WeightMatrix
 from weightproof.weights import iter_weight_matrices
 

@@ -9,7 +9,7 @@ import torch
 from architectures import build
 from safetensors.torch import load_file, save_file
 
-from weightproof import GuardSession, probes
+from weightproof import GuardSession, changed_matrices
 from weightproof.comparison import compare_folders, read_folder
 from weightproof.edits import RTN
 from weightproof.errors import BaselineError, InputError
@@ -83,13 +83,13 @@ def test_a_change_without_a_declaration_is_screened_and_what_did_not_change_is_n
         model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(1.001)
     model.save_pretrained(tmp_path / "subject")
     read = []
-    measured = probes.read_tracked
+    measured = changed_matrices.read_tracked
 
     def noted(matrix, *others):
         read.append(matrix.name)
         return measured(matrix, *others)
 
-    monkeypatch.setattr(probes, "read_tracked", noted)
+    monkeypatch.setattr(changed_matrices, "read_tracked", noted)
     found = compare_folders(tmp_path / "base", tmp_path / "subject", POLICY)
     assert read == ["model.layers.0.mlp.up_proj.weight"]
     assert found.after.edit is not None

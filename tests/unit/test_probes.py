@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from weightproof import BaselineError, GuardSession
-from weightproof.probes import ChangeScope, read_change, read_state, relative_delta
+from weightproof.change_readings import ChangeScope, read_change
+from weightproof.changed_matrices import relative_delta
+from weightproof.probes import read_state
 from weightproof.snapshot import Snapshot
 from weightproof.tensor_readings import count_nonfinite
 
