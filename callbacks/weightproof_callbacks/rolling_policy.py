@@ -149,6 +149,7 @@ class RollingPolicy:
     def remove(self) -> None:
         """Take every hook away, and leave the folder to others."""
         self._gradients.remove()
+        self._batches.remove()
         if self._folder is not None:
             self._folder.close()
 
@@ -159,7 +160,6 @@ class RollingPolicy:
             step: Step of the run.
             losses: Raw losses of its steps.
             in_warmup: As in `GuardSession.check_window`.
-        self._batches.remove()
             on_violation: "monitor" only reports.
         """
         seen = self._gradients.drain()
@@ -176,36 +176,37 @@ class RollingPolicy:
             raw_losses=losses,
             grad_norms=norms if self._gradients.watches else None,
             num_skipped=len(left_out),
+            impossible_moments=self._gradients.impossible_moments(),
+            disagreements=self._batches.disagreements(),
             in_warmup=in_warmup,
             on_violation="monitor" if on_violation == "monitor" else "rollback",
         )
         if judged.decision is not None and judged.decision.action is Action.KEEP:
             self._gradients.learn(norms)
+        if judged.applied == "restored":
+            self._batches.forget()
         return judged
 
     def forget(self) -> None:
         """Steps since the last check belong to something else: an edit."""
         self._gradients.drain()
-            impossible_moments=self._gradients.impossible_moments(),
-            disagreements=self._batches.disagreements(),
+
+    def start_anew(self) -> None:
+        """A checkpoint was loaded: moments come from there, and batches may come again."""
+        self._gradients.drain()
+        self._gradients.trust_moments()
+        self._batches.forget()
 
     def _capture(self) -> TrainingPart | None:
         if not self._acts or self.run.optimizer is None:
             return None
         if not self._is_full:
-        if judged.applied == "restored":
-            self._batches.forget()
             return _Cleared(self.run.optimizer, self._rate, self.options)
         state = TrainingState.capture(**self.run.parts(with_data=self._replays), device=self.run.device)
         return _Full(state, self._rate, self.phase, self.options, self.session.processes)
 
     def _remade(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> _Full:
         """A training state that was kept in files."""
-    def start_anew(self) -> None:
-        """A checkpoint was loaded: moments come from there, and batches may come again."""
-        self._gradients.drain()
-        self._gradients.trust_moments()
-        self._batches.forget()
         state = TrainingState.from_parts(tensors, values["state"], **self.run.parts(with_data=False))
         found = _Full(state, self._rate, self.phase, self.options, self.session.processes)
         found.was(values["scale"], tuple(values["phase"]))
@@ -224,7 +225,7 @@ class RollingPolicy:
 class _Full:
     """A captured training state, and the learning rate's scale at that time."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - what belongs to one state
+    def __init__(
         self,
         state: TrainingState,
         rate: LearningRate,
@@ -304,7 +305,6 @@ class _Cleared:
     def put_back(self) -> Mapping[str, Any]:
         cleared = clear_optimizer_state(self._optimizer)
         self._rate.rescale(self._rate.scale, self._options.lr_factor)
-            **values,
         return {
             "restored": ["weights and buffers"],
             "not_restored": [

@@ -160,8 +160,8 @@ class GuardCallback(TrainerCallback):
         self._recorder = RawLossRecorder()
         self._policy: RollingPolicy | None = None
         self._trainer: Any = None
-        self._judged_at = self._warmup_steps = 0
         self._generators: GeneratorRecord | None = None  # where a resume has to put them
+        self._judged_at = self._warmup_steps = 0
         self._stopped = False
         self._warned: set[str] = set()
 
@@ -174,7 +174,6 @@ class GuardCallback(TrainerCallback):
         """Take what the events do not hand over from the trainer itself; `GuardedTrainer` calls this."""
         self._trainer = trainer
 
-    # -- events --------------------------------------------------------------------------------
     def generators_loaded(self) -> None:
         """Trainer has restored the random generators of a checkpoint; `GuardedTrainer` calls this."""
         record, self._generators = self._generators, None
@@ -183,6 +182,7 @@ class GuardCallback(TrainerCallback):
             with processes.together("the random generators after the resume"):
                 record.settle(processes, "the checkpoint", acts=self.on_violation != "monitor")
 
+    # -- events --------------------------------------------------------------------------------
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,7 +192,6 @@ class GuardCallback(TrainerCallback):
             self._open_session(args, kwargs["model"], kwargs.get("optimizer"))
         self._guarded("the beginning of the training", control, lambda: self._begin(args, state, **kwargs))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -205,6 +204,7 @@ class GuardCallback(TrainerCallback):
             return
         self._guarded("the random generators after the resume", control, self.generators_loaded)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Judge the window if one is due, then apply the edit scheduled for this step."""
         self._recorder.end_step()
         due = state.global_step in self.edits or state.global_step % self.every == 0
@@ -271,8 +271,8 @@ class GuardCallback(TrainerCallback):
         settings = {"guard's every": self.every, "guard's on_violation": self.on_violation, **self.rolling.in_words()}
         require_same_schedule(session.processes, args, state, self.edits, settings)
         self._stopped = False
-        self._warned.clear()
         self._generators = None
+        self._warned.clear()
         self._judged_at = state.global_step
         self._warmup_steps = args.get_warmup_steps(state.max_steps)
         self._warn_of_unreached_edits(state)
@@ -287,9 +287,9 @@ class GuardCallback(TrainerCallback):
         if began > state.global_step:
             state.global_step = self._judged_at = began
             if self._trainer is not None:
-                self._trainer._globalstep_last_logged = began
                 # Of that state, whatever the older checkpoint says that Trainer is about to read.
                 self._generators = GeneratorRecord.now(session.processes)
+                self._trainer._globalstep_last_logged = began
         # Trainer divides by the items of all processes, and multiplies again where this hook has passed.
         self._recorder.attach(model, shares=args.world_size if args.average_tokens_across_devices else 1)
 
@@ -327,9 +327,9 @@ class GuardCallback(TrainerCallback):
             )
         else:
             session.load_state(found, step=state.global_step)
+            self._generators = GeneratorRecord.shared(session.processes, found)
 
     def _step(self, where: str, state: TrainerState, control: TrainerControl) -> None:
-            self._generators = GeneratorRecord.shared(session.processes, found)
         self._judge(where, state, control)
         edit = self.edits.get(state.global_step)
         if edit is not None and not self._stopped:
