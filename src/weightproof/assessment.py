@@ -34,6 +34,8 @@ from weightproof.judging import Judged, decide_on, judge_one
 from weightproof.losses import LossData, LossProbe
 from weightproof.placements import local_of, refusal_of
 from weightproof.policy import Policy, with_digests
+from weightproof.preserving import NAME as PRESERVING
+from weightproof.preserving import preserving_readings
 from weightproof.probes import State
 from weightproof.registry import load_plugin, plugins
 from weightproof.shards import Shard, dealt, shard_of
@@ -130,6 +132,7 @@ class Assessor:
         self.guards = {name: load_plugin("weightproof.guards", name)() for name in plugins("weightproof.guards")}
         self.limits = {name: policy.limits_for(type(guard)) for name, guard in self.guards.items()}
         self.cache: OutputCache | None = None
+        self._reference: OutputCache | None = None
         self.no_outputs = "the model's inputs cannot be guessed from its config and no retain= data was given"
         random = random_windows(model)
         limits = cast("LossLimits", self.limits["loss"])
@@ -186,6 +189,12 @@ class Assessor:
             self.no_outputs = f"outputs cannot be compared: {_brief(error)}"
             self.cache, self._random = None, None
 
+    def capture_reference(self) -> None:
+        """Cache the outputs just before a change that claims to preserve them; the baseline's may be older."""
+        self._reference = None
+        if self.cache is not None:
+            self._reference = capture_outputs(self.model, self.windows, processes=self.processes)
+
     def _error_on(self, windows: Windows) -> str | None:
         """Why the model cannot run on windows, on any process."""
         ours = None
@@ -231,11 +240,11 @@ class Assessor:
                 "outside its parameters and buffers was changed (a hook, a config value, a cached table)"
             )
 
-    def _outputs(self) -> OutputPass | None:
-        if self.cache is None:
+    def _outputs(self, cache: OutputCache | None) -> OutputPass | None:
+        if cache is None:
             return None
         try:
-            return measure_divergence(self.model, self.cache, processes=self.processes)
+            return measure_divergence(self.model, cache, processes=self.processes)
         except InputError as error:
             # The same windows ran before the change: a forward pass that now raises is broken.
             why = f"the model no longer runs on windows that it ran on before: {_brief(error)}"
@@ -262,15 +271,18 @@ class Assessor:
         base = State(baseline.readings, baseline.fits)
         change = read_change(self.model, snapshot, current, base, scope, processes=self.processes)
         read = change.state.readings
-        outputs, losses = self._outputs(), self._losses(subject)
+        outputs, losses = self._outputs(self.cache), self._losses(subject)
         unmeasured = dict(read.unmeasured)
         if not losses:
             unmeasured["losses"] = "there is no loss data: give retain= data"
         if outputs is None:
             unmeasured["divergence"] = unmeasured["outputs"] = unmeasured["second_moments"] = self.no_outputs
+        record = self._record(snapshot, current.readings, change, here, subject)
+        if subject.kind.name == PRESERVING:
+            record = replace(record, contract=(*record.contract, *self._preserved(current.readings, read)))
         readings = replace(
             read,
-            edit=replace(self._record(snapshot, current.readings, change, here, subject), replaced_modules=replaced),
+            edit=replace(record, replaced_modules=replaced),
             divergence=outputs.divergence if outputs else (),
             second_moments=outputs.second_moments if outputs else {},
             losses=losses,
@@ -290,6 +302,10 @@ class Assessor:
         kind, size = subject.kind.name, self.processes.size
         decision = self._agreed(decide_on(self.policy, verdicts, kind=kind, step=step, world_size=size))
         return Assessment(State(judged.after, change.state.fits), decision, judged)
+
+    def _preserved(self, before: Readings, after: Readings) -> tuple[ContractReading, ...]:
+        outputs = self._outputs(self._reference)
+        return preserving_readings(before, after, outputs.divergence if outputs else (), self.no_outputs)
 
     def _differences(self, snapshot: Snapshot) -> tuple[frozenset[str], tuple[str, ...]]:
         """Tensors that differ from the snapshot and modules that were replaced, on any process."""
@@ -371,7 +387,7 @@ class Assessor:
     def _record(
         self, snapshot: Snapshot, before: Readings, change: Change, here: frozenset[str], subject: Subject
     ) -> EditRecord:
-        in_matrices = frozenset(matrix.tensor_name for matrix in iter_weight_matrices(self.model))
+        in_matrices = frozenset(name for matrix in iter_weight_matrices(self.model) for name in matrix.tensor_names)
         contract = subject.contract
         if contract is None:
             contract = (*change.contract, *self._outside_readings(snapshot, here, in_matrices, subject))
@@ -407,7 +423,8 @@ class Assessor:
             _unread_contract(subject.kind, name, why, is_matrix=name in in_matrices)
             for name, why in sorted(unread.items())
         ]
-        outside = (here - in_matrices) & snapshot.names & present.keys()
+        asked = here | kinds.expected_names(subject.kind)
+        outside = (asked - in_matrices) & snapshot.names & present.keys()
         changed = [present[name] for name in sorted(outside - unread.keys())]
 
         def original(named: NamedTensor) -> Tensor | Shard:
@@ -432,7 +449,7 @@ class Assessor:
 
 def _unread_contract(kind: kinds.Kind, name: str, reason: str, *, is_matrix: bool) -> tuple[ContractReading, ...]:
     """The contract of a changed tensor whose parts nobody can join: only that it changed can be held against it."""
-    if is_matrix or isinstance(kind, kinds.Cast):
+    if is_matrix or isinstance(kind, kinds.Cast) or name in kinds.expected_names(kind):
         return (ContractReading(name, "values", None, 0.0, rigorous=True, reason=reason),)
     nothing = torch.empty(0)
     return kinds.measure_outside(kind, name, nothing, nothing)
