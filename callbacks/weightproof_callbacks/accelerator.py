@@ -37,6 +37,7 @@ from weightproof.session import GuardSession
 from weightproof.session_checks import require_same
 from weightproof_callbacks.accelerator_checks import plain, require_attachable
 from weightproof_callbacks.attached_guard import EDIT_MODES, AttachedGuard
+from weightproof_callbacks.data_position import ReplayableLoader
 from weightproof_callbacks.rolling_policy import RollingPolicy, Run, require_replayable_run
 from weightproof_callbacks.sharded import find_masters
 from weightproof_callbacks.trainer_checks import known_to_all, require_positive
@@ -145,6 +146,7 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
             scheduler=_scheduler_of(accelerator, optimizer) if scheduler is None else scheduler,
             scaler=accelerator.scaler,
             loader=loader,
+            no_data=_no_data(loader),
             extra=lambda: extra or {},
             generators=tuple(generators),
         )
@@ -182,6 +184,14 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
     guard.begin_at(began)
     guard.hang_in(accelerator, model)
     return guard
+
+
+def _no_data(loader: Any) -> str | None:
+    """Why the guard cannot say where the data of a run begins."""
+    if isinstance(loader, ReplayableLoader):
+        return None
+    kind = "no loader was given" if loader is None else f"{type(loader).__name__} cannot be told where to begin"
+    return f"{kind}. Iterate over data = ReplayableLoader(data) and give it as loader=, or skip guard.step steps of it"
 
 
 def _wrapper_of(accelerator: Accelerator, optimizer: Any) -> Any:

@@ -7,6 +7,8 @@ it is. The generators of samplers and loaders are ahead with it and are never wo
 
 Fetching can draw from the global generators (a shuffled epoch begins, a transform is random). What the
 fetch of a batch drew is remembered with the batch, and drawn again when it is given again.
+
+A run that was killed has no iterator any more: it goes on by its place in the data (see `data_place`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 
 from weightproof.errors import InputError
 from weightproof.tensor_store import readable
+from weightproof_callbacks.data_place import DataPlace, Places, rest_of
 from weightproof_callbacks.generator_state import GlobalDraws
 
 logger = logging.getLogger("weightproof.data")
@@ -42,6 +45,7 @@ class _Given:
     nbytes: int
     ends_epoch: bool | None
     draws: tuple[GlobalDraws, GlobalDraws] | None
+    place: DataPlace
 
 
 class Mark:
@@ -76,6 +80,7 @@ class BatchMemory:
         self._owed = 0  # batches that this pass is behind, because it gave so many twice
         self._registered: Any = None
         self._warned = False
+        self.places = Places()
 
     @property
     def position(self) -> int:
@@ -86,6 +91,10 @@ class BatchMemory:
     def nbytes(self) -> int:
         """Size of the remembered batches."""
         return sum(given.nbytes for given in (*self._given, *self._pending))
+
+    def place(self) -> DataPlace:
+        """The batch that comes next, in a form that outlives the process."""
+        return self._pending[0].place if self._pending else self.places.now()
 
     # -- going back ----------------------------------------------------------------------------
 
@@ -172,6 +181,7 @@ class BatchMemory:
         if self._stream is None or self._stream.iterator is not iterator:
             behind = self._owed - len(self._pending) if self._live is not None else 0
             self._stream = _Stream(self, iterator, owner, getattr(owner, "iteration", None), behind)
+            self._stream.number, self._stream.skipped = self.places.count_pass()
         return self._stream
 
     def take(self, stream: _Stream) -> Any:
@@ -185,8 +195,9 @@ class BatchMemory:
         self._unregister(stream.owner)
         before = GlobalDraws.now() if self._marks else None
         batch = self._fetched(stream)
+        place = self.places.arrived()
         if before is not None:
-            self._remember(batch, before, stream.owner)
+            self._remember(batch, before, stream.owner, place)
         else:
             self._first += 1 + len(self._given)
             self._given.clear()
@@ -203,13 +214,15 @@ class BatchMemory:
             if stream.epoch is not None and hasattr(stream.owner, "set_epoch"):
                 stream.owner.set_epoch(stream.epoch)
             self._live = stream.iterator
+            self.places.began(stream.owner, stream.number, stream.skipped)
         try:
             return next(stream.iterator)
         except StopIteration:
             self._live, self._owed = None, 0
+            self.places.ended()
             raise
 
-    def _remember(self, batch: Any, before: GlobalDraws, owner: Any) -> None:
+    def _remember(self, batch: Any, before: GlobalDraws, owner: Any, place: DataPlace) -> None:
         after = GlobalDraws.now()
         tensors = [tensor for tensor in _tensors(batch) if not tensor.is_inference()]
         self._given.append(
@@ -219,6 +232,7 @@ class BatchMemory:
                 nbytes=sum(tensor.nbytes for tensor in _tensors(batch)),
                 ends_epoch=getattr(owner, "end_of_dataloader", None),
                 draws=None if before.same_as(after) else (before, after),
+                place=place,
             )
         )
         self._forget_unreachable()
@@ -286,6 +300,7 @@ class _Stream:
         self.memory, self.iterator, self.owner = memory, iterator, owner
         self.epoch = epoch  # as the loader counted when this pass was begun
         self.behind = behind  # batches of the pass before that were not given yet
+        self.number = self.skipped = 0  # which pass it is, and how many of its batches are left out
 
     def __iter__(self) -> _Stream:
         return self
@@ -311,10 +326,25 @@ class ReplayableLoader:
             raise InputError(f"{type(loader).__name__} can be iterated over once only: give the data loader itself")
         self.loader: Any = loader
         self.memory = BatchMemory(max_bytes)
+        self._resumed_pass: int | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Number of the next pass, from 0: where a loop over passes begins in a run that goes on from disk."""
+        return self.memory.places.next_pass
 
     def __iter__(self) -> Iterator[Any]:
-        """One pass over the data."""
-        return self.memory.over(_lazily(self.loader), self.loader)
+        """One pass over the data; in a run that goes on from disk, first what is left of the pass it was in."""
+        place = self.memory.places.resuming
+        if place is None:
+            if self._resumed_pass is not None and hasattr(self.loader, "set_epoch"):
+                self.loader.set_epoch(self._resumed_pass + 1)  # the loader itself has not seen that pass
+            self._resumed_pass = None
+            return self.memory.over(_lazily(self.loader), self.loader)
+        rest = rest_of(self.loader, place)
+        self._resumed_pass = None if rest is self.loader else place.epoch
+        self.memory.places.begin_pass(place.epoch, place.batch)
+        return self.memory.over(_lazily(rest), self.loader)
 
     def __len__(self) -> int:
         """Batches of one pass."""

@@ -72,12 +72,13 @@ class RollingFolder:
             return state
         return replace(state, training=_OnDisk(self._folder, number, self._remake))
 
-    def resume(self, step: int, put_training: Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]) -> int | None:
+    def resume(self, step: int, put_training: Callable[[Mapping[str, Tensor], Mapping[str, Any]], str]) -> int | None:
         """Put the newest committed state into the run, where it is of a later step than the run.
 
         Args:
             step: Step of the run.
-            put_training: Puts a training state into the run, from what `TrainingPart.parts` gave.
+            put_training: Puts a training state into the run, from what `TrainingPart.parts` gave; says what becomes of
+                the data.
 
         Returns:
             Its step; None where there is nothing to go on from.
@@ -94,16 +95,11 @@ class RollingFolder:
         if saved.values.get("format") != _FORMAT:
             raise InputError(f"{self._folder.path} holds snapshots of another kind: choose another snapshot_dir")
         self._session.continue_from(_below(saved.tensors, _WEIGHTS), [float(one) for one in saved.values["losses"]])
-        if saved.values["training"]:
-            with self._session.processes.together("restoring the training state"):
-                put_training(_below(saved.tensors, _TRAINING), saved.values["training"])
+        with self._session.processes.together("restoring the training state"):
+            data = put_training(_below(saved.tensors, _TRAINING), saved.values["training"])
         if self._session.processes.is_main:
             logger.warning(
-                "%s holds the state of step %d: the run goes on from there. Only the data begins where this process "
-                "begins it: skip the batches of %d steps to give none of them twice",
-                self._folder.path,
-                saved.step,
-                saved.step - step,
+                "%s holds the state of step %d: the run goes on from there. %s", self._folder.path, saved.step, data
             )
         return saved.step
 

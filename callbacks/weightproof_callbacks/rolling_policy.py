@@ -21,6 +21,7 @@ from weightproof.spikes import MAX_SKIPPED
 from weightproof.steps import Step
 from weightproof.types import Action
 from weightproof_callbacks.batch_watch import BatchWatch
+from weightproof_callbacks.data_place import DataPlace
 from weightproof_callbacks.data_position import BatchMemory, ReplayableLoader
 from weightproof_callbacks.gradient_watch import GradientWatch
 from weightproof_callbacks.learning_rate import LearningRate
@@ -47,6 +48,8 @@ class Run:
         generators: Further random generators.
         device: Where copies of the training state are kept; None: where its tensors are.
         accelerator: The run's `Accelerator`, where it is known: it clips.
+        no_data: Why a run that goes on from disk cannot be given the batches that come next, and what to do; None
+            where `loader` is there to do it.
     """
 
     optimizer: Any = None
@@ -58,6 +61,13 @@ class Run:
     generators: tuple[Any, ...] = ()
     device: torch.device | str | None = None
     accelerator: Any = None
+    no_data: str | None = None
+
+    @property
+    def batches(self) -> BatchMemory | None:
+        """What counts the batches of the run."""
+        found = self.loader.memory if isinstance(self.loader, ReplayableLoader) else self.loader
+        return found if isinstance(found, BatchMemory) else None
 
     def parts(self, *, with_data: bool) -> dict[str, Any]:
         """Arguments of `TrainingState.capture` and `from_parts`."""
@@ -201,9 +211,13 @@ class RollingPolicy:
         if not self._acts or self.run.optimizer is None:
             return None
         if not self._is_full:
-            return _Cleared(self.run.optimizer, self._rate, self.options)
+            return _Cleared(self.run.optimizer, self._rate, self.options, self._place())
         state = TrainingState.capture(**self.run.parts(with_data=self._replays), device=self.run.device)
-        return _Full(state, self._rate, self.phase, self.options, self.session.processes)
+        return _Full(state, self._rate, self.phase, self.options, self.session.processes, self._place())
+
+    def _place(self) -> DataPlace | None:
+        """Where the data stands, where that is to be kept on disk."""
+        return None if self._folder is None or self.run.batches is None else self.run.batches.place()
 
     def _remade(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> _Full:
         """A training state that was kept in files."""
@@ -212,10 +226,18 @@ class RollingPolicy:
         found.was(values["scale"], tuple(values["phase"]))
         return found
 
-    def _resumed(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Put a training state that was kept in files into a run that begins."""
-        if self._is_full:
-            self._remade(tensors, values).go_on()
+    def _resumed(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> str:
+        """Put a training state that was kept in files into a run that begins; says what becomes of its data."""
+        remade = self._remade(tensors, values) if self._is_full and "state" in values else None
+        if remade is not None:
+            remade.go_on()
+        batches, kept = self.run.batches, values.get("place")
+        reason = self.run.no_data or ("" if kept else "the run that was killed did not count its batches")
+        if reason or batches is None or kept is None:
+            return f"Its data begins anew, so batches are given twice: {reason or 'nobody counts them'}"
+        place = DataPlace.from_parts(tensors, kept)
+        batches.places.go_on_at(place, (lambda: None) if remade is None else remade.draw_on)
+        return f"Its data goes on after {place.batch} batches of pass {place.epoch + 1}"
 
     @property
     def _replays(self) -> bool:
@@ -225,15 +247,17 @@ class RollingPolicy:
 class _Full:
     """A captured training state, and the learning rate's scale at that time."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what belongs to one state
         self,
         state: TrainingState,
         rate: LearningRate,
         phase: StepPhase,
         options: RollingOptions,
         processes: Processes,
+        place: DataPlace | None = None,
     ) -> None:
         self._state = state
+        self._place = place
         self._phase, self._then = phase, phase.now
         self._rate = rate
         self._scale = rate.scale
@@ -275,11 +299,17 @@ class _Full:
         return next((one for one in self._processes.gather("whether batches can be given again", ours) if one), None)
 
     def parts(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        return self._state.tensors(), {
+        tensors, values = _parts_of(self._place)
+        return {**self._state.tensors(), **tensors}, {
             "state": self._state.values(),
             "scale": self._scale,
             "phase": list(self._then),
+            **values,
         }
+
+    def draw_on(self) -> None:
+        """Put the random generators back once more."""
+        self._state.put_draws_back()
 
     def go_on(self) -> None:
         """Put it into a run that begins: no rollback, and nothing is lowered again."""
@@ -297,10 +327,13 @@ class _Cleared:
 
     nbytes = 0
 
-    def __init__(self, optimizer: Any, rate: LearningRate, options: RollingOptions) -> None:
+    def __init__(
+        self, optimizer: Any, rate: LearningRate, options: RollingOptions, place: DataPlace | None = None
+    ) -> None:
         self._optimizer = optimizer
         self._rate = rate
         self._options = options
+        self._place = place
 
     def put_back(self) -> Mapping[str, Any]:
         cleared = clear_optimizer_state(self._optimizer)
@@ -318,7 +351,15 @@ class _Cleared:
         }
 
     def parts(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        return _parts_of(self._place)
+
+
+def _parts_of(place: DataPlace | None) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """A place in the data among the parts of a training state."""
+    if place is None:
         return {}, {}
+    tensors, values = place.parts()
+    return tensors, {"place": values}
 
 
 def words_of(notes: Mapping[str, Any]) -> str:

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("weightproof.trainer")
 
 ON_VIOLATION = ("rollback", "monitor", "stop")
+_NO_DATA = "Trainer lets no callback say where its data begins. Train with GuardedTrainer (or GuardedTrainerMixin)"
 
 
 class GuardCallback(TrainerCallback):
@@ -296,7 +297,7 @@ class GuardCallback(TrainerCallback):
     def _run(self, optimizer: Any, scheduler: Any) -> Run:
         trainer = self._trainer
         if trainer is None:
-            return Run(optimizer=optimizer, wrapper=optimizer, scheduler=scheduler)
+            return Run(optimizer=optimizer, wrapper=optimizer, scheduler=scheduler, no_data=_NO_DATA)
         return Run(
             optimizer=optimizer,
             wrapper=optimizer,
@@ -305,6 +306,7 @@ class GuardCallback(TrainerCallback):
             scaler=trainer.accelerator.scaler,
             loader=trainer.batches,
             extra=trainer.training_parts,
+            no_data=trainer.data_begins_anew,
         )
 
     def _tracker_names(self, args: TrainingArguments) -> Sequence[Tracker | str]:

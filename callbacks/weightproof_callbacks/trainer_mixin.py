@@ -22,6 +22,8 @@ from weightproof_callbacks.training_state import TrainingState
 
 __all__ = ["BestModel", "CallbackState", "GuardedTrainer", "GuardedTrainerMixin"]
 
+# Stands for the checkpoint that Trainer resumes from, where the guard's state on disk is what the run goes on from.
+_GOOD_STATE = "weightproof-good-state"
 _BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
 
 
@@ -58,12 +60,35 @@ class GuardedTrainerMixin(Trainer if TYPE_CHECKING else object):
         stream = self.batches.over(epoch_iterator, self.callback_handler.train_dataloader)
         return super().get_batch_samples(stream, num_batches, device)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer._run_epoch`; a run that goes on from disk goes on in the pass and at the batch where it was."""
+        place, epoch = self.batches.places.resuming, kwargs["epoch"]
+        if place is not None and epoch < place.epoch:
+            return None
+        if place is not None:
+            rest = {"epochs_trained": epoch, "steps_trained_in_current_epoch": place.batch}
+            kwargs = {**kwargs, **rest, "resume_from_checkpoint": _GOOD_STATE}
+        is_rest = epoch == kwargs["epochs_trained"] and kwargs["resume_from_checkpoint"] is not None
+        skipped = kwargs["steps_trained_in_current_epoch"] if is_rest and not self.args.ignore_data_skip else 0
+        self.batches.places.begin_pass(epoch, skipped)
+        return super()._run_epoch(*args, **kwargs)
+
+    @property
+    def data_begins_anew(self) -> str | None:
+        """Why a run that goes on from disk cannot be given the batches that come next; None where it is."""
+        if self.args.ignore_data_skip:
+            return "ignore_data_skip is set"
+        if not hasattr(Trainer, "_run_epoch"):
+            return "this version of Trainer does not say when it begins a pass over its data"
+        return None
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         self.last_grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.last_grad_norm
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+        if checkpoint != _GOOD_STATE:  # its generators are put back with its first batch
+            super()._load_rng_state(checkpoint)
         for callback in self.callback_handler.callbacks if checkpoint is not None else ():
             loaded = getattr(callback, "generators_loaded", None)
             if callable(loaded):

@@ -236,7 +236,7 @@ class TrainingState:
                 part.owner.load_state_dict(part.values.value())
             # The schedule has written learning rates of its own choice into the groups, and loading may draw.
             self._optimizer.restore()
-            self._put_draws_back()
+            self.put_draws_back()
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise RestoreError(f"restoring the training state failed midway, do not train on: {error}") from error
         self.prove()
@@ -281,7 +281,8 @@ class TrainingState:
         given = [generator_value(generator) for generator in self._generators]
         return {"global": GlobalDraws.now().values, "given": given}
 
-    def _put_draws_back(self) -> None:
+    def put_draws_back(self) -> None:
+        """Put the random generators back, and nothing else."""
         draws = self._draws.value()
         GlobalDraws(draws["global"]).put_back()
         for generator, value in zip(self._generators, draws["given"], strict=True):

@@ -29,20 +29,30 @@ OPTIMIZERS = {
 class Loop:
     """Model with dropout, optimizer, falling learning rate, and rows in their order without some batches."""
 
-    def __init__(self, *, without=(), optimizer="foreach", replayable=False, dtype=torch.float32, dropout=0.1):
+    def __init__(
+        self, *, without=(), optimizer="foreach", replayable=False, dtype=torch.float32, dropout=0.1, rows=64 * ROWS,
+        shuffle=False,
+    ):  # fmt: skip
         fresh_accelerate()
         self.accelerator = Accelerator(cpu=True)
-        model, rows = tiny_llama(dropout=dropout).to(dtype), 64 * ROWS
+        model = tiny_llama(dropout=dropout).to(dtype)
         inner = OPTIMIZERS[optimizer](model.parameters())
         schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1.0 / (1.0 + 0.02 * step))
         data = Subset(Chains(rows, seed=1), [row for row in range(rows) if row // ROWS not in without])
         self.model, self.optimizer, self.data, self.schedule = self.accelerator.prepare(
-            model, inner, DataLoader(data, batch_size=ROWS), schedule
+            model, inner, DataLoader(data, batch_size=ROWS, shuffle=shuffle), schedule
         )
         if replayable:
             self.data = ReplayableLoader(self.data)
         self.steps = 0
-        self._batches = iter(self.data)
+        self.seen = []
+        self._batches = self._endless()
+
+    def _endless(self):
+        while True:
+            for batch in self.data:
+                self.seen.append(batch["input_ids"].sum().item())
+                yield batch
 
     def run(self, until, *, before=None, after=None):
         """Train up to a step; `before(n)` between backward pass and the n-th step, `after(n)` at its very end."""
@@ -220,11 +230,11 @@ def test_the_budget_decides_how_many_states_are_kept():
 # ---- on disk --------------------------------------------------------------------------------------------------------
 
 
-def killed_at(step, folder):
+def killed_at(step, folder, **how):
     """A guarded loop in a process of its own, which is gone after a step without a word."""
 
     def work():
-        loop = Loop(dropout=0.0)
+        loop = Loop(**{"dropout": 0.0, **how})
         loop.guarded(snapshot_dir=folder)
         loop.run(step)
         os._exit(9)
@@ -246,7 +256,53 @@ def test_a_loop_that_was_killed_goes_on_from_the_last_committed_state_and_says_s
     undisturbed = Loop(dropout=0.0)
     undisturbed.run(20)
     assert "holds the state of step 10: the run goes on from there" in caplog.text
+    assert "Its data begins anew, so batches are given twice: no loader was given" in caplog.text
     assert differences(found, undisturbed.state()) == ["torch"], "but for the seed that a loader draws when it begins"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("steps", [8, 13, 24])
+def test_a_loop_that_was_killed_is_given_the_batches_that_come_next(tmp_path, caplog, steps, shuffle):
+    """Bit for bit, dropout and the order of later passes with it; 10 steps a pass, so 10 is where one begins."""
+    how = {"dropout": 0.1, "replayable": True, "rows": 10 * ROWS, "shuffle": shuffle}
+    killed_at(steps, tmp_path, **how)
+    loop, begins = Loop(**how), steps // EVERY * EVERY
+    torch.rand(3)  # wherever the generators of the new process stand
+    with caplog.at_level(logging.WARNING, "weightproof"), loop.guarded(snapshot_dir=tmp_path) as guard:
+        assert guard.step == begins
+        assert loop.data.epoch == begins // 10
+        loop.steps = begins
+        loop.run(34)
+        found = loop.state()
+    twin = Loop(**{**how, "replayable": False})
+    twin.run(34)
+    assert f"Its data goes on after {begins % 10} batches of pass {begins // 10 + 1}" in caplog.text
+    assert loop.seen == twin.seen[begins:]
+    assert differences(found, twin.state()) == []
+
+
+def test_a_loop_killed_after_a_rollback_goes_on_behind_the_batches_that_were_skipped(tmp_path):
+    how = {"dropout": 0.1, "replayable": True}
+
+    def work():
+        loop = Loop(**how)
+        loop.guarded(snapshot_dir=tmp_path)
+        loop.run(17, after=faulty(loop, "weight-noise", 8))
+        os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    loop = Loop(**how)
+    with loop.guarded(snapshot_dir=tmp_path) as guard:
+        assert guard.step == 15
+        loop.steps = 15
+        loop.run(20)
+        found = loop.state()
+    twin = Loop(without=range(5, 10))
+    twin.run(15)
+    assert loop.seen == twin.seen[10:]
+    assert differences(found, twin.state()) == []
 
 
 def test_a_good_state_on_disk_is_what_a_rollback_reads(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from weightproof.errors import InputError
 from weightproof.types import Action
 from weightproof_callbacks.trainer import GuardCallback
-from weightproof_callbacks.trainer_mixin import GuardedTrainerMixin
+from weightproof_callbacks.trainer_mixin import GuardedTrainer, GuardedTrainerMixin
 
 EVERY, FAULT_AT, STEPS, ROWS = 5, 32, 45, 16
 
@@ -66,7 +67,7 @@ class Seen(TrainerCallback):
             self.states[state.global_step] = whole_state(model, optimizer, lr_scheduler)
 
 
-def run(folder, callbacks, *, kind=InOrder, without=(), steps=STEPS, rows=64 * ROWS, **changes):
+def run(folder, callbacks, *, kind=InOrder, without=(), steps=STEPS, rows=64 * ROWS, resume=None, **changes):
     settings = {"lr_scheduler_type": "cosine", "warmup_steps": 5, **changes}
     trainer = trainer_for(folder, callbacks, model=tiny_llama(dropout=0.1), steps=steps, **settings)
     trainer = kind(
@@ -75,7 +76,7 @@ def run(folder, callbacks, *, kind=InOrder, without=(), steps=STEPS, rows=64 * R
         train_dataset=Subset(Chains(rows, seed=1), [row for row in range(rows) if row // ROWS not in without]),
         callbacks=callbacks,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -231,7 +232,7 @@ def test_an_optimizer_that_cannot_be_restored_is_refused_before_the_first_step(t
             guarded.train()
 
 
-def killed_at(step, folder):
+def killed_at(step, folder, **how):
     """A guarded training in a process of its own, which is gone after a step without a word."""
 
     class Gone(TrainerCallback):
@@ -240,7 +241,8 @@ def killed_at(step, folder):
                 os._exit(9)
 
     def work():
-        run(folder / "first", [GuardCallback(every=EVERY, snapshot_dir=folder), Gone()], steps=20)
+        callbacks = [GuardCallback(every=EVERY, snapshot_dir=folder / "states"), Gone()]
+        run(folder / "first", callbacks, **{"steps": 20, **how})
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -248,16 +250,67 @@ def killed_at(step, folder):
     assert process.exitcode == 9
 
 
-def test_a_training_that_was_killed_goes_on_from_the_last_committed_state(tmp_path):
+def test_a_training_that_was_killed_goes_on_from_the_last_committed_state(tmp_path, caplog):
     before, after = Seen(10), Seen(11)
     run(tmp_path / "undisturbed", [before], steps=20)
     killed_at(13, tmp_path)
-    guard, began = GuardCallback(every=EVERY, snapshot_dir=tmp_path), Began()
-    trainer = run(tmp_path / "second", [guard, began, after], steps=20)
+    guard, began = GuardCallback(every=EVERY, snapshot_dir=tmp_path / "states"), Began()
+    with caplog.at_level(logging.WARNING, "weightproof"):
+        trainer = run(tmp_path / "second", [guard, began, after], steps=20)
+    assert "holds the state of step 10: the run goes on from there. Its data begins anew" in caplog.text
+    assert "Train with GuardedTrainer" in caplog.text
     assert (began.step, differences(began.state, before.states[10])) == (10, [])
     assert [step.step for step in guard.history] == [15, 20]
     assert trainer.state.global_step == 20
     assert after.states[11]["schedule"] == 11
+
+
+class Given(TrainerCallback):
+    """The batches that the model is given in training. Put it anywhere."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.batches = []
+        self.handle = model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module, args, kwargs):
+        if module.training:
+            self.batches.append(kwargs["input_ids"].sum().item())
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.handle.remove()
+
+
+SHUFFLED = {"kind": GuardedTrainer, "rows": 11 * ROWS, "steps": 20}
+
+
+@pytest.mark.parametrize(
+    ("killed", "begins", "accumulation", "saved"),
+    [(8, 5, 1, None), (18, 15, 2, None), (14, 12, 1, 6)],
+    ids=["first-pass", "third-pass-accumulating", "from-an-older-checkpoint"],
+)
+def test_a_training_that_was_killed_is_given_the_batches_that_come_next(
+    tmp_path, caplog, killed, begins, accumulation, saved
+):
+    """Bit for bit, with dropout and a shuffled order: 11 batches a pass, so that passes end inside of windows."""
+    how = {**SHUFFLED, "gradient_accumulation_steps": accumulation}
+    seen, all_given = Seen(20), Given()
+    run(tmp_path / "undisturbed", [seen, all_given], **how)
+    again = {"save_strategy": "steps", "save_steps": saved} if saved else {}
+    killed_at(killed, tmp_path, **how, **again)
+    guard, after, given = GuardCallback(every=EVERY, snapshot_dir=tmp_path / "states"), Seen(20), Given()
+    resume = str(tmp_path / "first" / f"checkpoint-{saved}") if saved else None
+    torch.rand(3)  # wherever the generators of the new process stand
+    with caplog.at_level(logging.WARNING, "weightproof"):
+        run(tmp_path / "second", [guard, after, given], **how, resume=resume)
+    assert f"holds the state of step {begins}: the run goes on from there. Its data goes on after" in caplog.text
+    assert given.batches == all_given.batches[given_by(begins, accumulation) :]
+    assert differences(after.states[20], seen.states[20]) == []
+
+
+def given_by(step, accumulation):
+    """Batches that were given when a step was over: the last step of a pass takes what is left of it."""
+    steps_a_pass = -(-11 // accumulation)
+    return step // steps_a_pass * 11 + step % steps_a_pass * accumulation
 
 
 class Began(TrainerCallback):
