@@ -90,8 +90,9 @@ class GPTQ(Selection):
         symmetric: Levels around 0; False adds a zero point.
         damping: Added to the diagonal of H, as a share of its mean.
         act_order: Round the inputs of the largest second moment first, while errors can still be spread.
-        data: Calibration data (see `weightproof.calibration.calibration_windows`); None: the session's windows, those
-            of its retain data or, without them, random tokens.
+        data: Calibration data (see `weightproof.calibration.calibration_windows`), best of a few tens of windows that
+            the retain data does not hold. None: the session's few windows on which outputs are compared, those of
+            its retain data or, without them, random tokens.
         num_windows: How many windows of `data` to take.
         include: See `weightproof.edits.selection.Selection`.
         exclude: Globs that win over `include`.
@@ -158,7 +159,7 @@ class GPTQ(Selection):
     def _windows(self, session: Any) -> tuple[Windows, ...]:
         if self.data is not None:
             return (calibration_windows(self.data, session.model, count=self.num_windows),)
-        known: tuple[Windows, ...] = session.windows
+        known = tuple(one for one in session.windows if isinstance(one, Windows))
         if not known:
             raise InputError(f"{self.name} needs windows to run the model on: give data=, or the session retain=")
         return tuple(one for one in known if one.name != "random") or known

@@ -63,7 +63,7 @@ class LoraMerge(Selection):
     @property
     def kind(self) -> kinds.LoraMerge:
         """The contract: every matrix grew by its delta, once, within the rounding of its dtype."""
-        return kinds.LoraMerge(self.content)
+        return kinds.LoraMerge(self.content, same_base=self.same_base)
 
     def params(self) -> dict[str, Any]:
         """What was merged, ready for JSON."""
@@ -100,15 +100,14 @@ class LoraMerge(Selection):
         if name is None:
             return None
         before = matrix.load()
-        if name in self.content.replaced:
-            stored = self.content.replaced[name]
-            values = stored if matrix.select is None else matrix.select(stored)
-            return values.to(device=before.device, dtype=before.dtype).clone()
         work = before.to(torch.float64 if before.dtype == torch.float64 else torch.float32)
+        if (stored := self.content.replaced.get(name)) is not None:
+            work = (stored if matrix.select is None else matrix.select(stored)).to(work)
         if name in self.content.biases:
-            return (work + self.content.biases[name].reshape(-1, 1).to(work)).to(before.dtype)
-        delta = _in_dtype(self.content.deltas[name], work.dtype)
-        return (work + delta.dense(work).to(work.device)).to(before.dtype)
+            work = work + self.content.biases[name].reshape(-1, 1).to(work)
+        if name in self.content.deltas:
+            work = work + _in_dtype(self.content.deltas[name], work.dtype).dense(work).to(work.device)
+        return work.to(before.dtype, copy=True)
 
 
 def _in_dtype(delta: AdapterDelta, dtype: torch.dtype) -> AdapterDelta:
