@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from weightproof.guards.conclude import edit_kind
+from weightproof.guards.packing import Repacked, repacked, reshaped, without
 from weightproof.types import EditRecord, Measurement, Outcome, Readings, TensorReading
 
 # What a declared kind forbids to change; `unknown` promises nothing, so a change is WARN there.
@@ -19,10 +20,16 @@ FORBIDS: dict[str, frozenset[str]] = {
 }
 
 
+_ADAPTER_PARTS = (".lora_", ".original_module.", ".modules_to_save.")
+_WITH_ADAPTERS = frozenset({"unknown", "lora_merge", "preserving"})
+
+
 def judge_structure(before: Readings, after: Readings) -> Iterator[Measurement]:
     """Yield what differs in structure, and one PASS row with the number of differences when nothing does."""
-    found = [
-        *_judge_ties(before, after),
+    changes = repacked(before, after)
+    found = [*_judge_ties(before, after), *_judge_packing(before, after, changes)]
+    before, after = without(before, changes), without(after, changes)
+    found += [
         *_judge_embeddings(before, after),
         *_judge_names(before, after),
         *_judge_tensors(before, after),
@@ -45,6 +52,21 @@ def _judge_ties(before: Readings, after: Readings) -> Iterator[Measurement]:
             yield _fail(group[0], "broken_tie", f"{' and '.join(group)} no longer share one storage")
 
 
+def _judge_packing(before: Readings, after: Readings, changes: tuple[Repacked, ...]) -> Iterator[Measurement]:
+    """Matrices that are stored another way: by kind, as any change of storage."""
+    kind = edit_kind(after)
+    for change in changes:
+        words = f"{change.before} became {change.after}" if change.before != change.after else "packed another way"
+        if change.is_declared(kind):
+            yield Measurement(
+                "invariants", change.name, "changed_storage", 1.0, 0.0, None, reason=f"{words}, as declared"
+            )
+        else:
+            yield _by_kind(change.name, "storage", words, after)
+    for name, words in reshaped(before, after, changes):
+        yield _fail(name, "changed_shape", words)
+
+
 def _judge_embeddings(before: Readings, after: Readings) -> Iterator[Measurement]:
     for name, then in before.structure.embedding_sizes.items():
         now = after.structure.embedding_sizes.get(name)
@@ -54,14 +76,28 @@ def _judge_embeddings(before: Readings, after: Readings) -> Iterator[Measurement
 
 
 def _judge_names(before: Readings, after: Readings) -> Iterator[Measurement]:
-    merged = edit_kind(after) == "lora_merge"
+    kind = edit_kind(after)
     for name in before.tensors:
-        # Merging an adapter may take its own tensors away; that is what was declared.
-        if name not in after.tensors and not (merged and ".lora_" in name):
+        if name not in after.tensors and not (kind == "lora_merge" and _is_of_adapter(name)):
+            # Merging an adapter may take its own tensors away; that is what was declared.
             yield _fail(name, "missing_tensor", "it was there before the change")
     for name in after.tensors:
         if name not in before.tensors:
-            yield _fail(name, "added_tensor", "it was not there before the change")
+            yield _judge_added(name, kind)
+
+
+def _judge_added(name: str, kind: str) -> Measurement:
+    """A tensor that appeared; an adapter's own beside weights that stay is no change of what is there."""
+    if not _is_of_adapter(name) or kind not in _WITH_ADAPTERS:
+        return _fail(name, "added_tensor", "it was not there before the change")
+    if kind == "unknown":
+        reason = "a tensor of an adapter that was put in"
+        return Measurement("invariants", name, "added_tensor", 1.0, 0.0, 0.0, outcome=Outcome.WARN, reason=reason)
+    return Measurement("invariants", name, "added_tensor", 1.0, 0.0, None, reason="a tensor of an adapter")
+
+
+def _is_of_adapter(name: str) -> bool:
+    return any(part in name for part in _ADAPTER_PARTS)
 
 
 def _judge_tensors(before: Readings, after: Readings) -> Iterator[Measurement]:
