@@ -21,7 +21,7 @@ from weightproof.loading import LoadedModel
 
 # What a damaged or foreign folder makes transformers, tokenizers and torch raise.
 _ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, IndexError)
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -52,7 +52,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
     read_headers(folder)  # refuses pickles, torn files and links that lead out
     _require_plain(folder, config)
     model_class = _model_class(folder, config)
-    with _quiet():
+    with quiet():
         model, unloaded = _load_weights(folder, model_class)
         encode, digest = _read_tokenizer(folder, model_class.__name__)
     return LoadedModel(_placed(model, device), encode, digest, unloaded)
@@ -66,7 +66,7 @@ def _placed(model: torch.nn.Module, device: str) -> torch.nn.Module:
 
 
 def _require_plain(folder: Path, config: dict[str, Any]) -> None:
-    for name in ("adapter_config.json", "generation_config.json", *_TOKENIZER_FILES):
+    for name in ("adapter_config.json", "generation_config.json", *TOKENIZER_FILES):
         require_regular(folder, folder / name)
     if (folder / "adapter_config.json").exists():
         raise InputError(
@@ -144,12 +144,12 @@ def load_tokenizer(folder: Path) -> tuple[Encode | None, str | None]:
     config = read_config(folder)
     _require_plain(folder, config)
     names = config.get("architectures")
-    with _quiet():
+    with quiet():
         return _read_tokenizer(folder, str(names[0]) if isinstance(names, list) and names else "")
 
 
 def _read_tokenizer(folder: Path, architecture: str) -> tuple[Encode | None, str | None]:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None, None
     from transformers import AutoTokenizer
 
@@ -181,7 +181,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no advice of transformers inside: certify has its own."""
     from transformers.utils import logging
 

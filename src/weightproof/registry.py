@@ -21,6 +21,10 @@ GROUPS = (
     "weightproof.commands",
     "weightproof.cards",
     "weightproof.readers",
+    "weightproof.externals",
+    "weightproof.trainers",
+    "weightproof.schedules",
+    "weightproof.planners",
 )
 
 

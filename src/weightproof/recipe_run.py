@@ -1,0 +1,337 @@
+"""Carry a recipe out: load the model, guard every step, write models and evidence.
+
+Steps are judged in one session, against the model that the recipe began with, so that small harms add up. A training
+that is kept ends the session: the next one begins with the trained model. Every model that is kept is written, read
+back from its files, and certified against the one before it; these certificates form a chain.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from weightproof import kinds, report
+from weightproof.certificate import Certificate
+from weightproof.certification import Request, certify_folders
+from weightproof.errors import InputError
+from weightproof.evidence import certificate_of
+from weightproof.files import write_atomically
+from weightproof.loading import LOADERS, load_model
+from weightproof.losses import LossData
+from weightproof.model_pair import Data
+from weightproof.probes import digest_of, read_tensors
+from weightproof.publisher import CERTIFICATE, REPORT
+from weightproof.recipe import GROUPS, Recipe, RecipeStep
+from weightproof.recipe_model import Source, find_source, require_steps_fit
+from weightproof.recipe_output import RECIPE, SUMMARY, check_place, output_folder
+from weightproof.recipe_plugins import require_plugin
+from weightproof.recipe_result import NOT_RUN, RecipeResult, Sizes, StepResult, row_of
+from weightproof.registry import load_plugin
+from weightproof.session import GuardSession
+from weightproof.steps import Step
+from weightproof.training_job import Trained, TrainingJob
+from weightproof.weights import iter_tensors, iter_weight_matrices
+
+__all__ = ["CACHE", "MODELS", "run"]
+
+CACHE = Path(".cache/weightproof")
+MODELS = "models"
+TRAINING = "training"
+
+
+def run(  # noqa: PLR0913 - a recipe, and where and how
+    recipe: Recipe,
+    out: Path | str | None = None,
+    *,
+    model: str | None = None,
+    cache: Path = CACHE,
+    say: Callable[[str], None] = lambda _: None,
+    progress: bool = False,
+) -> RecipeResult:
+    """Run a recipe from its model to its results.
+
+    Args:
+        recipe: As `load_recipe` gives it.
+        out: Folder of the results; the recipe's own if None. An earlier run's is replaced when all is there.
+        model: Folder or Hub id in place of the recipe's.
+        cache: Where the demo model is kept.
+        say: Told what is being done.
+        progress: Show bars.
+
+    Raises:
+        InputError: A file is missing, or a step does not fit the model. Nothing is written then.
+    """
+    place = Path(recipe.out if out is None else out)
+    check_place(place)
+    source = find_source(recipe, model, cache, say)
+    with output_folder(place) as scratch:
+        runner = _Run(recipe, source, scratch, say, progress)
+        try:
+            runner.all()
+        finally:
+            runner.close()
+        result = runner.result(place)
+        content = {**recipe.content, "model": recipe.model if model is None else model}
+        write_atomically(scratch / RECIPE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+        write_atomically(scratch / SUMMARY, (json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n").encode())
+    return result
+
+
+@dataclass
+class _Tip:
+    """The last model that lies in a folder: of the base, then of each kept step."""
+
+    folder: Path
+    certificate: Certificate | None = None
+
+
+class _Run:
+    """One run of one recipe."""
+
+    def __init__(
+        self, recipe: Recipe, source: Source, scratch: Path, say: Callable[[str], None], progress: bool
+    ) -> None:
+        self.recipe, self.source, self.scratch = recipe, source, scratch
+        self.say, self.progress = say, progress
+        say(f"loading {source.folder}")
+        loaded = load_model(source.folder, device=recipe.device)
+        self.model, self.encode, self.tokenizer = loaded.model, loaded.encode, loaded.tokenizer_digest
+        require_steps_fit(recipe.steps, self.model)
+        total = sum(one.tensor.nbytes for one in iter_tensors(self.model) if one.persistent)
+        self.sizes = Sizes(iter_weight_matrices(self.model), total)
+        self.base_size = self.sizes.bytes
+        self.rows: list[StepResult] = []
+        self.notes = [*source.notes]
+        self.folders: dict[str, Path] = {}
+        self.unwritten: list[object] = []
+        self.tip = _Tip(source.folder)
+        self.session: GuardSession | None = None
+        self._parent: str | None = None
+        self._sessions = 0
+
+    # -- the whole ---------------------------------------------------------------------------------
+
+    def all(self) -> None:
+        """Every step in order; after one that did not end as expected the rest is not run."""
+        for index, step in enumerate(self.recipe.steps):
+            if self.rows and not self.rows[-1].as_expected:
+                self.rows.append(StepResult(step.name, step.verb, step.expect, NOT_RUN))
+                continue
+            self.say(f"{step.name}: {_words(step)}")
+            started = time.perf_counter()
+            row = self._step(step)
+            self.rows.append(replace(row, size=self.sizes.bytes, seconds=round(time.perf_counter() - started, 2)))
+            if step.verb == "train" and row.model is not None and index + 1 < len(self.recipe.steps):
+                self._end_session(is_last=False)
+        self._end_session(is_last=True)
+
+    def result(self, out: Path) -> RecipeResult:
+        """What it led to, with the paths that it has once it is in place."""
+        last = next((row.model for row in reversed(self.rows) if row.model is not None), None)
+        return RecipeResult(
+            recipe=self.recipe.name,
+            out=out,
+            steps=tuple(self.rows),
+            base=self.source.folder,
+            base_size=self.base_size,
+            model=None if last is None else out / last,
+            texts=self.source.texts,
+            notes=tuple(self.notes),
+        )
+
+    def close(self) -> None:
+        """Free what a session holds."""
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+    # -- sessions ----------------------------------------------------------------------------------
+
+    def _open(self) -> GuardSession:
+        if self.session is None:
+            self.say("reading the model as it is")
+            self.session = GuardSession(
+                self.model,
+                policy=self.recipe.policy,
+                trackers=self.recipe.trackers,
+                output_dir=self.scratch,
+                tokenizer_digest=self.tokenizer,
+                retain=self._data("retain"),
+                target=self._data("target"),
+            )
+            self._sessions += 1
+            self._parent = self._certificate_of_base(self.session)
+        return self.session
+
+    def _data(self, role: str) -> LossData | None:
+        text = self.source.texts.get(role)
+        return None if text is None else LossData(text, self.encode)
+
+    def _certificate_of_base(self, session: GuardSession) -> str | None:
+        """Digest of the certificate of the model that the session begins with, where it has one."""
+        path = self.tip.folder / CERTIFICATE
+        if self.tip.certificate is None and path.is_file():
+            found = Certificate.load(path)
+            stated = found.tensors
+            readings = session.baseline.readings.tensors
+            if all(name not in readings or readings[name].digest == digest for name, digest in stated.items()):
+                self.tip.certificate = found
+            else:
+                self.notes.append(f"{path} is not about the weights beside it: the chain begins anew")
+        return None if self.tip.certificate is None else self.tip.certificate.digest
+
+    def _end_session(self, *, is_last: bool) -> None:
+        session, self.session = self.session, None
+        if session is None:
+            return
+        certificate = certificate_of(session, self._parent)
+        session.close()
+        suffix = "" if is_last else f"-{self._sessions}"
+        for name in (CERTIFICATE, REPORT):
+            (self.scratch / name).unlink(missing_ok=True)
+        path = self.scratch / CERTIFICATE.replace(".", f"{suffix}.")
+        certificate.save(path)
+        report.save(certificate, self.scratch / REPORT.replace(".", f"{suffix}."))
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def _step(self, step: RecipeStep) -> StepResult:
+        session = self._open()
+        if step.verb == "train":
+            return self._train(session, step)
+        if step.verb == "external":
+            return self._external(session, step)
+        edit = step.make(self.folders) if step.verb == "edit" else self._planned(session, step)
+        selected = [one for one in iter_weight_matrices(self.model) if one.refusal is None and edit.selects(one)]
+        judged = session.apply(edit, on_violation=step.on_violation)
+        if judged.applied == "kept":
+            reverted = judged.record.reverted if judged.record is not None else ()
+            self.sizes.quantized(selected, edit.kind, reverted)
+        return self._settled(step, judged, edit.kind)
+
+    def _planned(self, session: GuardSession, step: RecipeStep) -> Any:
+        """The edit that a planner chose within its budget."""
+        planner = require_plugin(GROUPS["plan"], step.plugin, step.place)
+        mixed = require_plugin(GROUPS["edit"], "mixed", step.place)
+        return mixed(planner(session, **step.params))
+
+    def _external(self, session: GuardSession, step: RecipeStep) -> StepResult:
+        factory = require_plugin(GROUPS["external"], step.plugin, step.place)
+        change = step.make() if isinstance(factory, type) else functools.partial(factory, **step.params)
+        kind = step.kind if step.kind is not None else getattr(change, "kind", None)
+        with session.edit(step.name, kind, step.targets, step.on_violation) as judged, torch.no_grad():
+            change(self.model)
+        return self._settled(step, judged, judged.kind)
+
+    def _train(self, session: GuardSession, step: RecipeStep) -> StepResult:
+        trainer = step.make(self.folders)
+        folder = self.scratch / TRAINING / step.name
+        folder.mkdir(parents=True)
+        cadence = self.recipe.cadence
+        job = TrainingJob(
+            name=step.name,
+            model=self.model,
+            encode=self.encode,
+            text=self.source.texts["train"],
+            policy=self.recipe.policy,
+            guard={name: getattr(cadence, name) for name in cadence.__dataclass_fields__},
+            retain=self._data("retain"),
+            folder=folder,
+            progress=self.progress,
+        )
+        if not trainer.changes_weights:
+            return self._adapter(session, step, trainer.train(job))
+        with session.edit(step.name) as judged:
+            trained = trainer.train(job)
+        row = self._settled(step, judged, None)
+        if judged.applied == "kept":
+            self.sizes.as_stored()
+        return _with_training(row, trained)
+
+    def _adapter(self, session: GuardSession, step: RecipeStep, trained: Trained) -> StepResult:
+        """What was trained lies beside the weights, which must be what they were."""
+        if digest_of(read_tensors(self.model, {}, ())) != session.model_digest:
+            raise InputError(f"{step.place}: the trainer {step.plugin!r} was to leave the weights alone and did not")
+        if trained.adapter is not None:
+            self.folders[step.name] = trained.adapter
+        row = StepResult(step.name, step.verb, step.expect, "KEEP", reason=f"{trained.steps} steps of training")
+        return _with_training(row, trained)
+
+    # -- what is kept ------------------------------------------------------------------------------
+
+    def _settled(self, step: RecipeStep, judged: Step, kind: object) -> StepResult:
+        row = row_of(judged, name=step.name, verb=step.verb, expect=step.expect)
+        if judged.applied != "kept":
+            return row
+        self.unwritten.append(None if row.reverted else kind)
+        if not step.save:
+            return row
+        packed = next((one.storage for one in iter_weight_matrices(self.model) if one.storage is not None), None)
+        if packed is not None:
+            note = f"the model was not written: its weights are packed by {packed}, whose own tools store them"
+            return replace(row, notes=(*row.notes, note))
+        return self._written(step, row)
+
+    def _written(self, step: RecipeStep, row: StepResult) -> StepResult:
+        """Write the model, and certify its folder against the one before."""
+        folder = self.scratch / MODELS / step.name
+        load_plugin(LOADERS, "save")(self.model, folder, self.source.folder)
+        self.folders[step.name] = folder
+        kind = self.unwritten[0] if len(self.unwritten) == 1 else None
+        self.unwritten.clear()
+        certified = self._certified(folder, kind) if self.recipe.chain else None
+        if certified is None:
+            session = self._open()
+            self.tip = _Tip(folder, certificate_of(session, self._parent))
+        else:
+            self.tip = _Tip(folder, certified.certificate)
+        assert self.tip.certificate is not None
+        self.tip.certificate.save(folder / CERTIFICATE)
+        report.save(self.tip.certificate, folder / REPORT)
+        notes = row.notes
+        if certified is not None and certified.code:
+            notes = (*notes, f"from the files alone: {certified.decision.reason}")
+        return replace(
+            row,
+            model=f"{MODELS}/{step.name}",
+            certificate=self.tip.certificate.digest,
+            certified=None if certified is None else str(certified.decision.action),
+            notes=notes,
+        )
+
+    def _certified(self, folder: Path, kind: object) -> Any:
+        texts = self.source.texts
+        request = Request(
+            base=self.tip.folder,
+            subject=folder,
+            policy=self.recipe.policy,
+            kind=kind if isinstance(kind, kinds.Kind) else None,
+            data=Data(texts.get("retain"), texts.get("target"), self.recipe.device, self.say),
+            parent=self.tip.certificate,
+        )
+        return certify_folders(request, progress=self.progress)
+
+
+def _with_training(row: StepResult, trained: Trained) -> StepResult:
+    """The row of a training with what the guard saw inside it."""
+    rejected = sum(one.decision is not None and one.decision.action != "KEEP" for one in trained.history)
+    notes = [*row.notes, *trained.notes]
+    if rejected:
+        notes.append(f"{rejected} of {len(trained.history)} judged steps inside the training were taken back")
+    action, reason = row.action, row.reason
+    if trained.halted is not None:
+        action, reason = "HALT", trained.halted
+    return replace(row, action=action, reason=reason, windows=len(trained.history), notes=tuple(notes))
+
+
+def _words(step: RecipeStep) -> str:
+    given = ", ".join(f"{name}={value}" for name, value in step.params.items() if name != "schedule")
+    return f"{step.verb} {step.plugin}" + (f" ({given})" if given else "")
