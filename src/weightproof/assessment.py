@@ -6,6 +6,7 @@ windows on which outputs are compared and the baseline's outputs on them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ from weightproof.registry import load_plugin, plugins
 from weightproof.shards import Shard, dealt, shard_of
 from weightproof.snapshot import Snapshot
 from weightproof.tensor_readings import common_refusals
+from weightproof.training_turns import TrainingTurns
 from weightproof.types import (
     Action,
     BlockError,
@@ -64,9 +66,6 @@ if TYPE_CHECKING:
 # Windows of the retain data on which outputs are compared; the loss reads all of it.
 CALIBRATION_WINDOWS = 8
 
-# Exact spectra refreshed in one training window: about half a second of one core.
-_WINDOW_FLOPS = 2e10
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -74,7 +73,8 @@ class Subject:
 
     `planned` maps matrix names to the digest of what our own edit meant to write there; `digest_before` is that of
     the model where it is not the state last read (None where it is). `contract` is what was measured of the edit's
-    contract, where a correction of ours wrote over the edit since.
+    contract, where a correction of ours wrote over the edit since. `inferred` says what told the kind, where nobody
+    declared it.
     """
 
     name: str
@@ -90,6 +90,7 @@ class Subject:
     reverted: tuple[str, ...] = ()
     contract: tuple[ContractReading, ...] | None = None
     digest_before: str | None = None
+    inferred: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Assessor:
         calibration = None if retain is None else self._calibration_windows(retain)
         self._random, self._calibration = random, calibration
         self._stale = True
-        self._next_bulk = 0
+        self._turns = TrainingTurns()
 
     def _calibration_windows(self, retain: Any) -> Windows:
         """The first windows of the retain data, also where that was read to its end already, or is a file."""
@@ -189,10 +190,15 @@ class Assessor:
             self.no_outputs = f"outputs cannot be compared: {_brief(error)}"
             self.cache, self._random = None, None
 
-    def capture_reference(self) -> None:
-        """Cache the outputs just before a change that claims to preserve them; the baseline's may be older."""
-        self._reference = None
-        if self.cache is not None:
+    def capture_reference(self, *, wanted: bool, current_is_baseline: bool) -> None:
+        """Ready the outputs just before a change that claims to preserve them.
+
+        Args:
+            wanted: Run the model for them; else the baseline's serve, where it is in that state.
+            current_is_baseline: Whether it is.
+        """
+        self._reference = self.cache if current_is_baseline else None
+        if wanted and self.cache is not None:
             self._reference = capture_outputs(self.model, self.windows, processes=self.processes)
 
     def _error_on(self, windows: Windows) -> str | None:
@@ -240,11 +246,11 @@ class Assessor:
                 "outside its parameters and buffers was changed (a hook, a config value, a cached table)"
             )
 
-    def _outputs(self, cache: OutputCache | None) -> OutputPass | None:
+    def _outputs(self, cache: OutputCache | None, turn: int | None = None) -> OutputPass | None:
         if cache is None:
             return None
         try:
-            return measure_divergence(self.model, cache, processes=self.processes)
+            return measure_divergence(self.model, cache, processes=self.processes, turn=turn)
         except InputError as error:
             # The same windows ran before the change: a forward pass that now raises is broken.
             why = f"the model no longer runs on windows that it ran on before: {_brief(error)}"
@@ -259,10 +265,13 @@ class Assessor:
     def assess(self, snapshot: Snapshot, current: State, baseline: Baseline, subject: Subject, step: int) -> Assessment:
         """Read the changed model and judge it against `baseline`; the same on every process."""
         here, replaced = self._differences(snapshot)
+        matrices, turns = current.readings.matrices, self._turns if subject.window is not None else None
         scope = ChangeScope(
             norm_band=self._norm_band,
             count_slack=self._count_slack,
-            bulk_names=self._bulk_names(current, subject),
+            bulk_names=None if subject.kind.name != "train" else self._turns.bulk_names(matrices),
+            norm_names=None if turns is None else turns.norm_names(matrices),
+            coarse_band=self._coarse_band,
             touched=here,
             stray=subject.stray,
             kind=subject.kind,
@@ -271,7 +280,7 @@ class Assessor:
         base = State(baseline.readings, baseline.fits)
         change = read_change(self.model, snapshot, current, base, scope, processes=self.processes)
         read = change.state.readings
-        outputs, losses = self._outputs(self.cache), self._losses(subject)
+        outputs, losses = self._outputs(self.cache, turns.outputs() if turns else None), self._losses(subject)
         unmeasured = dict(read.unmeasured)
         if not losses:
             unmeasured["losses"] = "there is no loss data: give retain= data"
@@ -292,7 +301,7 @@ class Assessor:
             in_warmup=subject.in_warmup,
             window=subject.window,
         )
-        before = replace(baseline.readings, second_moments=self.cache.second_moments if self.cache else {})
+        before = replace(baseline.readings, second_moments=self._moments_before(outputs))
         judged = Judged(before, current.readings, readings)
         verdicts = {name: self._judge(name, judged) for name in self.guards}
         failed = verdicts["divergence"].outcome is Outcome.FAIL
@@ -359,28 +368,25 @@ class Assessor:
         limits = self.limits.get("spectral")
         return 0.1 if limits is None else for_family(limits.kappa, family)
 
+    @property
+    def _coarse_band(self) -> float:
+        """Half of the band, in log units, within which growth is judged in training: errors add up until it is left."""
+        limits = self.limits.get("spectral")
+        return 0.5 * math.log(10.0 if limits is None else limits.gross_growth)
+
+    def _moments_before(self, outputs: OutputPass | None) -> Mapping[str, float]:
+        """Second moments of the baseline on the windows that were read now."""
+        if self.cache is None or outputs is None:
+            return {}
+        read = tuple(f"{reading.windows}:" for reading in outputs.divergence)
+        return {name: value for name, value in self.cache.second_moments.items() if name.startswith(read)}
+
     def _count_slack(self, family: str, count: int) -> int:
         """Half of the band within which a family's spike count is judged: the most a bound may leave open."""
         limits = self.limits.get("rmt")
         if limits is None:
             return 0
         return int(limits.band(family, count)) // 2
-
-    def _bulk_names(self, current: State, subject: Subject) -> Sequence[str] | None:
-        """All matrices after an edit; in training a rotating share, so that a check stays cheap."""
-        if subject.kind.name != "train":
-            return None
-        names = sorted(current.readings.matrices)
-        chosen: list[str] = []
-        budget = _WINDOW_FLOPS
-        while budget > 0 and len(chosen) < len(names):
-            name = names[self._next_bulk % len(names)]
-            self._next_bulk += 1
-            reading = current.readings.matrices[name]
-            small, large = sorted((reading.d_out, reading.d_in))
-            budget -= 2.0 * small**2 * large + 25.0 * small**3
-            chosen.append(name)
-        return chosen
 
     # -- the record ----------------------------------------------------------------------------
 
@@ -394,7 +400,7 @@ class Assessor:
         return EditRecord(
             name=subject.name,
             kind=subject.kind.name,
-            params=subject.kind.params(),
+            params=dict(subject.kind.params(), **({"inferred": subject.inferred} if subject.inferred else {})),
             targets=subject.targets,
             changed_names=tuple(sorted(here | subject.stray)),
             replaced_modules=(),

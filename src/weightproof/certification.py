@@ -27,6 +27,8 @@ from weightproof.kinds import parse_kind
 from weightproof.loading import LOADERS
 from weightproof.model_pair import Data, PairReadings, compare_models, tokenizers_differ
 from weightproof.policy import Policy
+from weightproof.preserving import NAME as PRESERVING
+from weightproof.preserving import preserving_readings
 from weightproof.registry import load_plugin
 from weightproof.spectrum_sketch import sketches_of
 from weightproof.steps import Step
@@ -204,7 +206,7 @@ def _judged(comparison: Comparison, pair: PairReadings | str) -> Judged:
     if isinstance(pair, str):
         reasons = dict.fromkeys(("divergence", "outputs", "second_moments", "losses"), pair)
         after = replace(after, unmeasured={**after.unmeasured, **reasons})
-        return Judged(before, before, after)
+        return Judged(before, before, _with_contract(before, after))
     before = replace(
         before, structure=pair.structures[0], second_moments=pair.moments_before, unmeasured=_known(before.unmeasured)
     )
@@ -216,7 +218,16 @@ def _judged(comparison: Comparison, pair: PairReadings | str) -> Judged:
         losses=pair.losses,
         unmeasured={**_known(after.unmeasured), **pair.unmeasured},
     )
-    return Judged(before, before, after)
+    return Judged(before, before, _with_contract(before, after))
+
+
+def _with_contract(before: Readings, after: Readings) -> Readings:
+    """The contract of a change that claims to preserve the function: it is one of circuits and outputs."""
+    if after.edit is None or after.edit.kind != PRESERVING:
+        return after
+    why = after.unmeasured.get("divergence", "no outputs were compared")
+    contract = preserving_readings(before, after, after.divergence, why)
+    return replace(after, edit=replace(after.edit, contract=(*after.edit.contract, *contract)))
 
 
 def _known(unmeasured: Mapping[str, str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,23 @@ class LoraMerge:
         rest = {name: tensor for name, tensor in whole.items() if tensor.ndim < 2}
         object.__setattr__(bound, "_replaced", turned | rest)
         return bound
+
+    def without(self, tensor_names: Collection[str]) -> LoraMerge:
+        """The same where some tensors hold their earlier values again: nothing is expected of what lies in them."""
+
+        def stays(name: str) -> bool:
+            return name.partition("[")[0] not in tensor_names
+
+        if not isinstance(self.adapter, Adapter):
+            left = {name: delta for name, delta in self.adapter.items() if stays(name)}
+            return LoraMerge(left or dict(self.adapter), reverse=self.reverse)
+        parts = {
+            key: {name: value for name, value in getattr(self.adapter, key).items() if stays(name)}
+            for key in ("deltas", "replaced", "biases")
+        }
+        made = LoraMerge(replace(self.adapter, **parts), reverse=self.reverse, same_base=self.same_base)
+        object.__setattr__(made, "_replaced", {name: one for name, one in self._replaced.items() if stays(name)})
+        return made
 
     def measure(self, name: str, before: Tensor, after: Tensor) -> tuple[ContractReading, ...]:
         """What the merge made of one matrix (d_out, d_in), against what it should have."""

@@ -78,7 +78,7 @@ def words_for(merge: Merge, before: Tensor, after: Tensor) -> str:
         return "the delta was not merged: the matrix is byte-identical to the base"
     if is_stored_in_few_levels(before) and is_stored_in_few_levels(after):
         return (
-            f"the base is stored in 4 bits (at most {_LEVELS} values in {_BLOCK} weights): rounding to its levels is an "
+            f"the base is stored in 4 bits ({_LEVELS} values in {_BLOCK} weights at most): rounding to them is an "
             f"error of {merge.error:.3g} times the delta; merge into the unquantised base"
         )
     if merge.rest > max(3 * merge.limit, _WHOLE * abs(merge.coefficient)):

@@ -20,6 +20,7 @@ from torch import nn
 from weightproof.assessment import Subject
 from weightproof.collective import Processes
 from weightproof.families import blocks
+from weightproof.kinds import LoraMerge
 from weightproof.localisation import EMBEDDING, HEAD
 from weightproof.placements import local_of
 from weightproof.snapshot import Snapshot
@@ -168,8 +169,10 @@ def without(subject: Subject, reverted: Collection[str]) -> Subject:
     def stays(name: str) -> bool:
         return stored_name(name) not in reverted
 
+    kind = subject.kind
     return replace(
         subject,
+        kind=kind.without(reverted) if isinstance(kind, LoraMerge) else kind,
         planned={name: digest for name, digest in subject.planned.items() if stays(name)},
         corrected=tuple(text for text in subject.corrected if all(stays(word) for word in text.split())),
         contract=None if subject.contract is None else tuple(one for one in subject.contract if stays(one.target)),

@@ -212,8 +212,9 @@ class GuardSession:
 
         Args:
             name: Shown in the certificate and the log.
-            kind: What the edit claims to be: None ("unknown"), "train", "preserving", or an object of
-                `weightproof.kinds` such as `Quantize(8)`; its contract is checked.
+            kind: What the edit claims to be: "unknown", "train", "preserving", or an object of `weightproof.kinds`
+                such as `Quantize(8)`; its contract is checked. None: recognised where a known library did it (PEFT,
+                pruning masks, quantizers, a cast), else "unknown".
             targets: Glob, or list of globs, of the tensors that may change; None allows all.
             on_violation: "rollback" restores; "raise" restores and raises `EditRejectedError`;
                 "monitor" only reports; "revert-worst" restores only the tensors that are to blame, as few as it takes,
@@ -273,6 +274,7 @@ class GuardSession:
                         "optimizer's state; use 'rollback'"
                     )
                 handle = Step(name, len(self.history) + 1 if step is None else step, kinds.parse_kind(kind))
+                handle.declared = kind is not None
                 handle.monitor = on_violation == "monitor" or self.policy.mode == "monitor"
                 self._open = handle
             # Whatever is raised on one process before the step is over, an interrupt too, is told to the others.

@@ -69,7 +69,8 @@ class Step:
     Attributes:
         name: The edit's name.
         step: Its number: the global step in training, else a count of edits.
-        kind: What the edit declared itself to be.
+        kind: What the edit declared itself to be, or what was found that it is where it declared nothing.
+        declared: Whether a kind was declared.
         decision: What the policy says (`.action` KEEP, ROLLBACK or HALT); None until judged.
         applied: What was done: "kept" or "restored".
         record: What changed, by declaration and by measurement.
@@ -84,6 +85,7 @@ class Step:
         self.name = name
         self.step = step
         self.kind = kind
+        self.declared = True
         self.decision: Decision | None = None
         self.applied: str | None = None
         self.record: EditRecord | None = None

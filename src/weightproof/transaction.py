@@ -20,12 +20,15 @@ from weightproof.assessment import Subject
 from weightproof.baseline import Baseline
 from weightproof.equalisation import equalise, scales_for
 from weightproof.errors import EditRejectedError, InputError, RestoreError
+from weightproof.foreign_edits import Traces, infer
 from weightproof.guarded_model import GuardedModel
 from weightproof.guards.corrections import Correction, apply_correction
 from weightproof.guards.scope import Scope
 from weightproof.judging import Judged
+from weightproof.kinds import bound
 from weightproof.partial_revert import breaches, ranked, relative_changes, rounds, without
 from weightproof.plans import rewrite
+from weightproof.preserving import NAME as PRESERVING
 from weightproof.probes import State, common_matrices
 from weightproof.steps import SafePoint, Step
 from weightproof.tensor_readings import digests_at
@@ -136,6 +139,31 @@ class Transaction:
         # Hashing the whole state is spared where it is known to be the one that was read before.
         before = processes.broadcast("digest before the edit", model_digest(digests))
         self.subject = replace(self.subject, stray=stray, digest_before=before)
+
+    # -- what kind of change it was -------------------------------------------------------------
+
+    def begin(self) -> Traces | None:
+        """Ready what only the state before the edit can tell; the traces of libraries, where no kind was declared."""
+        guarded, kind = self.guarded, self.handle.kind
+        known = self.before.readings.model_digest == guarded.baseline.readings.model_digest and not self.subject.stray
+        guarded.assessor.capture_reference(wanted=kind.name == PRESERVING and not known, current_is_baseline=known)
+        with guarded.processes.together(f"traces before {self.handle.name!r}"):
+            return None if self.handle.declared else Traces.of(guarded.model)
+
+    def recognise(self, traces: Traces | None) -> None:
+        """Hold the edit to the contract of what a known library left behind; the same on every process."""
+        if traces is None:
+            return
+        guarded, handle = self.guarded, self.handle
+        with guarded.processes.together(f"recognising {handle.name!r}"):
+            found = infer(traces, guarded.model, self.point.snapshot)
+        said = None if found is None else (found.kind.name, str(found.kind.params()), found.because)
+        every = guarded.processes.gather("kind of the edit", said)
+        if found is None or any(theirs != said for theirs in every):
+            return
+        handle.kind = found.kind
+        self.subject = replace(self.subject, kind=found.kind, inferred=found.because)
+        logger.info("%s is recognised as %s: %s", handle.name, found.kind.name, found.because)
 
     # -- save what can be saved of an edit -----------------------------------------------------
 
@@ -295,6 +323,8 @@ def edit_of(
     Raises:
         SnapshotError: If no snapshot can be taken; the block is not entered.
     """
+    with guarded.processes.together(f"kind of {handle.name!r}"):
+        handle.kind = bound(handle.kind, guarded.model)
     guarded.refresh_baseline()
     point = guarded.safe_point()
     subject = Subject(handle.name, handle.kind, targets)
@@ -304,9 +334,11 @@ def edit_of(
         # Where weights changed unseen, their losses are no reference: the loss is not measured then.
         if not change.subject.stray and handle.kind.name != "train":
             guarded.capture_losses()
+        traces = change.begin()
         with guarded.processes.together(f"edit {handle.name!r}"):
             yield change
         change.subject = replace(change.subject, planned=handle.planned)
+        change.recognise(traces)
         change.judge()
         change.equalise()
         if reverts_worst and not handle.monitor:

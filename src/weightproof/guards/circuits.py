@@ -58,7 +58,7 @@ class Circuits:
     def judge(self, before: Readings, after: Readings, limits: CircuitLimits) -> Verdict:
         """Judge every circuit read before and after; in a window of training all of it is reported only."""
         training = edit_kind(after) == "train"
-        old, new = _pooled(before), _pooled(after)
+        old, new = pooled(before), pooled(after)
         names = list(dict.fromkeys([*old, *new]))
         measurements: list[Measurement] = []
         measured = 0
@@ -70,7 +70,7 @@ class Circuits:
         return conclude(self.name, measurements, coverage=(measured, len(names)), nothing=nothing)
 
 
-def _pooled(readings: Readings) -> dict[str, list[CircuitReading]]:
+def pooled(readings: Readings) -> dict[str, list[CircuitReading]]:
     """Circuits by name, those of the experts of one layer together."""
     groups: dict[str, list[CircuitReading]] = {}
     for name, reading in readings.circuits.items():

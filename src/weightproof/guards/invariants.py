@@ -11,7 +11,7 @@ No number here is a tuned limit: each is exact. In the order in which they are r
   moments that no gradients could have made, processes that were given each other's batches,
   and a loss that rose and stayed there (limits in `weightproof.spikes`; the one entry that is no exact fact);
 - scope: a changed tensor that no declared target covers is FAIL;
-- contract: a breach of a rigorous bound is FAIL, of a typical size WARN, an unmeasured one WARN.
+- contract: a breach of a rigorous bound is FAIL, of a typical size WARN, an unmeasured one WARN (`guards.contract`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from weightproof.guards.conclude import conclude, edit_kind, unmeasured
+from weightproof.guards.conclude import conclude, unmeasured
+from weightproof.guards.contract import judge_contract, no_op_words
 from weightproof.guards.scope import Scope, changed_tensors
 from weightproof.guards.structure import judge_structure
 from weightproof.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is_witnessed
@@ -54,7 +55,7 @@ class Invariants:
             *_judge_window(after),
             *judge_structure(before, after),
             *_judge_edit(before, after),
-            *_judge_contract(before, after),
+            *judge_contract(before, after),
         ]
         nothing = unmeasured(after, "tensors", "no tensor was read both before and after the change")
         return conclude(self.name, measurements, coverage=(both, len(names)), nothing=nothing)
@@ -200,7 +201,7 @@ def _judge_no_op(edit: EditRecord) -> Measurement:
         0.0,
         0.0,
         outcome=Outcome.FAIL if declared else Outcome.WARN,
-        reason=f"no-op edit: no tensor changed{' although a kind or targets were declared' if declared else ''}",
+        reason=no_op_words(edit) if declared else "no-op edit: no tensor changed",
     )
 
 
@@ -209,34 +210,3 @@ def _unmet(target: str, *, exists: bool) -> Measurement:
     reason = "no tensor that this target covers was changed" if exists else "this target matches no tensor"
     outcome = Outcome.WARN if exists else Outcome.FAIL
     return Measurement("invariants", target, "unmet_target", 1.0, 0.0, 0.0, outcome=outcome, reason=reason)
-
-
-def _judge_contract(before: Readings, after: Readings) -> Iterator[Measurement]:
-    """The bounds that the declared kind promises, for each matrix they were measured on."""
-    edit = after.edit
-    if edit is None:
-        return
-    for reading in edit.contract:
-        matrix = after.matrices.get(reading.target) or before.matrices.get(reading.target)
-        outcome, reason = Outcome.PASS, None
-        if reading.value is None:
-            outcome, reason = Outcome.WARN, f"not measured: {reading.reason or 'no reason was given'}"
-        elif not _is_finite(reading.value):
-            outcome, reason = Outcome.FAIL, f"the contract of {edit.kind!r} is broken"
-        elif reading.value > reading.limit:
-            outcome = Outcome.FAIL if reading.rigorous else Outcome.WARN
-            reason = f"the contract of {edit.kind!r} is broken" if reading.rigorous else f"unusual for {edit.kind!r}"
-        yield Measurement(
-            "invariants",
-            reading.target,
-            f"contract_{reading.statistic}",
-            reading.value,
-            None,
-            reading.limit,
-            matrix.family if matrix else "model",
-            outcome,
-            reason,
-        )
-    if edit_kind(after) in WITH_CONTRACT and not edit.contract and changed_tensors(before, after, edit):
-        reason = f"the contract of {edit.kind!r} was not measured on any matrix"
-        yield Measurement("invariants", edit.name, "contract", None, None, None, outcome=Outcome.WARN, reason=reason)
