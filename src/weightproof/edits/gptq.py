@@ -33,9 +33,10 @@ _SLACK = 1e-6
 class Compensated(Quantize):
     """Rounded to a grid, with errors that make good for each other: the contract of GPTQ.
 
-    Each weight may move by more than half a step, so that bound of `Quantize` does not hold. Instead the squared error
-    of the layer's outputs on the calibration windows, tr(E H E'), is at most that of rounding to the nearest level of
-    the same grid: this is a theorem about the edit, which takes every row from the better of the two.
+    Each weight may move by more than half a step, so that bound of `Quantize` does not hold. Instead every weight is a
+    level of the declared grid, and the squared error of each output on the calibration windows, e H e' of a row's
+    error e, is at most that of rounding to the nearest level: both are theorems about the edit, which takes every
+    row from the better of the two.
 
     Attributes:
         symmetric: Whether the grid is.
@@ -50,28 +51,33 @@ class Compensated(Quantize):
         return {**super().params(), "symmetric": self.symmetric, "method": "gptq"}
 
     def measure(self, name: str, before: Tensor, after: Tensor) -> tuple[ContractReading, ...]:
-        """Levels per group (rigorous), relative error (typical), output error over that of RTN (rigorous)."""
+        """Levels per group, weights off the grid, output error over that of RTN; and, not rigorous, relative error."""
         kept = ("levels_per_group", "relative_error")
         readings = tuple(one for one in super().measure(name, before, after) if one.statistic in kept)
         reason = readings[0].reason
-        hessian = self.hessians.get(name)
-        if reason is None and hessian is None:
-            reason = "the second moments of its inputs are not at hand"
-        value = None if reason or hessian is None else self._output_error(hessian, before, after)
+        off_grid, worst_row = None, None
+        if reason is None:
+            weight = before.to(torch.float64)
+            grid, now = grid_of(weight, self, symmetric=self.symmetric), after.to(weight.device)
+            off_grid = float((grid.nearest(now.to(torch.float64)).to(now.dtype) != now).sum()) / max(1, now.numel())
+            if name in self.hessians:
+                worst_row = _worst_row(weight, now, grid, self.hessians[name].to(weight))
+        unseen = None if name in self.hessians else "the second moments of its inputs are not at hand"
         return (
             *readings,
-            ContractReading(name, "output_error_over_rtn", value, 1 + _SLACK, rigorous=True, reason=reason),
+            ContractReading(name, "off_grid_fraction", off_grid, 0.0, rigorous=True, reason=reason),
+            ContractReading(
+                name, "output_error_over_rtn", worst_row, 1 + _SLACK, rigorous=True, reason=reason or unseen
+            ),
         )
 
-    def _output_error(self, hessian: Tensor, before: Tensor, after: Tensor) -> float:
-        weight = before.to(torch.float64)
-        nearest = grid_of(weight, self, symmetric=self.symmetric).nearest(weight).to(after.dtype)
-        weighed = hessian.to(weight)
-        ours = float(row_errors(weight, after.to(weight.device), weighed).sum())
-        theirs = float(row_errors(weight, nearest, weighed).sum())
-        if not math.isfinite(ours):
-            return math.inf
-        return 0.0 if ours <= 0.0 else math.sqrt(ours / theirs) if theirs > 0.0 else math.inf
+
+def _worst_row(before: Tensor, after: Tensor, grid: Steps, hessian: Tensor) -> float:
+    """Largest ratio over rows of the output error (a root mean square) to that of the nearest levels."""
+    ours = row_errors(before, after, hessian)
+    theirs = row_errors(before, grid.nearest(before).to(after.dtype), hessian)
+    ratio = torch.where(ours <= 0, 0.0, ours / theirs).sqrt()
+    return float(ratio.nan_to_num(nan=math.inf, posinf=math.inf).max()) if len(ratio) else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +138,7 @@ class GPTQ(Selection):
 
     @property
     def kind(self) -> Compensated:
-        """The contract: at most 2^bits levels per group, outputs no worse than RTN's on the windows."""
+        """The contract: levels of the grid, no output further off than RTN's on the windows."""
         return Compensated(self.bits, self.granularity, self.group_size, self.symmetric, self.hessians or {})
 
     def params(self) -> dict[str, Any]:

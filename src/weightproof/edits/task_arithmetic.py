@@ -58,7 +58,7 @@ class TaskArithmetic(Selection):
     def __post_init__(self) -> None:
         """Open the folders; no weight is read yet."""
         super().__post_init__()
-        tasks = (self.tasks,) if isinstance(self.tasks, (str, Path, Mapping)) else tuple(self.tasks)
+        tasks = tuple(self.tasks) if isinstance(self.tasks, (list, tuple)) else (self.tasks,)
         if not tasks:
             raise InputError("tasks is empty: give a model folder, or a mapping of tensor name -> delta")
         object.__setattr__(self, "sources", tuple(_source(task) for task in tasks))
