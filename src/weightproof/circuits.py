@@ -139,10 +139,9 @@ def spectrum_distance(before: Sequence[float], after: Sequence[float]) -> float:
     Raises:
         ValueError: If the two differ in length.
     """
-    old, new = (torch.tensor(sorted(values), dtype=torch.float64) for values in (before, after))
-    if old.shape != new.shape:
+    if len(before) != len(after):
         raise ValueError(f"{len(before)} values before and {len(after)} after")
-    size, moved = float(torch.linalg.vector_norm(old)), float(torch.linalg.vector_norm(new - old))
+    size, moved = math.hypot(*before), math.dist(sorted(before), sorted(after))  # sums of squares would underflow
     if size == 0.0:
         return 0.0 if moved == 0.0 else math.inf
     return moved / size

@@ -115,7 +115,7 @@ def test_distance_is_that_of_multisets_and_the_least_over_assignments(pairs, ran
     shuffled = random.sample(after, len(after))
     assert spectrum_distance(before, shuffled) == found
     if (size := math.hypot(*before)) > 0.0:
-        assert found * size <= math.dist(before, shuffled) * (1 + 1e-9) + 1e-9
+        assert found <= math.dist(before, shuffled) / size * (1 + 1e-9) + 1e-9
         assert spectrum_distance(before, before) == 0.0
 
 
