@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup
 from markupsafe import escape as markup_escape
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
     from weightproof.certificate import Certificate
+
+T = TypeVar("T")
 
 MARKS = {"html": '<meta name="generator" content="weightproof report">', "markdown": "[//]: # (weightproof report)"}
 """What the first lines of a report hold, so that one is known when it is to be replaced."""
@@ -58,27 +60,7 @@ def html(certificate: Certificate) -> str:
     Raises:
         InputError: If the certificate's predicate is not shaped as docs/certificate-format.md says.
     """
-    facts = _facts(certificate)
-    predicate = facts.predicate
-    policy = predicate.get("policy") or {}
-    page = _environment().get_template("report.html.j2")
-    try:
-        return page.render(
-            mark=Markup(MARKS["html"]),
-            facts=facts,
-            predicate=predicate,
-            policy=policy,
-            assurance=assurance_of(facts),
-            signer=signer_of(certificate),
-            created=words.date(predicate["created_at"]) if predicate.get("created_at") else "",
-            sections=_sections(facts),
-            identity=_identity(facts),
-            files=tuple(sorted(certificate.files.items())),
-            cost=_cost(predicate),
-            knows_sources="sources" in (policy.get("resolved") or {}),
-        )
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise _malformed(error) from error
+    return _rendered(certificate, _page)
 
 
 def markdown(certificate: Certificate) -> str:
@@ -87,11 +69,7 @@ def markdown(certificate: Certificate) -> str:
     Raises:
         InputError: If the certificate's predicate is not shaped as docs/certificate-format.md says.
     """
-    facts = _facts(certificate)
-    try:
-        return "\n".join(_markdown_lines(facts)) + "\n"
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise _malformed(error) from error
+    return _rendered(certificate, _markdown)
 
 
 def save(certificate: Certificate, path: Path) -> Path:
@@ -110,11 +88,7 @@ def section(certificate: Certificate) -> str:
     Raises:
         InputError: If the certificate's predicate is not shaped as docs/certificate-format.md says.
     """
-    facts = _facts(certificate)
-    try:
-        return "\n".join(_section_lines(facts)) + "\n"
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise _malformed(error) from error
+    return _rendered(certificate, _section)
 
 
 def summary(certificate: Certificate) -> dict[str, str]:
@@ -123,29 +97,51 @@ def summary(certificate: Certificate) -> dict[str, str]:
     Raises:
         InputError: If the certificate's predicate is not shaped as docs/certificate-format.md says.
     """
-    facts = _facts(certificate)
+    return _rendered(certificate, _summary)
+
+
+def _rendered(certificate: Certificate, render: Callable[[Facts], T]) -> T:
+    try:
+        return render(facts_of(certificate))
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"cannot report on this certificate: its predicate is not of the shape that docs/certificate-format.md "
+            f"describes ({type(error).__name__}: {error}); was it edited by hand?"
+        ) from error
+
+
+def _page(facts: Facts) -> str:
+    predicate = facts.predicate
+    policy = predicate.get("policy") or {}
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            mark=Markup(MARKS["html"]),
+            facts=facts,
+            predicate=predicate,
+            policy=policy,
+            assurance=assurance_of(facts),
+            signer=signer_of(facts.certificate),
+            created=words.date(predicate["created_at"]) if predicate.get("created_at") else "",
+            sections=_sections(facts),
+            identity=_identity(facts),
+            files=tuple(sorted(facts.certificate.files.items())),
+            cost=_cost(predicate),
+            knows_sources="sources" in (policy.get("resolved") or {}),
+        )
+    )
+
+
+def _summary(facts: Facts) -> dict[str, str]:
     return {
         "decision": facts.word,
         "status": facts.status,
         "change": facts.main.name if facts.main else "",
         "assurance": assurance_of(facts),
-        "model_sha256": certificate.model_digest,
-        "certificate_sha256": certificate.digest,
+        "model_sha256": facts.certificate.model_digest,
+        "certificate_sha256": facts.certificate.digest,
     }
-
-
-def _facts(certificate: Certificate) -> Facts:
-    try:
-        return facts_of(certificate)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise _malformed(error) from error
-
-
-def _malformed(error: Exception) -> InputError:
-    return InputError(
-        f"cannot report on this certificate: its predicate is not of the shape that docs/certificate-format.md "
-        f"describes ({type(error).__name__}: {error}); was it edited by hand?"
-    )
 
 
 @cache
@@ -264,7 +260,7 @@ def escape(text: object) -> str:
     return " ".join(str(text).translate(_SPECIAL).split())
 
 
-def _markdown_lines(facts: Facts) -> list[str]:
+def _markdown(facts: Facts) -> str:
     lines = [
         MARKS["markdown"],
         "",
@@ -283,10 +279,10 @@ def _markdown_lines(facts: Facts) -> list[str]:
     lines += [f"- {escape(item)}" for item in facts.predicate.get("not_tested") or ()]
     lines += ["", "## Digests and signer", ""]
     lines += [f"- {label}: {f'`{v}`' if _DIGEST.fullmatch(v) else escape(v)}" for label, v, _ in _identity(facts)]
-    return lines
+    return "\n".join(lines) + "\n"
 
 
-def _section_lines(facts: Facts) -> list[str]:
+def _section(facts: Facts) -> str:
     certificate, assurance = facts.certificate, assurance_of(facts)
     lines = ["## Evidence", "", f"**{escape(facts.word)}.** {escape(facts.lead)}", ""]
     lines += [f"Assurance: {escape(assurance)}. {words.ASSURANCE.get(assurance, '')}", ""]
@@ -297,7 +293,7 @@ def _section_lines(facts: Facts) -> list[str]:
     lines += [f"- Model, SHA-256 over its tensors: `{certificate.model_digest}`"]
     lines += [f"- Certificate, SHA-256: `{certificate.digest}`"]
     lines += [f"- {escape(signer_of(certificate))}", ""]
-    return [*lines, "`weightproof verify` recomputes this from the weights."]
+    return "\n".join([*lines, "`weightproof verify` recomputes this from the weights."]) + "\n"
 
 
 def _verdict_lines(step: StepFacts) -> list[str]:
