@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +38,7 @@ from weightproof.policy import Policy, with_digests
 from weightproof.preserving import NAME as PRESERVING
 from weightproof.preserving import preserving_readings
 from weightproof.probes import State
+from weightproof.reach import reach_of
 from weightproof.registry import load_plugin, plugins
 from weightproof.shards import Shard, dealt, shard_of
 from weightproof.snapshot import Snapshot
@@ -393,7 +394,8 @@ class Assessor:
     def _record(
         self, snapshot: Snapshot, before: Readings, change: Change, here: frozenset[str], subject: Subject
     ) -> EditRecord:
-        in_matrices = frozenset(name for matrix in iter_weight_matrices(self.model) for name in matrix.tensor_names)
+        every = list(iter_weight_matrices(self.model))
+        in_matrices = frozenset(name for matrix in every for name in matrix.tensor_names)
         contract = subject.contract
         if contract is None:
             contract = (*change.contract, *self._outside_readings(snapshot, here, in_matrices, subject))
@@ -411,6 +413,7 @@ class Assessor:
             stray_names=tuple(sorted(subject.stray)),
             corrections=subject.corrected,
             reverted=subject.reverted,
+            reach=None if subject.kind.name == "train" else reach_of(every, here | subject.stray),
         )
 
     def _outside_readings(

@@ -46,6 +46,8 @@ class ChangeScope:
         stray: Tensors whose state in the snapshot is not the one last read: no delta to start from.
         kind: What the change declared; its contract is measured on every touched matrix.
         planned: Digests of what an edit of ours meant to write, by matrix name.
+        norm_names: Matrices whose norm is read to `norm_band`; None: every changed one.
+        coarse_band: The band of the others.
     """
 
     norm_band: Callable[[str], float]
@@ -55,6 +57,13 @@ class ChangeScope:
     stray: frozenset[str] = frozenset()
     kind: Kind = field(default_factory=Plain)
     planned: Mapping[str, str] = field(default_factory=dict)
+    norm_names: Collection[str] | None = None
+    coarse_band: float = 0.0
+
+    def band_of(self, matrix: WeightMatrix) -> float:
+        """The band that the ladder must decide for a matrix."""
+        is_close = self.norm_names is None or matrix.name in self.norm_names
+        return self.norm_band(matrix.family) if is_close else self.coarse_band
 
     @property
     def changed(self) -> frozenset[str]:
@@ -178,7 +187,7 @@ def _job(matrix: WeightMatrix, current: State, baseline: State, scope: ChangeSco
         tracked=known is not None and scope.stray.isdisjoint(matrix.tensor_names),
         wants_bulk=scope.bulk_names is None or name in scope.bulk_names or bulk is None,
         known=known,
-        limit=norm_limit(baseline.readings.matrices.get(name), scope.norm_band(matrix.family)),
+        limit=norm_limit(baseline.readings.matrices.get(name), scope.band_of(matrix)),
         fit=current.fits.get(name),
         bulk=bulk,
         planned=scope.planned.get(name),

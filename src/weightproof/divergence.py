@@ -132,7 +132,9 @@ def capture_outputs(
     )
 
 
-def measure_divergence(model: nn.Module, cache: OutputCache, *, processes: Processes | None = None) -> OutputPass:
+def measure_divergence(
+    model: nn.Module, cache: OutputCache, *, processes: Processes | None = None, turn: int | None = None
+) -> OutputPass:
     """Compare the model's outputs now with the cached ones, on the same windows.
 
     KL(base || now) in nats per token for logits, relative RMS change for hidden states (each token
@@ -144,6 +146,8 @@ def measure_divergence(model: nn.Module, cache: OutputCache, *, processes: Proce
         model: The model; of a sharded one, every process calls this.
         cache: This process's share of the outputs, as `capture_outputs` gave it.
         processes: Those for which it was captured.
+        turn: Run one batch on each process only, those whose turn it is; None: all. Windows of which none is run
+            have no reading. Such readings differ with the number of processes.
 
     Raises:
         InputError: If the model's forward fails now, or its outputs have another shape; on every
@@ -166,10 +170,13 @@ def measure_divergence(model: nn.Module, cache: OutputCache, *, processes: Proce
             compare(base, part.scores, tally)
         return _Compared(parts[0].kind, tallies)
 
-    batches, spare = read_batches(model, cache.windows, processes, read, operation="outputs after the change")
+    what = "outputs after the change"
+    batches, spare = read_batches(model, cache.windows, processes, read, operation=what, turn=turn)
     readings: list[DivergenceReading] = []
     for index, one in enumerate(cache.windows):
         own = [batch.value for batch in batches if batch.place.windows == index]
+        if not own:
+            continue
         tallies = tuple(merged(parts) for parts in zip(*(compared.tallies for compared in own), strict=True))
         others = [tally for batch in spare if batch.place.windows == index for tally in batch.value.tallies]
         finite = all(tally.finite for tally in (*tallies, *others))

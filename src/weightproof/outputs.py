@@ -7,6 +7,7 @@ batches, so that sums over them have the same bits on every process and for ever
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -71,6 +72,7 @@ def read_batches(  # noqa: PLR0913 - keyword-only options
     *,
     operation: str,
     with_taps: bool = True,
+    turn: int | None = None,
 ) -> tuple[list[BatchRead[R]], list[BatchRead[R]]]:
     """One forward pass for each batch by its owner; what was read of all batches, on every process.
 
@@ -85,9 +87,10 @@ def read_batches(  # noqa: PLR0913 - keyword-only options
             result is sent to all processes: keep it small.
         operation: What the passes are for, in errors.
         with_taps: Whether block outputs are summed up on the way; else the tap sums are empty.
+        turn: Read one batch on each process only: those whose turn it is, after as many turns the first again.
 
     Returns:
-        The results of all batches in their order; and those of batches that were not the process's own.
+        The results of all batches that were read, in their order; and those of batches that were not the process's own.
 
     Raises:
         InputError: If a pass failed on any process (the first batch that did, the same on all).
@@ -95,11 +98,15 @@ def read_batches(  # noqa: PLR0913 - keyword-only options
         CollectiveError: If anything else was raised on another process.
     """
     places = [Place(index, batch) for index, one in enumerate(windows) for batch in range(len(one.batches))]
+    chosen = range(len(places))
+    if turn is not None:
+        first = turn % math.ceil(len(places) / processes.size) * processes.size
+        chosen = chosen[first : first + processes.size]
     with processes.together(operation):
-        share, raised = _read_share(model, windows, processes, places, read, with_taps)
+        share, raised = _read_share(model, windows, processes, places, chosen, read, with_taps)
         shares = processes.gather(operation, share)
     _raise_first(shares, raised)
-    own = [shares[index % processes.size].own[index] for index in range(len(places))]
+    own = [shares[index % processes.size].own[index] for index in chosen]
     return own, [one for share in shares for one in share.spare]
 
 
@@ -108,6 +115,7 @@ def _read_share(  # noqa: PLR0913, PLR0917 - what `read_batches` was given
     windows: Sequence[Windows],
     processes: Processes,
     places: Sequence[Place],
+    chosen: range,
     read: Callable[[Place, tuple[Part, ...], bool], R],
     with_taps: bool,
 ) -> tuple[_Share[R], dict[int, WeightproofError]]:
@@ -115,7 +123,7 @@ def _read_share(  # noqa: PLR0913, PLR0917 - what `read_batches` was given
     raised: dict[int, WeightproofError] = {}
     tapped = tap_moments(model) if with_taps else contextlib.nullcontext(TapMoments(()))
     with undisturbed(model), tapped as taps:
-        turns = list(_turns(len(places), processes, alike=share_inputs(unwrap(model), processes.size)))
+        turns = list(_turns(chosen, processes, alike=share_inputs(unwrap(model), processes.size)))
         for turn, (index, is_own) in enumerate(turns):
             place = places[index]
             try:
@@ -139,14 +147,20 @@ def _read_share(  # noqa: PLR0913, PLR0917 - what `read_batches` was given
     return share, raised
 
 
-def _turns(count: int, processes: Processes, *, alike: bool) -> Iterator[tuple[int, bool]]:
-    """The batches that this process runs, and whether each is its own; as many on every process."""
+def _turns(chosen: range, processes: Processes, *, alike: bool) -> Iterator[tuple[int, bool]]:
+    """The batches that this process runs, and whether each is its own; as many on every process.
+
+    Args:
+        chosen: The batches; the first of them is one of rank 0's.
+        processes: Those among which they are dealt.
+        alike: Whether all processes run every batch.
+    """
     if alike:
-        yield from ((index, index % processes.size == processes.rank) for index in range(count))
+        yield from ((index, index % processes.size == processes.rank) for index in chosen)
         return
-    for first in range(0, count, processes.size):
+    for first in chosen[:: processes.size]:
         index = first + processes.rank
-        yield index % count, index < count
+        yield (index, True) if index in chosen else (chosen[index % len(chosen)], False)
 
 
 def _raise_first(shares: Sequence[_Share[R]], raised: Mapping[int, WeightproofError]) -> None:

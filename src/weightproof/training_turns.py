@@ -1,0 +1,53 @@
+"""What a window of training reads in turn: everything that is only reported, a share at each check.
+
+Judged at every check are finiteness of weights and outputs, and gross growth of every matrix; both need little. What is
+reported beside them (norms and spike counts to a few percent, the divergence of the outputs) takes most of the time of
+a check, and hardly changes from one window to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from weightproof.types import MatrixReading
+
+__all__ = ["TrainingTurns"]
+
+# Exact spectra refreshed in one window: about half a second of one core.
+_FLOPS = 2e10
+# Checks in which every norm is read once as closely as after an edit.
+_NORM_TURNS = 8
+
+
+class TrainingTurns:
+    """Whose turn it is, the same on every process."""
+
+    def __init__(self) -> None:
+        self._next_bulk = self._next_norm = self._next_outputs = 0
+
+    def bulk_names(self, matrices: Mapping[str, MatrixReading]) -> list[str]:
+        """Matrices whose spikes are counted in this window: few large ones, or many small ones."""
+        names = sorted(matrices)
+        chosen: list[str] = []
+        budget = _FLOPS
+        while budget > 0 and len(chosen) < len(names):
+            name = names[self._next_bulk % len(names)]
+            self._next_bulk += 1
+            small, large = sorted((matrices[name].d_out, matrices[name].d_in))
+            budget -= 2.0 * small**2 * large + 25.0 * small**3
+            chosen.append(name)
+        return chosen
+
+    def norm_names(self, matrices: Mapping[str, MatrixReading]) -> frozenset[str]:
+        """Matrices whose norms are read closely in this window; of the others it is known that none grew grossly."""
+        names = sorted(matrices)
+        count = math.ceil(len(names) / _NORM_TURNS)
+        chosen = frozenset(names[(self._next_norm + i) % len(names)] for i in range(count))
+        self._next_norm += count
+        return chosen
+
+    def outputs(self) -> int:
+        """Number of the turn: which batch of the windows the model is run on."""
+        self._next_outputs += 1
+        return self._next_outputs - 1
