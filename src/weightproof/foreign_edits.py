@@ -19,10 +19,12 @@ from torch import nn
 from weightproof.adapters import Adapter, combine, read_adapter
 from weightproof.errors import InputError
 from weightproof.families import clean_name, unwrap
+from weightproof.guards.packing import NOT_QUANTIZERS
 from weightproof.kinds import Cast, Kind, LoraMerge, Plain, Prune
 from weightproof.live_adapters import adapter_names, lora_layers, merged_names
 from weightproof.placements import local_of
 from weightproof.snapshot import Snapshot
+from weightproof.stored_quantize import Grid, StoredQuantize, stored_grids
 from weightproof.tensor_store import same_bits
 from weightproof.weights import iter_tensors
 
@@ -58,12 +60,14 @@ class Traces:
         names: Every adapter in them.
         adapters: Adapters by name, copied; those that cannot be read are left out.
         masks: Raw names of pruned parameters.
+        stored: Matrix name -> how a quantizer stores it.
     """
 
     layers: Mapping[str, _Layer] = field(default_factory=dict[str, _Layer])
     names: frozenset[str] = frozenset()
     adapters: Mapping[str, Adapter] = field(default_factory=dict[str, Adapter])
     masks: frozenset[str] = frozenset()
+    stored: Mapping[str, Grid] = field(default_factory=dict[str, Grid])
 
     @classmethod
     def of(cls, model: nn.Module) -> Traces:
@@ -74,7 +78,8 @@ class Traces:
                 found[name] = read_adapter(model, name)
             except InputError as error:
                 logger.info("what merging the adapter %r should do is not known: %s", name, error)
-        return cls(_layers(model), frozenset(adapter_names(model)), found, frozenset(_masks(model)))
+        names, masks = frozenset(adapter_names(model)), frozenset(_masks(model))
+        return cls(_layers(model), names, found, masks, stored_grids(model))
 
 
 def _layers(model: nn.Module) -> dict[str, _Layer]:
@@ -110,6 +115,7 @@ def infer(before: Traces, model: nn.Module, snapshot: Snapshot) -> Inferred | No
         _merge(before, model, frozenset(changed))
         or _added_adapter(before, model, changed)
         or _pruning(before, model)
+        or _quantized(before, model)
         or _cast(model, snapshot, changed)
     )
 
@@ -170,7 +176,7 @@ def _added_adapter(before: Traces, model: nn.Module, changed: Sequence[str]) -> 
     return None
 
 
-# ---------------------------------------------------------------- masks and casts
+# ---------------------------------------------------------------- masks, quantizers, casts
 
 
 def _pruning(before: Traces, model: nn.Module) -> Inferred | None:
@@ -183,6 +189,16 @@ def _pruning(before: Traces, model: nn.Module) -> Inferred | None:
     if fresh:
         return Inferred(Prune(min(fresh)), f"torch.nn.utils.prune masks {len(fresh)} more parameters")
     return Inferred(Prune(0.0, scope="model"), f"{len(before.masks - now.keys())} masks were made permanent")
+
+
+def _quantized(before: Traces, model: nn.Module) -> Inferred | None:
+    """Matrices that a quantizer stores now and did not, or stores another way."""
+    now = stored_grids(model)
+    fresh = {n: grid for n, grid in now.items() if before.stored.get(n) != grid and grid.backend not in NOT_QUANTIZERS}
+    if not fresh or before.stored.keys() - now.keys():
+        return None
+    kind = StoredQuantize(fresh)
+    return Inferred(kind, f"{kind.params()['backend']} stores {len(fresh)} matrices")
 
 
 def _cast(model: nn.Module, snapshot: Snapshot, changed: Sequence[str]) -> Inferred | None:

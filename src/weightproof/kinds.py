@@ -317,8 +317,9 @@ def measure_outside(kind: Kind, name: str, before: torch.Tensor, after: torch.Te
     """
     if isinstance(kind, Cast):
         return kind.measure(name, before.reshape(1, -1), after.reshape(1, -1))
-    if isinstance(kind, LoraMerge):
-        return kind.measure_outside(name, before, after)
+    own = getattr(kind, "measure_outside", None)
+    if own is not None:
+        return own(name, before, after)
     if isinstance(kind, Quantize | Prune | LowRank):
         return (ContractReading(name, "altered_outside_matrices", 1.0, 0.0, rigorous=True),)
     return ()
