@@ -40,6 +40,7 @@ class AttachedGuard:
     Attributes:
         session: The `GuardSession` behind it.
         step: Optimizer steps so far, those before a resume included.
+        put_back: Random generators that the last resume had not restored and the guard put back, in words.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class AttachedGuard:
         self.session = session
         self._policy = policy
         self.step = 0
+        self.put_back: tuple[str, ...] = ()
         self._optimizer = policy.run.optimizer
         self._every = every
         self._on_violation = on_violation
@@ -238,8 +240,9 @@ class AttachedGuard:
         # Accelerate has loaded them before; the good state that is kept next must hold the right ones.
         processes = self.session.processes
         generators = GeneratorRecord.shared(processes, folder)
-        if generators is not None:
-            generators.settle(processes, str(folder), acts=self._on_violation != "monitor")
+        acts = self._on_violation != "monitor"
+        differed = () if generators is None else generators.settle(processes, str(folder), acts=acts)
+        self.put_back = differed if acts else ()
         self.session.load_state(folder, step=step)
         self._policy.start_anew()
         self._stopped = None

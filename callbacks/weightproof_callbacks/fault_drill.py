@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,25 +18,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from weightproof.errors import EditRejectedError, InputError, RestoreError
-from weightproof.run_agreement import BatchLedger, batch_digest, generator_digests, generators_differing, loader_skew
+from weightproof.errors import CollectiveError, EditRejectedError, InputError, RestoreError
+from weightproof.run_agreement import batch_digest
 from weightproof.tensor_readings import digest_of, read_tensors
-from weightproof.testing.drill import STOPPED, Life, Procedure, Row, Sighting, row_of, sightings
-from weightproof.testing.faults import Fault
+from weightproof.testing.drill import PUT_BACK, STOPPED, Life, Procedure, Row, Sighting, row_of, sightings
+from weightproof.testing.faults import Fault, StuckRank, WrongRNG
 from weightproof.testing.injection import Injection, inject
 from weightproof_callbacks.accelerator import attach
 from weightproof_callbacks.attached_guard import AttachedGuard
 from weightproof_callbacks.training_state import ReplayableLoader, TrainingState
 
 __all__ = ["Drill", "learnable_windows", "text_windows"]
-
-
-class _FoundExactlyError(Exception):
-    """A comparison of digests failed: the run ends."""
 
 
 @dataclass
@@ -88,6 +86,7 @@ class Drill:
             unguarded=unguarded,
             guarded=guarded,
             state=self._state_of(guarded),
+            at=fault.at,
         )
 
     def clean_row(self) -> Row:
@@ -122,10 +121,13 @@ class Drill:
         with ExitStack() as stack:
             run = stack.enter_context(self._prepared(faults, without, life))
             try:
-                guard = stack.enter_context(self._guard(run)) if guarded else None
-                self._train_through(run, guard, life)
-            except (RestoreError, EditRejectedError, _FoundExactlyError) as error:
+                guard = stack.enter_context(self._guard(run, faults)) if guarded else None
+                self._train_through(run, guard, life, _resumes(faults))
+            except (RestoreError, EditRejectedError) as error:
                 life.error = str(error)
+            except CollectiveError as error:  # a process that did not come: both stop, whoever waited for whom
+                life.error = str(error)
+                life.seen.append(Sighting(run.injection.step, f"processes ({error})", STOPPED))
             if guarded and run.guard is not None:
                 found = [*sightings(run.guard.history), *life.seen]
                 life.seen = sorted(found, key=lambda one: one.step)
@@ -153,7 +155,8 @@ class Drill:
             self.accelerator.free_memory()
 
     @contextmanager
-    def _guard(self, run: _Run) -> Iterator[AttachedGuard]:
+    def _guard(self, run: _Run, faults: Sequence[Fault]) -> Iterator[AttachedGuard]:
+        is_stuck = any(isinstance(one, StuckRank) for one in faults)
         run.guard = attach(
             self.accelerator,
             run.model,
@@ -163,45 +166,38 @@ class Drill:
             rollback="full",
             data="replay",
             loader=run.batches,
+            timeout=self.procedure.patience if is_stuck else 600.0,
         )
         with run.guard:
             yield run.guard
 
-    def _train_through(self, run: _Run, guard: AttachedGuard | None, life: Life) -> None:
-        ledger, judged, step = BatchLedger(), 0, 0
-        moved: set[str] = set()
-        drawn: dict[str, str] = {}
-        # Before the injection's own hook: where the generators stand when a checkpoint would keep them.
-        inner: Any = run.injection.optimizer
-        handle: Any = inner.register_step_post_hook(lambda *_: drawn.update(generator_digests()))
-        inner._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
-        try:
-            for batch in ledger.over(run.batches):
-                self.accelerator.backward(run.model(**batch).loss)
-                if self.procedure.clip is not None:
-                    self.accelerator.clip_grad_norm_(run.model.parameters(), self.procedure.clip)
-                run.optimizer.step()
-                self._note_left_out(run, batch, life)
-                run.optimizer.zero_grad()
-                step += 1
-                if guard is None:
-                    continue
-                moved.update(generators_differing(drawn))
-                if len(guard.history) > judged:
-                    judged = len(guard.history)
-                    self._compare(guard, ledger, moved, life, step)
-        finally:
-            handle.remove()
+    def _train_through(self, run: _Run, guard: AttachedGuard | None, life: Life, resumes: Collection[int]) -> None:
+        for step, batch in enumerate(run.batches, start=1):
+            self.accelerator.backward(run.model(**batch).loss)
+            if self.procedure.clip is not None:
+                self.accelerator.clip_grad_norm_(run.model.parameters(), self.procedure.clip)
+            run.optimizer.step()
+            self._note_left_out(run, batch, life)
+            run.optimizer.zero_grad()
+            if step in resumes:
+                self._save_and_resume(run)
+                if guard is not None and guard.put_back:
+                    found = f"digest of the generators ({'; '.join(guard.put_back)})"
+                    life.seen.append(Sighting(step, found, PUT_BACK))
 
-    def _compare(self, guard: AttachedGuard, ledger: BatchLedger, moved: set[str], life: Life, step: int) -> None:
-        """What digests tell, of all processes: every one of them stops, or none."""
-        processes = guard.session.processes
-        drew = processes.gather("generators that moved between two steps", sorted(moved))
-        for rank, names in enumerate(drew):
-            if names:
-                self._stop(life, step, f"digest of the generators ({', '.join(names)} of rank {rank})")
-        if skew := loader_skew(processes, ledger):
-            self._stop(life, step, f"digest of the batches ({skew[0]})")
+    def _save_and_resume(self, run: _Run) -> None:
+        """Save the run, and load it again, as a new process would."""
+        folder = [tempfile.mkdtemp(prefix="weightproof-drill-") if self.accelerator.is_main_process else ""]
+        broadcast_object_list(folder)
+        try:
+            self.accelerator.save_state(folder[0])
+            self.accelerator.wait_for_everyone()
+            run.injection.resuming(folder[0])
+            self.accelerator.load_state(folder[0])
+            self.accelerator.wait_for_everyone()
+        finally:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(folder[0], ignore_errors=True)
 
     def _note_left_out(self, run: _Run, batch: Any, life: Life) -> None:
         """A batch whose step was left out, until it is given again and its step is taken."""
@@ -210,10 +206,6 @@ class Drill:
             life.left_out.add(position)
         elif position is not None:
             life.left_out.discard(position)
-
-    def _stop(self, life: Life, step: int, by: str) -> None:
-        life.seen.append(Sighting(step, by, STOPPED))
-        raise _FoundExactlyError(by)
 
     def _measure(self, run: _Run, life: Life) -> None:
         plain = self.accelerator.unwrap_model(run.model)
@@ -233,6 +225,11 @@ class _Run:
     injection: Injection
     positions: dict[str, int]
     guard: AttachedGuard | None = None
+
+
+def _resumes(faults: Sequence[Fault]) -> set[int]:
+    """Steps after which a run is saved and resumed, because a fault hits that."""
+    return {one.at for one in faults if isinstance(one, WrongRNG) and one.moment == "resume"}
 
 
 def _moments_digest(optimizer: Any) -> str:

@@ -87,8 +87,9 @@ class GuardedTrainerMixin(Trainer if TYPE_CHECKING else object):
         return self.last_grad_norm
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint != _GOOD_STATE:  # its generators are put back with its first batch
-            super()._load_rng_state(checkpoint)
+        if checkpoint == _GOOD_STATE:  # its generators are put back with its first batch
+            return
+        super()._load_rng_state(checkpoint)
         for callback in self.callback_handler.callbacks if checkpoint is not None else ():
             loaded = getattr(callback, "generators_loaded", None)
             if callable(loaded):

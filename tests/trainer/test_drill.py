@@ -14,7 +14,7 @@ from tests.support.accelerate_loop import fresh_accelerate
 from weightproof.cli import main
 from weightproof.errors import InputError
 from weightproof.testing import faults
-from weightproof.testing.drill import ACTED, HARMFUL, LEFT_OUT, NOTHING, ROLLED_BACK, STOPPED, Life, Procedure, row_of
+from weightproof.testing.drill import ACTED, HARMFUL, LEFT_OUT, NOTHING, PUT_BACK, ROLLED_BACK, Life, Procedure, row_of
 from weightproof_callbacks.fault_drill import Drill, learnable_windows, text_windows
 
 PROCEDURE = Procedure(after=20)
@@ -57,8 +57,8 @@ def test_a_healthy_run_under_guard_is_the_run_without_it(drill):
         ("norm-gain-flip", ROLLED_BACK, "equal to the clean twin, bit for bit"),
         ("weight-bit-flip", ROLLED_BACK, "equal to the clean twin, bit for bit"),
         ("gradient-bit-flip", LEFT_OUT, "equal to the twin without 1 batch, bit for bit"),
-        ("loader-skew", STOPPED, "stopped before it trained on"),
-        ("wrong-rng", STOPPED, "stopped before it trained on"),
+        ("optimizer-bit-flip", ROLLED_BACK, "equal to the clean twin, bit for bit"),
+        ("wrong-rng", PUT_BACK, "equal to the clean twin, bit for bit"),
     ],
 )
 def test_a_fault_is_found_and_the_run_is_as_if_it_had_never_been(drill, name, action, state):
@@ -68,6 +68,19 @@ def test_a_fault_is_found_and_the_run_is_as_if_it_had_never_been(drill, name, ac
     assert row.state == state
     assert row.detected - row.at <= 2 * PROCEDURE.every
     assert row.expected
+
+
+def test_a_second_moment_that_no_gradients_could_have_made_takes_the_window_back(drill):
+    row = drill.row(faults.OptimizerBitFlip(at=PROCEDURE.fault_at, state="exp_avg_sq"))
+    assert (row.action, row.state) == (ROLLED_BACK, "equal to the clean twin, bit for bit")
+    assert row.by == "invariants impossible_moment (optimizer)"
+
+
+def test_generators_that_a_resume_forgets_are_another_run_without_a_guard(drill):
+    twin, life = drill.twin(), drill.live([faults.WrongRNG(at=PROCEDURE.fault_at)], guarded=False)
+    assert (life.weights, life.training) != (twin.weights, twin.training)
+    resumed = drill.live([faults.WrongRNG(at=PROCEDURE.fault_at, rank=7)], guarded=False)
+    assert (resumed.weights, resumed.training) == (twin.weights, twin.training), "saving and loading change nothing"
 
 
 def test_a_mild_fault_is_let_pass(drill):

@@ -154,7 +154,7 @@ def test_mild_is_weaker_and_hits_the_same(name):
 def test_strength_is_told_in_words():
     assert faults.LearningRateSpike(at=3).strength == "factor=100, steps=5"
     assert faults.WeightBitFlip(tensor="mix.weight").strength == "tensor=mix.weight, bit=1"
-    assert faults.WrongRNG(seed=4).strength == ""
+    assert faults.WrongRNG(seed=4).strength == "moment=resume"
 
 
 def test_the_learning_rate_is_back_after_its_steps():
@@ -213,12 +213,27 @@ def test_wrong_rng_reaches_every_generator():
         return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
     run = Run(steps=1)
-    run.train(faults.WrongRNG(at=1, seed=9))
+    run.train(faults.WrongRNG(at=1, seed=9, moment="step"))
     first = drawn()
     random.seed(9)
     np.random.seed(9)  # noqa: NPY002
     torch.manual_seed(9)
     assert first == drawn()
+
+
+def test_wrong_rng_takes_the_file_of_its_rank_away_when_a_run_resumes(tmp_path):
+    names = ["random_states_0.pkl", "random_states_1.pkl", "rng_state.pth", "model.safetensors"]
+    for name in names:
+        (tmp_path / name).touch()
+    run = Run(steps=1)
+    with inject([faults.WrongRNG(seed=9, rank=0)], run.model, run.optimizer, rank=0) as injection:
+        torch.manual_seed(1)
+        injection.resuming(tmp_path)
+        assert float(torch.rand(())) == float(torch.rand((), generator=torch.Generator().manual_seed(9)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "random_states_1.pkl"]
+    with inject([faults.WrongRNG(rank=1)], run.model, run.optimizer, rank=0) as injection:
+        injection.resuming(tmp_path)
+    assert injection.fired == []
 
 
 def test_stale_masters_change_the_weight_alone():

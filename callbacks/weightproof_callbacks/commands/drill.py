@@ -24,6 +24,7 @@ RESULT = "drill.json"
 NEEDS = {
     "stuck-rank": "needs a second process",
     "desynchronised": "needs a second process",
+    "loader-skew": "needs a second process",
     "stale-masters": "needs an optimizer with master weights",
 }
 

@@ -23,7 +23,8 @@ HARMFUL = 0.02
 CHECKS = 2
 
 ROLLED_BACK, LEFT_OUT, STOPPED, REPORTED, NOTHING = "rolled back", "step left out", "stopped", "reported", "nothing"
-ACTED = (ROLLED_BACK, LEFT_OUT, STOPPED)
+PUT_BACK = "put back"  # generators, after a resume
+ACTED = (ROLLED_BACK, LEFT_OUT, STOPPED, PUT_BACK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Procedure:
         learning_rate: Of AdamW.
         clip: Largest norm of the gradients; None: they are not clipped.
         seed: Of data order and generators.
+        patience: Seconds that a process waits for the others where one of them is to be stuck.
     """
 
     before: int = 31
@@ -49,6 +51,7 @@ class Procedure:
     learning_rate: float = 1e-3
     clip: float | None = 1.0
     seed: int = 0
+    patience: float = 10.0
 
     @property
     def fault_at(self) -> int:
@@ -59,6 +62,11 @@ class Procedure:
     def batches(self) -> int:
         """Batches that a run is given, on one process."""
         return self.fault_at + self.after
+
+    @property
+    def check_at(self) -> int:
+        """The first step from `fault_at` on that ends with a check."""
+        return -(-self.fault_at // self.every) * self.every
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +178,8 @@ def _worst(step: Step) -> str:
             if verdict.outcome is not outcome:
                 continue
             for one in verdict.measurements:
+                if one.outcome is outcome and one.statistic == "inputs_disagree":
+                    return f"digest of the batches ({(one.reason or '').partition(':')[0]})"
                 if one.outcome is outcome:
                     return f"{one.guard} {one.statistic} ({one.target})"
             return verdict.guard
@@ -186,6 +196,7 @@ def row_of(  # noqa: PLR0913 - one argument for each run of the comparison
     unguarded: Life,
     guarded: Life,
     state: str,
+    at: int | None = None,
 ) -> Row:
     """Hold a run under guard against the clean twin, and against the same run without a guard.
 
@@ -201,19 +212,21 @@ def row_of(  # noqa: PLR0913 - one argument for each run of the comparison
         unguarded: With the fault, without a guard.
         guarded: With both.
         state: What the guarded run is afterwards, in words.
+        at: Step that it hit; None: `procedure.fault_at`.
     """
+    at = procedure.fault_at if at is None else at
     acted = next((one for one in guarded.seen if one.action in ACTED), None)
     first = acted or next(iter(guarded.seen), None)
     harm = unguarded.loss - twin.loss
     stopped = acted is not None and guarded.error is not None
     loss = None if stopped else guarded.loss - twin.loss
     unharmed = stopped or guarded.loss - matched.loss <= HARMFUL
-    in_time = acted is not None and acted.step <= procedure.fault_at + CHECKS * procedure.every
+    in_time = acted is not None and acted.step <= at + CHECKS * procedure.every
     return Row(
         fault=name,
         strength=strength,
         harm=harm,
-        at=procedure.fault_at,
+        at=at,
         detected=None if first is None else first.step,
         by="" if first is None else first.by,
         action=NOTHING if first is None else first.action,

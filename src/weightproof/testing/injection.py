@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,13 @@ class Injection:
     def loader(self, batches: Iterable[Any]) -> FaultyLoader:
         """A data loader with the faults that hit loaders. Wrap it inside a `ReplayableLoader`, not around it."""
         return FaultyLoader(self, batches)
+
+    def resuming(self, folder: Path | str) -> None:
+        """Tell the faults that hit a resume that the checkpoint in `folder` is loaded next, on every process."""
+        for fault in self.faults:
+            here = fault.rank is None or fault.rank == self.rank
+            if self._armed and here:
+                fault.resume(self, Path(folder))
 
     # -- targets of faults ---------------------------------------------------------------------
 
