@@ -7,6 +7,7 @@ A tour, in the order in which a change travels:
   read what needs a forward pass; `probes` turns a model into frozen `types.Readings`.
 - `baseline` keeps the readings taken before any change, saved and digested.
 - `edits` plan changes, `kinds` are the contracts they declare, `snapshot` is the only writer.
+- `curvature` fits Kronecker factors and foresees the loss change of an edit.
 - `guards` judge readings with pure functions; `policy` turns verdicts into one decision.
 - `losses` pairs the loss before and after on data, `paired` turns that into an interval: only it may accept.
 - `judging` applies guards and policy to readings, the same in a session, in `certify` and in `verify`.
@@ -35,16 +36,8 @@ if TYPE_CHECKING:
     from weightproof import edits, kinds
     from weightproof.baseline import Baseline
     from weightproof.certificate import Certificate
-    from weightproof.errors import (
-        BaselineError,
-        CollectiveError,
-        EditRejectedError,
-        InputError,
-        PolicyError,
-        RestoreError,
-        SnapshotError,
-        WeightproofError,
-    )
+    from weightproof.curvature import fit_factors, predict_loss_change
+    from weightproof.errors import EditRejectedError, InputError, WeightproofError
     from weightproof.losses import LossData
     from weightproof.marchenko_pastur import fit_bulk
     from weightproof.policy import Policy, load_policy
@@ -63,6 +56,8 @@ _HOMES = {
     "attach": "weightproof_callbacks.accelerator",
     "ReplayableLoader": "weightproof_callbacks.data_position",
     "LossData": "weightproof.losses",
+    "fit_factors": "weightproof.curvature",
+    "predict_loss_change": "weightproof.curvature",
     "GuardSession": "weightproof.session",
     "Baseline": "weightproof.baseline",
     "Certificate": "weightproof.certificate",
@@ -106,6 +101,9 @@ __all__ = [  # noqa: RUF022 - grouped by what a reader is looking for
     # what changes weights
     "edits",
     "kinds",
+    # curvature
+    "fit_factors",
+    "predict_loss_change",
     # numerics
     "measure_spectrum",
     "fit_bulk",
@@ -118,14 +116,9 @@ __all__ = [  # noqa: RUF022 - grouped by what a reader is looking for
     "Spectrum",
     "Verdict",
     "WeightMatrix",
-    # errors
-    "BaselineError",
-    "CollectiveError",
+    # errors; the rest of them in weightproof.errors
     "EditRejectedError",
     "InputError",
-    "PolicyError",
-    "RestoreError",
-    "SnapshotError",
     "WeightproofError",
 ]
 

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from weightproof.curvature.mask import ragged, staircase
-from weightproof.edits.kfac import FactorBases, edit_matrix, project
 from weightproof.curvature.eigenbasis import Eigenbasis, EigenbasisCache, eigenbasis
+from weightproof.curvature.mask import ragged, staircase
+from weightproof.curvature.projection import FactorBases, project
+from weightproof.edits.kfac import edit_matrix
 from weightproof.errors import InputError
 
 W = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from weightproof.errors import InputError
 
-__all__ = ["Collector", "Moments", "Target"]
+__all__ = ["Collector", "CorrectedMoments", "Moments", "Target", "TokenSums"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,52 @@ class Moments:
             total.add_(work.T @ work)
         self.tokens += len(inputs)
 
+    def sums(self) -> list[torch.Tensor]:
+        """What is added up over processes."""
+        return [self.activation, self.gradient]
+
+
+@dataclass
+class CorrectedMoments:
+    """Running sums of (u_i' g)^2 (v_j' a)^2 over tokens, in given eigenbases; additive.
+
+    Attributes:
+        left: (d_out, d_out), eigenvectors u of G in columns.
+        right: (d_in, d_in), eigenvectors v of A in columns.
+        total: (d_out, d_in).
+        tokens: How many.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    total: torch.Tensor
+    tokens: int = 0
+
+    def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Account for some tokens: (n, d_in) and (n, d_out)."""
+        dtype = self.total.dtype
+        rotated = (gradients.to(dtype) @ self.left).square_(), (inputs.to(dtype) @ self.right).square_()
+        self.total.addmm_(rotated[0].T, rotated[1])
+        self.tokens += len(inputs)
+
+    def sums(self) -> list[torch.Tensor]:
+        """What is added up over processes."""
+        return [self.total]
+
+
+class TokenSums(Protocol):
+    """What takes in the tokens of a layer."""
+
+    tokens: int
+
+    def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Account for some tokens: (n, d_in) and (n, d_out)."""
+        ...
+
+    def sums(self) -> list[torch.Tensor]:
+        """What is added up over processes."""
+        ...
+
 
 @dataclass
 class Collector:
@@ -79,7 +126,7 @@ class Collector:
     """
 
     targets: tuple[Target, ...]
-    moments: dict[str, Moments]
+    moments: Mapping[str, TokenSums]
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     unmatched: dict[str, tuple[int, ...]] = field(default_factory=dict)
 

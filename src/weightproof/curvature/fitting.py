@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from weightproof.activations import undisturbed
 from weightproof.collective import Processes
-from weightproof.curvature.collector import Collector, Moments, Target, flops_per_token
+from weightproof.curvature.collector import Collector, CorrectedMoments, Moments, Target, TokenSums, flops_per_token
+from weightproof.curvature.eigenbasis import eigenbasis
 from weightproof.curvature.factors import Factor, Factors, Source
 from weightproof.curvature.objectives import Objective, objective_of, prepared
 from weightproof.errors import InputError
@@ -26,7 +27,7 @@ from weightproof.types import WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices, storage_identity, unwrap
 from weightproof.windows import digest_items, takes
 
-__all__ = ["FitCost", "fit_cost", "fit_factors"]
+__all__ = ["FitCost", "correct_eigenvalues", "fit_cost", "fit_factors"]
 
 logger = logging.getLogger("weightproof")
 
@@ -130,7 +131,7 @@ def fit_factors(  # noqa: PLR0913 - the first five are fixed, the others have de
         for run in runs:
             run.checkpoint = None if checkpoint is None else (Path(checkpoint), checkpoint_every, refused)
             with processes.together("reading batches for factors"):
-                run.read(batches, progress=progress)
+                run.read(batches, _zeros, progress=progress)
             fitted.update(run.factors())
         factors = Factors({one.name: fitted[one.name] for one in targets}, runs[0].source, refused)
     finally:
@@ -138,6 +139,60 @@ def fit_factors(  # noqa: PLR0913 - the first five are fixed, the others have de
     if require_full_rank:
         factors.require_enough_tokens()
     return factors
+
+
+def correct_eigenvalues(
+    factors: Factors,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    timeout: float = 600.0,
+    progress: bool = True,
+) -> Factors:
+    """Fit the eigenvalues of EK-FAC in the eigenbases of factors: E[(u_i' g)^2 (v_j' a)^2] (arXiv:1806.03884).
+
+    One more pass over the data, with the labels of the factors. Three arrays of the size of each matrix and its two
+    eigenbases are held at once: choose the matrices when the factors are fitted.
+
+    Args:
+        factors: Fitted at the weights of `model`.
+        model: The model.
+        batches: Data, best that of the factors.
+        timeout: Seconds that a process waits for the others.
+        progress: Show a progress bar.
+
+    Returns:
+        The same factors with `corrected_sum`, scaled to their number of tokens.
+
+    Raises:
+        InputError: As `fit_factors`, or if the factors are of other weights.
+    """
+    factors.require_weights(model)
+    targets, _ = _targets(model, tuple(factors))
+    source = factors.source
+    objective = objective_of(unwrap(model), source.labels, source.seed, loss_tokens_only=source.loss_tokens_only)
+
+    def make(target: Target, device: torch.device) -> CorrectedMoments:
+        factor = factors[target.name]
+        left, right = (
+            eigenbasis(one, f"a factor of {target.name}").vectors.to(device)
+            for one in (factor.gradient_covariance, factor.activation_covariance)
+        )
+        return CorrectedMoments(left, right, left.new_zeros(target.d_out, target.d_in))
+
+    processes = Processes.join(timeout)
+    try:
+        run = _Run(unwrap(model), objective, targets, processes, None)
+        with processes.together("reading batches for corrected eigenvalues"):
+            run.read(batches, make, progress=progress)
+        found = {}
+        for target in targets:
+            (total,), tokens = run.totals(target)
+            factor = factors[target.name]
+            found[target.name] = replace(factor, corrected_sum=total * (factor.tokens / max(1, tokens)))
+    finally:
+        processes.close()
+    return Factors({name: found[name] for name in factors}, source, factors.refused)
 
 
 def fit_cost(model: nn.Module, include: str | Sequence[str] | None = None, *, max_bytes: int = 8 << 30) -> FitCost:
@@ -165,11 +220,8 @@ class _Run:
     ) -> None:
         self._model, self._objective, self._targets, self._processes = model, objective, targets, processes
         self._resume = resume
-        device = next(model.parameters()).device
-        # The processor adds in float64 for the price of a copy; an accelerator in float32.
-        self._dtype = torch.float64 if device.type == "cpu" else torch.float32
-        self._device = device
-        self._moments: dict[str, Moments] = {}
+        self._device = next(model.parameters()).device
+        self._moments: dict[str, TokenSums] = {}
         self._read, self._chain = 0, ""
         self.checkpoint: tuple[Path, int, Mapping[str, str]] | None = None
 
@@ -179,9 +231,11 @@ class _Run:
         o = self._objective
         return Source(o.labels, o.task, o.seed, self._read, self._chain, o.loss_tokens_only)
 
-    def read(self, batches: Iterable[Mapping[str, Any]], *, progress: bool) -> None:
+    def read(
+        self, batches: Iterable[Mapping[str, Any]], make: Callable[[Target, torch.device], TokenSums], *, progress: bool
+    ) -> None:
         """Add every batch behind those of `resume`; of a run of several processes, this one's share."""
-        self._moments = {one.name: Moments.zeros(one, self._dtype, self._device) for one in self._targets}
+        self._moments = {one.name: make(one, self._device) for one in self._targets}
         collector = Collector(self._targets, self._moments)
         behind = 0 if self._resume is None else self._resume.source.batches
         bar = tqdm(batches, desc="factors", unit="batch", disable=None if progress else True, leave=False)
@@ -232,20 +286,34 @@ class _Run:
         if self._processes.rank == 0:
             factors.save(path)
 
+    def totals(self, target: Target) -> tuple[list[Tensor], int]:
+        """The sums and the tokens of one matrix over all processes, on the CPU.
+
+        Raises:
+            InputError: If a sum is not finite.
+        """
+        moments = self._moments[target.name]
+        mine = [one.cpu().clone() for one in moments.sums()]
+        mine.append(torch.tensor([moments.tokens], dtype=torch.float64))
+        *sums, count = self._processes.sum(f"factors of {target.name}", mine)
+        if not all(bool(torch.isfinite(one).all()) for one in sums):
+            raise InputError(f"the inputs or gradients of {target.name} are not finite: it has no factors")
+        return sums, int(count)
+
     def factors(self) -> dict[str, Factor]:
-        """The sums of all processes and of what was resumed, on the CPU."""
+        """The factors of all processes and of what was resumed."""
         found = {}
         for target in self._targets:
-            moments = self._moments[target.name]
-            mine = [moments.activation.cpu().clone(), moments.gradient.cpu().clone()]
-            mine.append(torch.tensor([moments.tokens], dtype=torch.float64))
-            activation, gradient, count = self._processes.sum(f"factors of {target.name}", mine)
-            if not bool(torch.isfinite(activation).all() and torch.isfinite(gradient).all()):
-                raise InputError(f"the inputs or gradients of {target.name} are not finite: it has no factors")
-            new = Factor(target.name, activation, gradient, int(count), _weight_digest(target))
+            (activation, gradient), tokens = self.totals(target)
+            new = Factor(target.name, activation, gradient, tokens, _weight_digest(target))
             before = None if self._resume is None else self._resume.by_name[target.name]
             found[target.name] = new if before is None else _behind(before, new)
         return found
+
+
+def _zeros(target: Target, device: torch.device) -> Moments:
+    # The processor adds in float64 for the price of a copy; an accelerator in float32.
+    return Moments.zeros(target, torch.float64 if device.type == "cpu" else torch.float32, device)
 
 
 def _behind(before: Factor, new: Factor) -> Factor:

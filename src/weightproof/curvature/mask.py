@@ -62,7 +62,7 @@ class StaircaseMask:
         """Columns that are kept in any row: as many leading eigenvectors of A are needed."""
         return int(self.counts[0]) if self.counts.numel() else 0
 
-    def apply_(self, coefficients: torch.Tensor) -> torch.Tensor:
+    def zero_outside(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Zero what is not kept, in place; (rows, columns) leading coefficients."""
         columns = torch.arange(coefficients.shape[1], device=coefficients.device)
         for block, counts in _blocks(coefficients, self.counts[: coefficients.shape[0]].to(coefficients.device)):

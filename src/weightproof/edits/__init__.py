@@ -32,6 +32,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from weightproof.edits.gptq import GPTQ
+from weightproof.edits.kfac import KFAC
 from weightproof.edits.lora_merge import LoraMerge
 from weightproof.edits.mixed import Mixed
 from weightproof.edits.prune import Prune
@@ -42,7 +43,7 @@ from weightproof.edits.task_arithmetic import TaskArithmetic
 from weightproof.kinds import Kind
 from weightproof.types import WeightMatrix
 
-__all__ = ["GPTQ", "RTN", "SVD", "VECTOR_FAMILY", "Edit", "LoraMerge", "Mixed", "Prune", "TaskArithmetic"]
+__all__ = ["GPTQ", "KFAC", "RTN", "SVD", "VECTOR_FAMILY", "Edit", "LoraMerge", "Mixed", "Prune", "TaskArithmetic"]
 
 
 @runtime_checkable

@@ -1,170 +1,209 @@
-"""K-FAC editing: keep the directions of a weight matrix that carry most of the curvature, and drop the flat ones.
+"""K-FAC editing: drop the directions of weight matrices that carry little curvature (`weightproof.curvature`).
 
-With the Kronecker factors A = E[a a'] of a layer's inputs and G = E[g g'] of the gradients at its outputs, and
-C = U_G' W U_A the weights in their eigenbases, the pairs (i, j) of largest curvature lambda_i mu_j are kept until they
-carry `energy` of the whole; W' = U_G (C o M) U_A'. Averaged over data, what is recited from memory lies in the flat
-pairs (arXiv:2510.24256). Facts and arithmetic suffer with it: measure them too.
+What is recited from memory lies in them, by and large (arXiv:2510.24256); so do some facts and some arithmetic, which
+suffer with it: measure them too. The edit promises nothing about the outputs, so its kind is "unknown" and they decide.
 
-| formula | saliency of pair (i, j) |
-| --- | --- |
-| original | lambda_i mu_j |
-| modified | lambda_i mu_j C_ij^2: twice the second-order loss of zeroing the pair (arXiv:1905.05934) |
-| ekfac | E[(u_i' g)^2 (v_j' a)^2] instead of lambda_i mu_j (arXiv:1806.03884) |
-
-Nothing is damped in the ranking, pairs of equal saliency stay or go together, and `energy=1` gives back the very bits.
+    >>> factors = fit_factors(model, batches, include="*.mlp.*")                  # doctest: +SKIP
+    >>> session.apply(KFAC(factors, energy=0.6)).decision.action                   # doctest: +SKIP
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from weightproof.curvature.mask import RaggedMask, StaircaseMask, check_energy, ragged, staircase
-from weightproof.curvature.eigenbasis import Eigenbasis, checked_factor, eigenbasis
+from weightproof.curvature.eigenbasis import EigenbasisCache, eigenbasis
+from weightproof.curvature.factors import Factors
+from weightproof.curvature.fitting import fit_factors
+from weightproof.curvature.mask import check_energy
+from weightproof.curvature.prediction import quadratic_form
+from weightproof.curvature.projection import FORMULAS, FactorBases, edit_matrix, project
+from weightproof.edits.selection import Selection
 from weightproof.errors import InputError
+from weightproof.kinds import Plain
+from weightproof.snapshot import MatrixBits, write_matrix
+from weightproof.types import WeightMatrix
+from weightproof.weights import iter_weight_matrices
 
-__all__ = ["FORMULAS", "FactorBases", "edit_matrix", "project"]
+__all__ = ["KFAC", "KFACReading", "edit_matrix"]
 
-FORMULAS = ("original", "modified", "ekfac")
+# The maps into the hidden layer of an MLP, of Llama, Mixtral and GPT-2 style models (arXiv:2510.24256, 4.2).
+DEFAULT_TARGETS = ("*.mlp.gate_proj*", "*.mlp.up_proj*", "*.mlp.c_fc*")
 
-_BLOCK_ELEMENTS = 1 << 20
-
-
-def edit_matrix(
-    weight: torch.Tensor,
-    activation_covariance: torch.Tensor,
-    gradient_covariance: torch.Tensor,
-    energy: float,
-    formula: str = "original",
-) -> torch.Tensor:
-    """Keep `energy` of the curvature of one weight matrix.
-
-    Args:
-        weight: (d_out, d_in).
-        activation_covariance: A, (d_in, d_in): E[a a'] of the inputs, or any multiple of it.
-        gradient_covariance: G, (d_out, d_out): E[g g'] of the loss's gradients at the outputs, or any multiple of it.
-        energy: Share of the saliency to keep, 0 to 1; 1 gives the same bits back, 0 gives zeros.
-        formula: "original" or "modified"; "ekfac" needs corrected eigenvalues (`weightproof.edits.KFAC`).
-
-    Returns:
-        A fresh (d_out, d_in) tensor in the dtype of `weight`, rounded once.
-
-    Raises:
-        InputError: If shapes do not fit, a factor is not finite or not symmetric, `energy` is out of range, or
-            the formula is unknown.
-
-    Example:
-        >>> W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> A, G = torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([4.0, 1.0]))
-        >>> edit_matrix(W, A, G, 0.7)    # curvatures 12 4 / 3 1
-        tensor([[1., 2.],
-                [0., 0.]])
-    """
-    energy = check_energy(energy)
-    if formula not in FORMULAS[:2]:
-        more = " (it needs corrected eigenvalues: use weightproof.edits.KFAC)" if formula == "ekfac" else ""
-        raise InputError(f"formula must be 'original' or 'modified', not {formula!r}{more}")
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise InputError(f"weight must be a floating point matrix (d_out, d_in), not {list(weight.shape)}")
-    checked_factor(gradient_covariance, weight.shape[0], "the gradient covariance")
-    checked_factor(activation_covariance, weight.shape[1], "the activation covariance")
-    if energy == 1.0:
-        return weight.detach().clone()
-    bases = FactorBases(
-        eigenbasis(gradient_covariance, "the gradient covariance"),
-        eigenbasis(activation_covariance, "the activation covariance"),
-    )
-    return project(weight, bases, energy, formula)[0]
+_BASES = EigenbasisCache()
 
 
 @dataclass(frozen=True)
-class FactorBases:
-    """The decomposed factors of one matrix, made once for many energies.
+class KFACReading:
+    """What the edit does to one matrix.
 
     Attributes:
-        gradient: Of G, (d_out, d_out).
-        activation: Of A, (d_in, d_in).
-        corrected: (d_out, d_in) corrected eigenvalues for "ekfac", rows and columns in the order of the bases.
+        name: Of the matrix.
+        kept_pairs: Share of the pairs of directions that are kept, 0 to 1.
+        kept_mass: Share of their saliency that is kept, 0 to 1.
+        relative_change: ||W' - W||_F / ||W||_F.
+        predicted_loss_change: 1/2 tr(G E A E'), nats per token.
+        tokens: On which the factors were fitted.
     """
 
-    gradient: Eigenbasis
-    activation: Eigenbasis
-    corrected: torch.Tensor | None = None
+    name: str
+    kept_pairs: float
+    kept_mass: float
+    relative_change: float
+    predicted_loss_change: float | None
+    tokens: int
 
 
-def project(
-    weight: torch.Tensor, bases: FactorBases, energy: float, formula: str = "original"
-) -> tuple[torch.Tensor, StaircaseMask | RaggedMask]:
-    """As `edit_matrix`, with factors that are decomposed already.
+@dataclass(frozen=True, eq=False)
+class KFAC(Selection):
+    """Keep the pairs of directions that carry `energy` of each matrix's curvature.
 
-    Args:
-        weight: (d_out, d_in), finite.
-        bases: The decomposed factors.
-        energy: Share to keep.
-        formula: One of `FORMULAS`.
-
-    Returns:
-        The edited matrix, and which pairs were kept.
+    Attributes:
+        factors: Fitted at the weights that are edited (`weightproof.fit_factors`), or the path of their file.
+        energy: Share of the saliency that is kept, 0 to 1; 1 changes nothing.
+        formula: "original" (lambda_i mu_j), "modified" (times C_ij^2) or "ekfac" (corrected eigenvalues).
+        energies: Other energies for some matrices, by glob on their names; the first that matches.
+        sequential: Fit the factors of each matrix anew after the ones before it were edited: an edited layer shifts
+            the inputs of the next. Needs `batches`, and one pass over them for each matrix.
+        batches: Data for `sequential`, as for `weightproof.fit_factors`.
+        include: Globs on matrix names; by default the maps into the hidden layer of MLPs.
+        exclude: Globs that win over `include`.
+        planned: What `prepare` found for `sequential`.
 
     Raises:
-        InputError: If the weights are not finite, or "ekfac" is asked for without its eigenvalues.
+        InputError: If an energy is out of range, the formula is unknown, or data is missing.
     """
-    energy = check_energy(energy)
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError("the weights hold NaN or inf: they cannot be edited")
-    if formula == "original":
-        return _by_products(weight, bases, energy)
-    if formula == "ekfac" and bases.corrected is None:
-        raise InputError("formula 'ekfac' needs corrected eigenvalues: fit the factors with eigenvalue_correction=True")
-    return _by_saliency(weight, bases, energy, bases.corrected if formula == "ekfac" else None)
 
+    factors: Factors = field(repr=False)
+    energy: float = 0.6
+    formula: str = "original"
+    energies: Mapping[str, float] = field(default_factory=dict[str, float])
+    sequential: bool = False
+    batches: Any = field(default=None, repr=False, kw_only=True)
+    include: tuple[str, ...] = field(default=DEFAULT_TARGETS, kw_only=True)
+    planned: Mapping[str, Tensor] | None = field(default=None, repr=False, kw_only=True)
 
-def _by_products(weight: torch.Tensor, bases: FactorBases, energy: float) -> tuple[torch.Tensor, StaircaseMask]:
-    mask = staircase(bases.gradient.values, bases.activation.values, energy)
-    if mask.kept_pairs == weight.numel():
-        return weight.detach().clone(), mask
-    left, right = bases.gradient.vectors[:, : mask.rows], bases.activation.vectors[:, : mask.columns]
-    return _back(weight, left, mask.apply_(_rotated(weight, left, right)), right), mask
+    FAMILIES = None
 
+    def __post_init__(self) -> None:
+        """Validate the parameters."""
+        super().__post_init__()
+        if isinstance(self.factors, str | Path):
+            object.__setattr__(self, "factors", Factors.load(self.factors))
+        if not isinstance(self.factors, Factors):
+            raise InputError("KFAC needs factors: fit them (weightproof.fit_factors) or give the path of a file")
+        for energy in (self.energy, *self.energies.values()):
+            check_energy(energy)
+        if self.formula not in FORMULAS:
+            raise InputError(f"formula must be one of {', '.join(FORMULAS)}, not {self.formula!r}")
+        if self.sequential and (self.batches is None or iter(self.batches) is iter(self.batches)):
+            raise InputError(
+                "sequential=True reads the data once for each matrix: give batches= that can be read again"
+            )
+        if self.sequential and self.formula == "ekfac":
+            raise InputError("formula 'ekfac' cannot be sequential: its eigenvalues belong to one set of factors")
 
-def _by_saliency(
-    weight: torch.Tensor, bases: FactorBases, energy: float, corrected: torch.Tensor | None
-) -> tuple[torch.Tensor, RaggedMask]:
-    if energy == 0.0:
-        return torch.zeros_like(weight), RaggedMask(math.inf, 0.0, 0)
-    if energy == 1.0:
-        return weight.detach().clone(), RaggedMask(0.0, 1.0, weight.numel())
-    coefficients = _rotated(weight, bases.gradient.vectors, bases.activation.vectors)
+    @property
+    def name(self) -> str:
+        """`kfac-<formula>-energy<share>`, with `-sequential`."""
+        return f"kfac-{self.formula}-energy{self.energy:g}{'-sequential' if self.sequential else ''}"
 
-    def saliencies() -> Iterator[torch.Tensor]:
-        for start, stop in _row_blocks(coefficients):
-            if corrected is None:
-                curvature = bases.gradient.values[start:stop, None] * bases.activation.values
-                yield (curvature * coefficients[start:stop].to(torch.float64).square()).cpu()
-            else:
-                yield corrected[start:stop].to("cpu", torch.float64)
+    @property
+    def kind(self) -> Plain:
+        """No promise: outputs decide."""
+        return Plain("unknown")
 
-    mask = ragged(saliencies, energy)
-    if mask.kept_pairs == weight.numel():
-        return weight.detach().clone(), mask
-    for (start, stop), block in zip(_row_blocks(coefficients), saliencies(), strict=True):
-        coefficients[start:stop].masked_fill_((block < mask.threshold).to(coefficients.device), 0.0)
-    return _back(weight, bases.gradient.vectors, coefficients, bases.activation.vectors), mask
+    def params(self) -> dict[str, Any]:
+        """All parameters but the data, with the hash of the factors and what they were fitted on."""
+        return {
+            "energy": self.energy,
+            "formula": self.formula,
+            "energies": dict(self.energies),
+            "sequential": self.sequential,
+            "factors": self.factors.digest,
+            "fitted_on": dict(vars(self.factors.source)),
+            **self.selection_params(),
+        }
 
+    def selects(self, matrix: WeightMatrix) -> bool:
+        """Whether `matrix` has factors, is included and not excluded."""
+        return matrix.name in self.factors and super().selects(matrix)
 
-def _rotated(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """U' W V of two bases, in the dtype of the bases."""
-    return left.T @ weight.detach().to(left.dtype) @ right.to(left.dtype)
+    def unmatched(self, matrices: Iterable[WeightMatrix]) -> tuple[str, ...]:
+        """Patterns of `include` that choose nothing; of the default ones some always do."""
+        return () if self.include == DEFAULT_TARGETS else super().unmatched(matrices)
 
+    def energy_of(self, name: str) -> float:
+        """The share that one matrix keeps."""
+        chosen = (energy for glob, energy in self.energies.items() if fnmatchcase(name, glob))
+        return next(chosen, self.energy)
 
-def _back(weight: torch.Tensor, left: torch.Tensor, kept: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return (left @ kept @ right.to(left.dtype).T).to(weight.dtype)
+    def prepare(self, session: Any) -> KFAC:
+        """The edit, proven to be for this model; with `sequential`, planned matrix by matrix. Weights stay as they are.
 
+        Raises:
+            InputError: If the factors are of another model or of other weights, or of fewer tokens than dimensions.
+        """
+        self.factors.require_weights(session.model)
+        self.factors.require_enough_tokens()
+        if not self.sequential:
+            return self
+        return replace(self, planned=self._one_after_another(session.model))
 
-def _row_blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
-    step = max(1, _BLOCK_ELEMENTS // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        yield start, min(start + step, matrix.shape[0])
+    def plan(self, matrix: WeightMatrix, context: object = None) -> Tensor | None:
+        """The edited matrix (d_out, d_in) in its storage dtype; None when it stays as it is. Pure."""
+        if not self.selects(matrix) or self.energy_of(matrix.name) == 1.0:
+            return None
+        if self.planned is not None:
+            return self.planned[matrix.name]
+        return self._edited(matrix, self.factors)[0]
+
+    def read(self, matrix: WeightMatrix) -> KFACReading:
+        """What the edit would do to one matrix; nothing is written."""
+        weight, factor = matrix.load().detach(), self.factors[matrix.name]
+        edited, pairs, mass = self._edited(matrix, self.factors)
+        change = (edited - weight).to(torch.float64)
+        norm = float(weight.to(torch.float64).norm())
+        predicted = quadratic_form(change, factor.activation_covariance, factor.gradient_covariance)
+        relative = float(change.norm()) / norm if norm else 0.0
+        return KFACReading(matrix.name, pairs / weight.numel(), mass, relative, predicted, factor.tokens)
+
+    def _edited(self, matrix: WeightMatrix, factors: Factors) -> tuple[Tensor, int, float]:
+        """The edited matrix, how many pairs it keeps and how much of the saliency."""
+        factor, weight, energy = factors[matrix.name], matrix.load().detach(), self.energy_of(matrix.name)
+        if energy == 1.0:
+            return weight.clone(), weight.numel(), 1.0
+        digest = factor.digest
+        gradient, activation = (
+            _BASES.get(f"{digest} {what}", lambda of=of, what=what: eigenbasis(of, f"{what} of {matrix.name}"))
+            for what, of in (("G", factor.gradient_covariance), ("A", factor.activation_covariance))
+        )
+        bases = FactorBases(gradient, activation, factor.corrected_sum)
+        try:
+            edited, mask = project(weight, bases, energy, self.formula)
+        except InputError as error:
+            raise InputError(f"{matrix.name}: {error}") from error
+        return edited, mask.kept_pairs, mask.kept_mass
+
+    def _one_after_another(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """Each matrix edited by factors that saw the edits before it; the model gets its own weights back."""
+        source, found = self.factors.source, {}
+        chosen = [matrix for matrix in iter_weight_matrices(model) if self.selects(matrix)]
+        kept = MatrixBits(chosen)
+        try:
+            for matrix in chosen:
+                factors = fit_factors(
+                    model, self.batches, (matrix.name,), source.labels, source.seed,
+                    loss_tokens_only=source.loss_tokens_only, progress=False,
+                )  # fmt: skip
+                found[matrix.name] = self._edited(matrix, factors)[0]
+                write_matrix(matrix, found[matrix.name])
+        finally:
+            kept.put_back()
+        return found

@@ -1,0 +1,170 @@
+"""One weight matrix edited by its curvature: keep the directions that carry most of it, and drop the flat ones.
+
+With the Kronecker factors A = E[a a'] of a layer's inputs and G = E[g g'] of the gradients at its outputs, and
+C = U_G' W U_A the weights in their eigenbases, the pairs (i, j) of largest curvature lambda_i mu_j are kept until they
+carry `energy` of the whole; W' = U_G (C o M) U_A'. Averaged over data, what is recited from memory lies in the flat
+pairs (arXiv:2510.24256). Facts and arithmetic suffer with it: measure them too.
+
+| formula | saliency of pair (i, j) |
+| --- | --- |
+| original | lambda_i mu_j |
+| modified | lambda_i mu_j C_ij^2: twice the second-order loss of zeroing the pair (arXiv:1905.05934) |
+| ekfac | E[(u_i' g)^2 (v_j' a)^2] instead of lambda_i mu_j (arXiv:1806.03884) |
+
+Nothing is damped in the ranking, pairs of equal saliency stay or go together, and `energy=1` gives back the very bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from weightproof.curvature.eigenbasis import Eigenbasis, checked_factor, eigenbasis
+from weightproof.curvature.mask import RaggedMask, StaircaseMask, check_energy, ragged, staircase
+from weightproof.errors import InputError
+
+__all__ = ["FORMULAS", "FactorBases", "edit_matrix", "project"]
+
+FORMULAS = ("original", "modified", "ekfac")
+
+_BLOCK_ELEMENTS = 1 << 20
+
+
+def edit_matrix(
+    weight: torch.Tensor,
+    activation_covariance: torch.Tensor,
+    gradient_covariance: torch.Tensor,
+    energy: float,
+    formula: str = "original",
+) -> torch.Tensor:
+    """Keep `energy` of the curvature of one weight matrix.
+
+    Args:
+        weight: (d_out, d_in).
+        activation_covariance: A, (d_in, d_in): E[a a'] of the inputs, or any multiple of it.
+        gradient_covariance: G, (d_out, d_out): E[g g'] of the loss's gradients at the outputs, or any multiple of it.
+        energy: Share of the saliency to keep, 0 to 1; 1 gives the same bits back, 0 gives zeros.
+        formula: "original" or "modified"; "ekfac" needs corrected eigenvalues (`weightproof.edits.KFAC`).
+
+    Returns:
+        A fresh (d_out, d_in) tensor in the dtype of `weight`, rounded once.
+
+    Raises:
+        InputError: If shapes do not fit, a factor is not finite or not symmetric, `energy` is out of range, or
+            the formula is unknown.
+
+    Example:
+        >>> W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> A, G = torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([4.0, 1.0]))
+        >>> edit_matrix(W, A, G, 0.7)    # curvatures 12 4 / 3 1
+        tensor([[1., 2.],
+                [0., 0.]])
+    """
+    energy = check_energy(energy)
+    if formula not in FORMULAS[:2]:
+        more = " (it needs corrected eigenvalues: use weightproof.edits.KFAC)" if formula == "ekfac" else ""
+        raise InputError(f"formula must be 'original' or 'modified', not {formula!r}{more}")
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise InputError(f"weight must be a floating point matrix (d_out, d_in), not {list(weight.shape)}")
+    checked_factor(gradient_covariance, weight.shape[0], "the gradient covariance")
+    checked_factor(activation_covariance, weight.shape[1], "the activation covariance")
+    if energy == 1.0:
+        return weight.detach().clone()
+    bases = FactorBases(
+        eigenbasis(gradient_covariance, "the gradient covariance"),
+        eigenbasis(activation_covariance, "the activation covariance"),
+    )
+    return project(weight, bases, energy, formula)[0]
+
+
+@dataclass(frozen=True)
+class FactorBases:
+    """The decomposed factors of one matrix, made once for many energies.
+
+    Attributes:
+        gradient: Of G, (d_out, d_out).
+        activation: Of A, (d_in, d_in).
+        corrected: (d_out, d_in) corrected eigenvalues for "ekfac", rows and columns in the order of the bases.
+    """
+
+    gradient: Eigenbasis
+    activation: Eigenbasis
+    corrected: torch.Tensor | None = None
+
+
+def project(
+    weight: torch.Tensor, bases: FactorBases, energy: float, formula: str = "original"
+) -> tuple[torch.Tensor, StaircaseMask | RaggedMask]:
+    """As `edit_matrix`, with factors that are decomposed already.
+
+    Args:
+        weight: (d_out, d_in), finite.
+        bases: The decomposed factors.
+        energy: Share to keep.
+        formula: One of `FORMULAS`.
+
+    Returns:
+        The edited matrix, and which pairs were kept.
+
+    Raises:
+        InputError: If the weights are not finite, or "ekfac" is asked for without its eigenvalues.
+    """
+    energy = check_energy(energy)
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError("the weights hold NaN or inf: they cannot be edited")
+    if formula == "original":
+        return _by_products(weight, bases, energy)
+    if formula == "ekfac" and bases.corrected is None:
+        raise InputError("formula 'ekfac' needs corrected eigenvalues: fit the factors with eigenvalue_correction=True")
+    return _by_saliency(weight, bases, energy, bases.corrected if formula == "ekfac" else None)
+
+
+def _by_products(weight: torch.Tensor, bases: FactorBases, energy: float) -> tuple[torch.Tensor, StaircaseMask]:
+    mask = staircase(bases.gradient.values, bases.activation.values, energy)
+    if mask.kept_pairs == weight.numel():
+        return weight.detach().clone(), mask
+    left, right = bases.gradient.vectors[:, : mask.rows], bases.activation.vectors[:, : mask.columns]
+    return _back(weight, left, mask.zero_outside(_rotated(weight, left, right)), right), mask
+
+
+def _by_saliency(
+    weight: torch.Tensor, bases: FactorBases, energy: float, corrected: torch.Tensor | None
+) -> tuple[torch.Tensor, RaggedMask]:
+    if energy == 0.0:
+        return torch.zeros_like(weight), RaggedMask(math.inf, 0.0, 0)
+    if energy == 1.0:
+        return weight.detach().clone(), RaggedMask(0.0, 1.0, weight.numel())
+    coefficients = _rotated(weight, bases.gradient.vectors, bases.activation.vectors)
+
+    def saliencies() -> Iterator[torch.Tensor]:
+        for start, stop in _row_blocks(coefficients):
+            if corrected is None:
+                curvature = bases.gradient.values[start:stop, None] * bases.activation.values
+                yield (curvature * coefficients[start:stop].to(torch.float64).square()).cpu()
+            else:
+                yield corrected[start:stop].to("cpu", torch.float64)
+
+    mask = ragged(saliencies, energy)
+    if mask.kept_pairs == weight.numel():
+        return weight.detach().clone(), mask
+    for (start, stop), block in zip(_row_blocks(coefficients), saliencies(), strict=True):
+        coefficients[start:stop].masked_fill_((block < mask.threshold).to(coefficients.device), 0.0)
+    return _back(weight, bases.gradient.vectors, coefficients, bases.activation.vectors), mask
+
+
+def _rotated(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """U' W V of two bases, in the dtype of the bases."""
+    return left.T @ weight.detach().to(left.dtype) @ right.to(left.dtype)
+
+
+def _back(weight: torch.Tensor, left: torch.Tensor, kept: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (left @ kept @ right.to(left.dtype).T).to(weight.dtype)
+
+
+def _row_blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
+    step = max(1, _BLOCK_ELEMENTS // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield start, min(start + step, matrix.shape[0])
