@@ -20,9 +20,10 @@ from weightproof.types import WeightMatrix
 class LoraMerge(Selection):
     """W + s B A for every matrix that an adapter changes; rsLoRA, DoRA, biases and `modules_to_save` with it.
 
-    The sum is made in float32 (float64 for float64 weights) and rounded once to the storage dtype. PEFT rounds the
-    delta first and then the sum. DoRA scales every row of W + s B A to its magnitude. Embeddings, heads and
-    stacks of experts that the adapter changes are merged too: nothing of it is left out unless `exclude` says so.
+    The sum is made in float32 (float64 for float64 weights) and rounded once to the storage dtype, where PEFT rounds
+    the delta of factors in half precision first and then the sum. DoRA scales every row of W + s B A to its magnitude.
+    Embeddings, heads and stacks of experts that the adapter changes are merged too: nothing of it is left out unless
+    `exclude` says so.
 
     Attributes:
         adapter: A folder that PEFT wrote, a live model with LoRA layers, or an `Adapter`.
@@ -84,9 +85,9 @@ class LoraMerge(Selection):
         require_fits(self.content, session.model, same_base=self.same_base)
         return self
 
-    def selects(self, matrix: WeightMatrix) -> bool:
-        """Whether the adapter changes this matrix, and the patterns let it."""
-        return super().selects(matrix) and self._named(matrix) is not None
+    def concerns(self, matrix: WeightMatrix) -> bool:
+        """Whether the adapter changes this matrix."""
+        return self._named(matrix) is not None
 
     def _named(self, matrix: WeightMatrix) -> str | None:
         """Under which of its names the adapter changes a matrix or vector."""

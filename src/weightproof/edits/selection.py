@@ -46,17 +46,23 @@ class Selection:
             raise InputError("include is empty, so nothing would be changed; leave it out for the default")
 
     def selects(self, matrix: WeightMatrix) -> bool:
-        """Whether `matrix` is changed: measured, included and not excluded."""
-        if matrix.refusal is not None or any(
-            fnmatchcase(label, glob) for glob in self.exclude for label in _labels(matrix)
-        ):
+        """Whether `matrix` is changed: measured, of concern to the edit, included and not excluded."""
+        labels = _labels(matrix)
+        if not self._eligible(matrix) or any(fnmatchcase(label, glob) for glob in self.exclude for label in labels):
             return False
         return any(self._chooses(pattern, matrix) for pattern in self.include)
 
     def unmatched(self, matrices: Iterable[WeightMatrix]) -> tuple[str, ...]:
         """The patterns of `include` that choose none of these matrices: misspelt, or meant for another model."""
-        readable = [matrix for matrix in matrices if matrix.refusal is None]
-        return tuple(one for one in self.include if not any(self._chooses(one, matrix) for matrix in readable))
+        eligible = [matrix for matrix in matrices if self._eligible(matrix)]
+        return tuple(one for one in self.include if not any(self._chooses(one, matrix) for matrix in eligible))
+
+    def concerns(self, matrix: WeightMatrix) -> bool:
+        """Whether the edit has anything to do with `matrix`; edits that carry values of their own narrow it."""
+        return True
+
+    def _eligible(self, matrix: WeightMatrix) -> bool:
+        return matrix.refusal is None and self.concerns(matrix)
 
     def selection_params(self) -> dict[str, list[str]]:
         """`include` and `exclude`, ready for JSON."""

@@ -105,9 +105,9 @@ class TaskArithmetic(Selection):
                     )
         return self
 
-    def selects(self, matrix: WeightMatrix) -> bool:
-        """Whether a task changes this matrix, and the patterns let it."""
-        return super().selects(matrix) and any(_has(source, matrix) for source in self.sources)
+    def concerns(self, matrix: WeightMatrix) -> bool:
+        """Whether a task changes this matrix."""
+        return any(_has(source, matrix) for source in self.sources)
 
     def plan(self, matrix: WeightMatrix, context: object = None) -> Tensor | None:
         """The new values (d_out, d_in) in the storage dtype; None where no task changes them. Pure.
