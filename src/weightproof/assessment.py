@@ -413,7 +413,9 @@ class Assessor:
             stray_names=tuple(sorted(subject.stray)),
             corrections=subject.corrected,
             reverted=subject.reverted,
-            reach=None if subject.kind.name == "train" else reach_of(every, here | subject.stray),
+            reach=None
+            if subject.kind.name == "train"
+            else reach_of(every, here | subject.stray, named=subject.kind.name == "quantize"),
         )
 
     def _outside_readings(

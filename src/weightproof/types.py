@@ -364,13 +364,27 @@ class CircuitReading:
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """How much of a model's matrices an edit changed (values or storage), in parameters.
+
+    `untouched` names, by family, the tensors of matrices that a quantization left as they were; `untouched_fraction`
+    is their share of the family's parameters, of any edit.
+    """
+
+    touched_fraction: float
+    untouched: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    untouched_fraction: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
 class EditRecord:
     """What changed: by declaration and by measurement.
 
     `relative_delta` is ||W' - W||_F / ||W||_F per changed matrix (None where W is zero).
     `stray_names` changed since the last accepted state outside of any guarded change;
     `corrections` says which matrices a policy with `correct` brought back to their limit, and `reverted` which
-    tensors of the edit were restored, so that the rest of it could be kept (`on_violation="revert-worst"`).
+    tensors of the edit were restored, so that the rest of it could be kept (`on_violation="revert-worst"`). `reach`
+    is None for training, and where nobody read it.
     """
 
     name: str
@@ -386,6 +400,7 @@ class EditRecord:
     stray_names: tuple[str, ...] = ()
     corrections: tuple[str, ...] = ()
     reverted: tuple[str, ...] = ()
+    reach: Reach | None = None
 
 
 @dataclass(frozen=True, slots=True)

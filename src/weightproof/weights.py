@@ -314,8 +314,6 @@ def _packed_matrices(walk: _Walk) -> Iterator[WeightMatrix]:
 
 def _stored_parts(walk: _Walk, placed: Placed, by_raw: Mapping[str, _Entry]) -> dict[str, str]:
     """Local name of each part of a packed weight -> public name of the tensor; a bias is not a part."""
-    if not isinstance(placed.found, PackedWeight):
-        return {}
     return {local: walk.name(by_raw[placed.raw(local)]) for local in placed.found.tensors if local != "bias"}
 
 
@@ -334,7 +332,7 @@ def _packed_matrix(placed: Placed, names: list[str], parts: Mapping[str, str]) -
         storage=found.backend,
     )
     if not isinstance(found, PackedWeight):
-        return replace(matrix, refusal=found.refusal)
+        return replace(matrix, parts=parts, refusal=found.refusal)
     return replace(matrix, dtype=found.dtype, load=found.dequantize, parts=parts, rebuild=found.rebuild)
 
 

@@ -63,11 +63,23 @@ def show_decision(console: Console, step: Mapping[str, Any], not_tested: Sequenc
     warned = ", with a warning" if step["warned"] else ""
     console.print(f"[{style}]{step['action']}[/]{warned}: {escape(step['name'])} (assurance: {step['assurance']})")
     console.print(f"because {escape(str(step['reason']))}")
+    if reached := _reached(step):
+        console.print(escape(reached))
     console.print(f"next: {NEXT.get(step['situation'], 'read the reason above')}", "")
     console.print(_verdict_table(step["verdicts"]), "")
     console.print("not tested:")
     for sentence in not_tested:
         console.print(f"  - {escape(str(sentence))}")
+
+
+def _reached(step: Mapping[str, Any]) -> str | None:
+    """How much of the matrices an edit changed, where it left some of them as they were."""
+    reach = (step.get("record") or {}).get("reach") or {}
+    left = reach.get("untouched_fraction") or {}
+    if not left:
+        return None
+    untouched = ", ".join(f"{family} {share:.0%}" for family, share in left.items())
+    return f"changed {reach['touched_fraction']:.1%} of the matrix parameters; untouched: {untouched}"
 
 
 def worst_table(step: Mapping[str, Any], count: int) -> Table | None:

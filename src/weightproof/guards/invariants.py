@@ -11,6 +11,7 @@ No number here is a tuned limit: each is exact. In the order in which they are r
   moments that no gradients could have made, processes that were given each other's batches,
   and a loss that rose and stayed there (limits in `weightproof.spikes`; the one entry that is no exact fact);
 - scope: a changed tensor that no declared target covers is FAIL;
+- reach: block matrices that a declared quantization left as they were are WARN, with their share;
 - contract: a breach of a rigorous bound is FAIL, of a typical size WARN, an unmeasured one WARN (`guards.contract`).
 """
 
@@ -22,6 +23,7 @@ from typing import ClassVar, final
 
 from weightproof.guards.conclude import conclude, unmeasured
 from weightproof.guards.contract import judge_contract, no_op_words
+from weightproof.guards.reach import judge_reach
 from weightproof.guards.scope import Scope, changed_tensors
 from weightproof.guards.structure import judge_structure
 from weightproof.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is_witnessed
@@ -55,6 +57,7 @@ class Invariants:
             *_judge_window(after),
             *judge_structure(before, after),
             *_judge_edit(before, after),
+            *judge_reach(before, after),
             *judge_contract(before, after),
         ]
         nothing = unmeasured(after, "tensors", "no tensor was read both before and after the change")
