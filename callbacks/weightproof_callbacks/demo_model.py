@@ -50,7 +50,12 @@ def _digest(recipe: Mapping[str, Any]) -> str:
     import transformers
 
     shaping = {name: recipe[name] for name in _SECTIONS}
-    content = {**shaping, "torch": torch.__version__, "transformers": transformers.__version__}
+    content = {
+        **shaping,
+        "files": [FOLDER, RETAIN, TRAIN, _TRAIN_BYTES],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -80,9 +80,8 @@ class FullTraining:
             output_dir=job.folder / "weightproof",
             **dict(job.guard),
         )
-        callbacks: list[TrainerCallback] = [guard]
-        if self.schedule is not None:
-            callbacks.append(self.schedule.attach(guard))
+        scheduled = [] if self.schedule is None else [self.schedule.attach(guard)]
+        callbacks: list[TrainerCallback] = [guard, *scheduled]
         scratch = job.folder / "trainer"
         trainer = HuggingFaceTrainer(
             model=model,
@@ -97,7 +96,8 @@ class FullTraining:
         model.eval()
         shutil.rmtree(scratch, ignore_errors=True)
         halted = [one.decision.reason for one in guard.history if one.decision and one.decision.action is Action.HALT]
-        return Trained(guard.history, int(trainer.state.global_step), halted[0] if halted else None)
+        notes = tuple(one.in_words() for one in scheduled if hasattr(one, "in_words"))
+        return Trained(guard.history, int(trainer.state.global_step), halted[0] if halted else None, notes=notes)
 
     def _arguments(self, scratch: Path, model: nn.Module, job: TrainingJob) -> TrainingArguments:
         on_cpu = next(model.parameters()).device.type == "cpu"

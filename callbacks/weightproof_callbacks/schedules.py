@@ -210,6 +210,13 @@ class HeldMasks(TrainerCallback):
         """Matrix name -> True where a weight may live; of a sharded matrix this process's part."""
         return {matrix.name: mask for matrix, mask in self._held}
 
+    def in_words(self) -> str:
+        """How much is held at 0, for people."""
+        zeros = sum(int((~mask).sum()) for _, mask in self._held)
+        size = sum(mask.numel() for _, mask in self._held)
+        share = f": {100 * zeros / size:.1f} % of their weights" if size else ""
+        return f"{len(self._held)} matrices are pruned{share}"
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -263,6 +270,10 @@ class FakeWeights(TrainerCallback):
         self._matrices: Sequence[WeightMatrix] = ()
         self._own: MatrixBits | None = None
         self.steps_shown = 0
+
+    def in_words(self) -> str:
+        """How often rounded weights were shown, for people."""
+        return f"{len(self._matrices)} matrices were shown rounded in {self.steps_shown} steps"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -24,6 +24,7 @@ Steps, one mapping each in `edits`:
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from weightproof.policy import Policy, load_policy
 from weightproof.recipe_fields import Fields, nearest
 from weightproof.recipe_plugins import build, checked_params, references, require_plugin
 from weightproof.recipe_source import RecipeText, find_recipe, read_recipe
-from weightproof.registry import plugins
+from weightproof.registry import load_plugin, plugins
 
 __all__ = ["Cadence", "Data", "Recipe", "RecipeStep", "load_recipe", "parse_recipe"]
 
@@ -255,6 +256,7 @@ def _cadence(given: Fields) -> Cadence:
 
 def _steps(top: Fields) -> tuple[RecipeStep, ...]:
     common = top.fields("training")
+    _require_trainers(common, top.items("edits"))
     steps: list[RecipeStep] = []
     for index, entry in enumerate(top.items("edits")):
         step = _step(entry, index, common)
@@ -265,12 +267,30 @@ def _steps(top: Fields) -> tuple[RecipeStep, ...]:
             if asked not in names:
                 raise InputError(f"{entry.at(param)} refers to the step {asked!r}, which is none before it"
                                  f"{nearest(asked, names)}")  # fmt: skip
-        if not references(step.params) and step.verb != "plan":
+        if not references(step.params) and _is_made_early(step):
             step.make()  # what the plug-in itself refuses, it refuses now
         steps.append(step)
-    if common.values and not any(step.verb == "train" for step in steps):
-        raise InputError("training is given, and no step trains: add one (train: full), or leave it out")
     return tuple(steps)
+
+
+def _is_made_early(step: RecipeStep) -> bool:
+    """Whether making the plug-in does nothing yet: planners, and externals that are functions, act at once."""
+    return step.verb in ("edit", "train") or (
+        step.verb == "external" and isinstance(load_plugin(GROUPS["external"], step.plugin), type)
+    )
+
+
+def _require_trainers(common: Fields, entries: Sequence[Fields]) -> None:
+    """Each value of `training` is a parameter of a trainer of this recipe."""
+    names = [entry.get("train", str) for entry in entries if "train" in entry.values]
+    if common.values and not names:
+        raise InputError("training is given, and no step trains: add one (train: full), or leave it out")
+    registered = [name for name in names if name in plugins(GROUPS["train"])]  # others are refused at their step
+    common.require_known(sorted({one for name in registered for one in _parameters(GROUPS["train"], name)}))
+
+
+def _parameters(group: str, plugin: str) -> list[str]:
+    return list(inspect.signature(load_plugin(group, plugin)).parameters)
 
 
 def _step(entry: Fields, index: int, common: Fields) -> RecipeStep:
@@ -284,8 +304,9 @@ def _step(entry: Fields, index: int, common: Fields) -> RecipeStep:
     name = entry.get("name", str, _default_name(index, plugin))
     if not _NAME.fullmatch(name):
         raise InputError(f"{entry.at('name')} is {name!r}: a folder is called so; use letters, digits, '-', '_', '.'")
-    if verb == "train":
-        given = {**common.values, **given}
+    if verb == "train" and plugin in plugins(GROUPS[verb]):
+        known = _parameters(GROUPS[verb], plugin)
+        given = {**{key: value for key, value in common.values.items() if key in known}, **given}
     words = entry.get("kind", str | None) if verb == "external" else None
     return RecipeStep(
         place=entry.place,
@@ -334,8 +355,6 @@ def _params(group: str, plugin: str, given: Mapping[str, Any], place: str, ours:
 
 def _with_step_keys(error: InputError, given: Mapping[str, Any], factory: Any, place: str) -> InputError:
     """Of an unknown key, the nearest among the plug-in's parameters and the keys of every step."""
-    import inspect
-
     known = [*inspect.signature(factory).parameters, *_STEP_KEYS]
     unknown = next((key for key in given if key not in known), None)
     return error if unknown is None else InputError(f"{place}.{unknown} is unknown{nearest(unknown, known)}")
