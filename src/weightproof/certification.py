@@ -6,21 +6,17 @@ back: the certificate says whether the subject may take the place of the base.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
-import weightproof
 from weightproof.case_file import Base, CaseFile, statement_of
 from weightproof.certificate import Certificate
 from weightproof.checkpoints import open_checkpoint
 from weightproof.comparison import Comparison, compare_folders
 from weightproof.errors import InputError
-from weightproof.evidence import not_tested, now, step_json, windows_json
+from weightproof.evidence import environment, not_tested, now, step_json, windows_json
 from weightproof.file_digests import WEIGHT_FILES
 from weightproof.judging import Judged, decide_on, judge_all
 from weightproof.kinds import parse_kind
@@ -236,16 +232,6 @@ def _known(unmeasured: Mapping[str, str]) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------- the case
-
-
-def environment(device: str) -> dict[str, str]:
-    """Versions that shape the numbers, and the device that the models ran on."""
-    return {
-        "weightproof": weightproof.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device,
-    }
 
 
 def _case(

@@ -56,14 +56,16 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def environment(model: nn.Module) -> dict[str, str]:
-    """Versions that shape the numbers, and the device that the model is on."""
-    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+def environment(on: nn.Module | str) -> dict[str, str]:
+    """Versions that shape the numbers, and the device: its name, or that of the device that a model is on."""
+    if not isinstance(on, str):
+        first = next(itertools.chain(on.parameters(), on.buffers()), None)
+        on = "cpu" if first is None else first.device.type
     return {
         "weightproof": weightproof.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": "cpu" if first is None else first.device.type,
+        "device": on,
     }
 
 

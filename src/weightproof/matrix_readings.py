@@ -7,6 +7,7 @@ whether the values were here all along or were put together from shards.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -137,8 +138,11 @@ def fit_reading(matrix: WeightMatrix, weight: torch.Tensor) -> tuple[BulkReading
         fit = fit_bulk(weight, name=matrix.name)
     except InputError as error:
         return no_bulk(matrix, str(error)), None
-    top = float(fit.singular_values[0]) / fit.edge_plus if fit.edge_plus else None
-    reading = BulkReading(
+    return _of_fit(matrix, fit), fit
+
+
+def _of_fit(matrix: WeightMatrix, fit: BulkFit) -> BulkReading:
+    return BulkReading(
         name=matrix.name,
         family=matrix.family,
         null=fit.null,
@@ -149,11 +153,10 @@ def fit_reading(matrix: WeightMatrix, weight: torch.Tensor) -> tuple[BulkReading
         num_spikes_high=fit.num_spikes,
         spike_energy=fit.spike_energy,
         ks_distance=fit.ks_distance,
-        top_over_edge=top,
+        top_over_edge=float(fit.singular_values[0]) / fit.edge_plus if fit.edge_plus else None,
         pure_bulk=is_pure_bulk(fit),
         method=fit.method,
     )
-    return reading, fit
 
 
 def read_bulk(
@@ -173,18 +176,12 @@ def bound_reading(matrix: WeightMatrix, fit: BulkFit, delta: float) -> BulkReadi
     appear for one process and not for many, whose bounds differ in their last digits.
     """
     low, high = bound_num_spikes(fit, delta)
-    return BulkReading(
-        name=matrix.name,
-        family=matrix.family,
-        null=fit.null,
-        sigma_mp=fit.sigma_mp,
-        edge_plus=fit.edge_plus,
-        num_spikes=fit.num_spikes,
+    return replace(
+        _of_fit(matrix, fit),
         num_spikes_low=low,
         num_spikes_high=high,
         spike_energy=None,
         ks_distance=None,
         top_over_edge=None,
-        pure_bulk=is_pure_bulk(fit),
         method=f"weyl-bound({fit.method})",
     )

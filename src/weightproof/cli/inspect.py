@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from weightproof.cli.spectral_report import MatrixReport, SpectralReport
 
 NAME_WIDTH = 26
-WIDTH = 118
-"""Columns of the tables where standard output is not a terminal."""
 
 
 class Null(StrEnum):
@@ -82,11 +80,9 @@ def display_names(names: Sequence[str]) -> list[str]:
 
 def print_report(report: SpectralReport) -> None:
     """Write the report for people to standard output."""
-    from rich.console import Console
+    from weightproof.cli.decision_view import open_console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+    console = open_console()
     if report.measured:
         table = _matrix_table(report, console.width)
         console.print(table)

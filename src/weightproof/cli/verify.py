@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from weightproof.verify import Verification
 
-WIDTH = 118
 STYLES = {"valid": "bold green", "invalid": "bold red", "undecided": "bold yellow"}
 CODES = {"valid": 0, "invalid": 1, "undecided": 2}
 """Exit codes; 3 is bad input."""
@@ -81,12 +80,11 @@ def verify(  # noqa: PLR0913, PLR0917 - one option a line
 
 def show(found: Verification) -> None:
     """Print the answer for people: the status first, then the differences."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+    from weightproof.cli.decision_view import open_console
+
+    console = open_console()
     status = str(found.status)
     console.print(f"[{STYLES[status]}]{status}[/] at level {found.level}: {MEANINGS[status]}")
     decided = found.action or "nothing was decided yet"
