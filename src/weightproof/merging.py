@@ -81,8 +81,8 @@ def words_for(merge: Merge, before: Tensor, after: Tensor) -> str:
             f"the base is stored in 4 bits ({_LEVELS} values in {_BLOCK} weights at most): rounding to them is an "
             f"error of {merge.error:.3g} times the delta; merge into the unquantised base"
         )
-    if merge.rest > max(3 * merge.limit, _WHOLE * abs(merge.coefficient)):
-        return f"what changed is not this adapter's delta: {merge.rest:.3g} times its size has another direction"
+    if merge.rest > max(merge.limit, abs(merge.coefficient - 1.0) / 2):
+        return f"something else than this adapter's delta changed: {merge.rest:.3g} times its size"
     return _multiple(merge.coefficient)
 
 

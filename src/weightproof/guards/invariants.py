@@ -17,7 +17,7 @@ No number here is a tuned limit: each is exact. In the order in which they are r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -179,7 +179,7 @@ def _judge_edit(before: Readings, after: Readings) -> Iterator[Measurement]:
         reason = f"changed outside of any guarded edit before this one began, and judged with it: {shown}"
         count = float(len(edit.stray_names))
         yield Measurement("invariants", "model", "num_stray_tensors", count, 0.0, 0.0, "model", Outcome.WARN, reason)
-    if not changed and not edit.replaced_modules:
+    if _is_no_op(before, after, edit, changed):
         yield _judge_no_op(edit)
     if edit.targets is None:
         return
@@ -190,6 +190,13 @@ def _judge_edit(before: Readings, after: Readings) -> Iterator[Measurement]:
     for target in edit.targets:
         if not any(scope.covers(name, (target,)) for name in changed):
             yield _unmet(target, exists=any(scope.covers(name, (target,)) for name in known))
+
+
+def _is_no_op(before: Readings, after: Readings, edit: EditRecord, changed: Collection[str]) -> bool:
+    """Whether nothing changed; of a merge, whether nothing did but the adapter's own tensors, which it takes away."""
+    if edit.kind == "lora_merge":
+        return not any(name in before.tensors and name in after.tensors for name in changed)
+    return not changed and not edit.replaced_modules
 
 
 def _judge_no_op(edit: EditRecord) -> Measurement:

@@ -1,0 +1,220 @@
+"""Adapters that PEFT trained, merged rightly and wrongly: the right merge is kept, each wrong one is called by name.
+
+Nothing here is told by data: the sessions have none, and the contract is one of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from trained_adapters import adapter_folder, load_adapted, mean_loss
+from trained_models import load
+
+from weightproof import GuardSession, edits, kinds
+from weightproof.adapters import read_adapter
+from weightproof.snapshot import write_matrix
+from weightproof.steps import Step
+from weightproof.tensor_store import model_digest, tensor_digest
+from weightproof.types import Outcome
+from weightproof.weights import iter_weight_matrices
+
+NAMES = ("llama", "gpt2")
+
+
+def weights_digest(model: nn.Module) -> str:
+    return model_digest({name: tensor_digest(tensor) for name, tensor in model.state_dict().items()})
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
+
+
+def with_scaling(factor: float) -> Callable[[Any], None]:
+    def merge(model: Any) -> None:
+        for layer in lora_layers(model):
+            layer.scaling["default"] *= factor
+        model.merge_adapter()
+
+    return merge
+
+
+def twice(model: Any) -> None:
+    model.merge_adapter()
+    for layer in lora_layers(model):
+        layer.merged_adapters.clear()  # what a script forgets that loads merged weights and merges again
+    model.merge_adapter()
+
+
+def all_but_one(model: Any) -> None:
+    for layer in lora_layers(model)[1:]:
+        layer.merge()
+
+
+def onto_four_bits(model: Any) -> None:
+    """Merge as into a 4-bit base: the sum is rounded to the base's levels again."""
+    model.merge_adapter()
+    four = edits.RTN(4, granularity="group", group_size=64)
+    for matrix in list(iter_weight_matrices(model)):
+        planned = four.plan(matrix, None) if four.selects(matrix) else None
+        if planned is not None and ".lora_" not in matrix.name:
+            write_matrix(matrix, planned)
+
+
+def something_else(model: Any) -> None:
+    model.merge_adapter()
+    with torch.no_grad():
+        lora_layers(model)[0].base_layer.weight.mul_(1.5)
+
+
+WRONG = {
+    "twice": (twice, "the delta was merged twice"),
+    "wrong sign": (with_scaling(-1.0), "the delta was merged with the wrong sign"),
+    "ten times": (with_scaling(10.0), "the delta was merged 10 times over, or with 10 times its scaling"),
+    "half": (with_scaling(0.5), "the delta was merged with 0.5 times its scaling"),
+    "not at all": (lambda model: None, "the merged model is byte-identical to the base: it was not merged"),
+    "one layer left out": (all_but_one, "the delta was not merged: the matrix is byte-identical to the base"),
+    "and something else": (something_else, "something else than this adapter's delta changed"),
+}
+
+
+def invariants(step: Step) -> Any:
+    return next(verdict for verdict in step.verdicts if verdict.guard == "invariants")
+
+
+def reasons(step: Step) -> str:
+    return "; ".join(str(one.reason) for one in invariants(step).measurements)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_learns_what_its_base_does_not_know(name):
+    model = load_adapted(name)
+    with model.disable_adapter():
+        before = mean_loss(name, model)
+    assert mean_loss(name, model) < before - 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_right_merge_is_kept_and_each_wrong_one_is_named(name, dtype):
+    model = load_adapted(name, dtype)
+    session = GuardSession(model)
+    digest = weights_digest(model)
+    kind = kinds.LoraMerge(adapter_folder(name))
+    for wrong, (merge, words) in WRONG.items():
+        with session.edit(wrong, kind=kind) as step:
+            merge(model)
+        assert step.applied == "restored"
+        assert invariants(step).outcome is Outcome.FAIL
+        assert words in reasons(step)
+        assert weights_digest(model) == digest
+    with session.edit("once", kind=kind) as step:
+        model.merge_adapter()
+    assert (step.applied, invariants(step).outcome) == ("kept", Outcome.PASS), step.decision.reason
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_merge_into_a_base_of_four_bits_is_named(name):
+    model = load_adapted(name)
+    kind = kinds.LoraMerge(model)
+    four = edits.RTN(4, granularity="group", group_size=64)
+    for matrix in list(iter_weight_matrices(model)):
+        planned = four.plan(matrix, None) if four.selects(matrix) and ".lora_" not in matrix.name else None
+        if planned is not None:
+            write_matrix(matrix, planned)
+    session = GuardSession(model)
+    with session.edit("requantised", kind=kinds.LoraMerge(model, same_base=False)) as step:
+        onto_four_bits(model)
+    assert step.applied == "restored"
+    assert "the base is stored in 4 bits" in reasons(step)
+    with pytest.raises(Exception, match="another base"), session.edit("unasked", kind=kind):
+        pass
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_a_merge_by_peft_is_recognised_and_held_to_its_contract(name, how):
+    model = load_adapted(name)
+    session = GuardSession(model)
+    with session.edit("wrong, undeclared") as step:
+        with_scaling(-1.0)(model)
+    assert (step.kind.name, step.applied) == ("lora_merge", "restored")
+    assert "wrong sign" in step.decision.reason
+    with session.edit("right, undeclared") as step:
+        getattr(model, how)()
+    assert (step.kind.name, step.applied) == ("lora_merge", "kept"), step.decision.reason
+    assert "adapters default" in step.record.params["inferred"]
+    assert step.record.params["adapter"] == read_adapter(adapter_folder(name)).digest
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_a_merged_adapter_that_is_byte_identical_to_the_base_is_named(how):
+    model = load_adapted("llama")
+    with torch.no_grad():
+        for layer in lora_layers(model):
+            layer.lora_B["default"].weight.zero_()  # as before any training
+    session = GuardSession(model)
+    with session.edit("a no-op") as step:
+        getattr(model, how)()
+    assert step.applied == "restored"
+    assert "byte-identical to the base: every delta of the adapter is zero" in reasons(step)
+
+
+def test_unmerge_is_recognised_and_held_to_what_it_takes_out():
+    model = load_adapted("llama")
+    session = GuardSession(model)
+    with session.edit("merge"):
+        model.merge_adapter()
+    with session.edit("unmerge") as step:
+        model.unmerge_adapter()
+    assert (step.kind.name, step.applied) == ("lora_merge", "kept")
+    assert step.record.params["reverse"] is True
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unmerge_in_half_precision_loses_bits_and_a_rollback_loses_none(name, capsys):
+    model = load_adapted(name, torch.bfloat16)
+    before = {n: tensor.clone() for n, tensor in model.state_dict().items() if "base_layer.weight" in n}
+    session = GuardSession(model)
+    with pytest.raises(RuntimeError, match="changed my mind"), session.edit("merge"):
+        model.merge_adapter()
+        raise RuntimeError("changed my mind")
+    assert all(torch.equal(model.state_dict()[n], tensor) for n, tensor in before.items())
+    model.merge_adapter()
+    model.unmerge_adapter()
+    after = model.state_dict()
+    lost = sum(int((after[n] != tensor).sum()) for n, tensor in before.items())
+    share = lost / sum(tensor.numel() for tensor in before.values())
+    with capsys.disabled():
+        print(
+            f"\n{name}: unmerge in bfloat16 left {share:.1%} of the adapted weights other than they were; rollback: 0"
+        )
+    assert share > 0.01
+
+
+def test_an_adapter_beside_those_in_use_preserves_the_function():
+    model = load_adapted("llama")
+    session = GuardSession(model)
+    with session.edit("a second adapter") as step:
+        model.add_weighted_adapter(["default"], [0.5], "second", combination_type="linear")
+    assert (step.kind.name, step.applied) == ("preserving", "kept"), step.decision.reason
+    assert "second was added" in step.record.params["inferred"]
+
+
+def test_a_base_model_takes_a_merge_from_a_folder_and_refuses_that_of_another_base():
+    base = load("llama").model
+    session = GuardSession(base, policy="aggressive")
+    folder = adapter_folder("llama")
+    adapter = read_adapter(folder)
+    with session.edit("by hand", kind=kinds.LoraMerge(folder), on_violation="monitor") as step:
+        for matrix in list(iter_weight_matrices(base)):
+            if matrix.name in adapter.deltas:
+                write_matrix(matrix, matrix.load() + adapter.deltas[matrix.name].dense())
+    assert invariants(step).outcome is Outcome.PASS, invariants(step).reason
+    with pytest.raises(Exception, match="was trained on another base"):
+        kinds.LoraMerge(folder).bound(base)
+    with pytest.raises(Exception, match="GPT2LMHeadModel does not have"):
+        kinds.LoraMerge(folder).bound(load("gpt2").model)
