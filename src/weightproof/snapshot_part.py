@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,34 @@ class Plan:
     fresh: Mapping[_Held, Sequence[torch.Tensor]]
 
 
+class KeptTensors:
+    """The tensors of one snapshot on one process, read when they are asked for; each read is proven.
+
+    Args:
+        files_of: Reads the file that holds certain tensors.
+        manifest: Of the snapshot.
+    """
+
+    def __init__(self, files_of: Callable[[_Held], list[torch.Tensor]], manifest: Manifest) -> None:
+        self._files_of = files_of
+        self._places = {item.digest: held for held in manifest.objects for item in held}
+        # Small tensors that share a file, and the experts of one stacked tensor, are asked for one after the other.
+        self._last: tuple[_Held, list[torch.Tensor]] | None = None
+        self.digests: Mapping[str, str] = manifest.tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU; do not write to it.
+
+        Raises:
+            RestoreError: If its file is gone, or not, bit for bit, the one that was written.
+        """
+        held = self._places[self.digests[name]]
+        if self._last is None or self._last[0] != held:
+            self._last = held, self._files_of(held)
+        index = next(i for i, item in enumerate(held) if item.digest == self.digests[name])
+        return self._last[1][index]
+
+
 class RankFolder:
     """The files of one process.
 
@@ -134,13 +162,11 @@ class RankFolder:
         Raises:
             RestoreError: If that failed, or the manifest is not the committed one.
         """
-        manifest = self.manifest(number)
-        if committed is None or manifest.digest != committed.digest:
-            raise RestoreError(f"the manifest {self._path_of(number)} is not the one that was committed")
+        manifest = self._committed(number, committed)
         found: dict[str, torch.Tensor] = {}
         wanted = set(manifest.tensors.values())
         for held in manifest.objects:
-            values = read_tensor_file(self._objects / object_name(held), held, self._files)
+            values = self._file_of(held)
             found |= {item.digest: value for item, value in zip(held, values, strict=True) if item.digest in wanted}
         tensors: dict[str, torch.Tensor] = {}
         given: set[str] = set()
@@ -149,6 +175,32 @@ class RankFolder:
             tensors[name] = found[digest].clone() if digest in given else found[digest]
             given.add(digest)
         return Saved(SnapshotId(manifest.id), manifest.step, tensors, manifest.values, manifest.digest)
+
+    def prove(self, number: int, committed: Manifest | None) -> None:
+        """Prove every byte of a snapshot, file after file.
+
+        Raises:
+            RestoreError: As for `read`.
+        """
+        for held in self._committed(number, committed).objects:
+            self._file_of(held)
+
+    def tensors(self, number: int, committed: Manifest | None) -> KeptTensors:
+        """The tensors of a snapshot, one by one.
+
+        Raises:
+            RestoreError: If the manifest is damaged, or not the committed one.
+        """
+        return KeptTensors(self._file_of, self._committed(number, committed))
+
+    def _committed(self, number: int, committed: Manifest | None) -> Manifest:
+        manifest = self.manifest(number)
+        if committed is None or manifest.digest != committed.digest:
+            raise RestoreError(f"the manifest {self._path_of(number)} is not the one that was committed")
+        return manifest
+
+    def _file_of(self, held: _Held) -> list[torch.Tensor]:
+        return read_tensor_file(self._objects / object_name(held), held, self._files)
 
     # ---------------------------------------------------------------- writing
 

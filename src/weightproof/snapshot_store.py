@@ -24,12 +24,12 @@ from weightproof.collective import Processes
 from weightproof.errors import InputError, RestoreError, SnapshotError
 from weightproof.files import DISK, FileSystem, make_folders, reason_of
 from weightproof.snapshot_manifest import Manifest
-from weightproof.snapshot_part import Plan, RankFolder, Saved, SnapshotId
+from weightproof.snapshot_part import KeptTensors, Plan, RankFolder, Saved, SnapshotId
 from weightproof.store_lock import LOCK_FILE, HeldLock, lock_folder
 from weightproof.tensor_files import file_size, object_name
 from weightproof.tensor_store import readable
 
-__all__ = ["Opened", "Saved", "SnapshotFolder", "SnapshotId"]
+__all__ = ["KeptTensors", "Opened", "Saved", "SnapshotFolder", "SnapshotId"]
 
 logger = logging.getLogger("weightproof")
 
@@ -156,24 +156,55 @@ class SnapshotFolder:
         return SnapshotId(manifest.id)
 
     def latest(self) -> Saved | None:
-        """Read the newest committed snapshot; None if there is none. The same one on every rank.
+        """Read the newest snapshot of which every bit, on every rank, is as it was written; the same one on every rank.
+
+        One that is damaged is passed over, and the log says so: it no longer counts, and the next save removes it.
+
+        Returns:
+            The snapshot; None if there was never one.
 
         Raises:
-            RestoreError: If any bit of it, on any rank, is not the one that was written. An older one is never
-                given in its place: `load` it by its number from `ids`.
+            RestoreError: If snapshots are there, and every one is damaged; nothing is removed.
         """
-        return self.load(self.ids[-1]) if self._kept else None
+        damaged: dict[SnapshotId, RestoreError] = {}
+        for number in self.ids[::-1]:
+            try:
+                saved = self.load(number)
+            except RestoreError as error:
+                damaged[number] = error
+                continue
+            self._pass_over(damaged, saved)
+            return saved
+        if damaged:
+            reasons = "; ".join(str(error) for error in damaged.values())
+            raise RestoreError(f"no snapshot in {self.path} can be used: {reasons}")
+        return None
+
+    def _pass_over(self, damaged: Mapping[SnapshotId, RestoreError], saved: Saved) -> None:
+        for number, error in damaged.items():
+            # What it holds must not be taken for stored, should the run come to the same tensors again.
+            del self._kept[number]
+            if self._processes.is_main:
+                logger.warning(
+                    "%s: the newer snapshot %d is damaged and is passed over; snapshot %d (step %d) is used in its "
+                    "place, and the next save removes the damaged one: %s",
+                    self.path,
+                    number,
+                    saved.id,
+                    saved.step,
+                    error,
+                )
 
     def load(self, number: SnapshotId | int) -> Saved:
         """Read a snapshot and prove every byte of it.
 
         Raises:
             InputError: If there is no such snapshot.
-            RestoreError: As for `latest`.
+            RestoreError: If any bit of it, on any rank, is not the one that was written. Another one is never given in
+                its place.
         """
         with self._processes.together(_LOADING):
-            if number not in self._kept:
-                raise InputError(f"{self.path} has no snapshot {number}; it has {_listed(self.ids)}")
+            self._require_known(number)
             try:
                 return self._part.read(number, self._kept[number])
             except RestoreError as error:
@@ -181,6 +212,31 @@ class SnapshotFolder:
                 raise RestoreError(
                     f"snapshot {number} cannot be used: {error}. Besides it the folder has {_listed(others)}"
                 ) from error
+
+    def verify(self, number: SnapshotId | int) -> None:
+        """Prove every byte of a snapshot, on all ranks, and keep nothing of it in memory.
+
+        Raises:
+            InputError: If there is no such snapshot.
+            RestoreError: As for `load`.
+        """
+        with self._processes.together(_LOADING):
+            self._require_known(number)
+            self._part.prove(number, self._kept[number])
+
+    def tensors(self, number: SnapshotId | int) -> KeptTensors:
+        """This rank's tensors of a snapshot, read one by one, each proven; waits for no other rank.
+
+        Raises:
+            InputError: If there is no such snapshot.
+            RestoreError: If its manifest on this rank is damaged.
+        """
+        self._require_known(number)
+        return self._part.tensors(number, self._kept[number])
+
+    def _require_known(self, number: SnapshotId | int) -> None:
+        if number not in self._kept:
+            raise InputError(f"{self.path} has no snapshot {number}; it has {_listed(self.ids)}")
 
     def prune(self) -> tuple[SnapshotId, ...]:
         """Remove the oldest snapshots beyond `keep` and `budget`, and files that no snapshot needs.
