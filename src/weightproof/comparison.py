@@ -17,7 +17,7 @@ from weightproof import kinds
 from weightproof.change_readings import ChangeScope, change_of, kept_circuits
 from weightproof.checkpoints import Checkpoint, StoredTensor, open_checkpoint
 from weightproof.collective import Processes
-from weightproof.errors import BaselineError, InputError
+from weightproof.errors import InputError
 from weightproof.file_digests import file_digests
 from weightproof.folder_readings import (
     FolderReadings,
@@ -34,6 +34,7 @@ from weightproof.judging import Judged
 from weightproof.policy import Policy
 from weightproof.probes import with_circuits
 from weightproof.registry import load_plugin
+from weightproof.tensor_readings import require_finite
 from weightproof.types import BulkFit, ContractReading, EditRecord, Readings, TensorReading, WeightMatrix
 
 __all__ = ["Comparison", "FolderReadings", "compare_folders", "read_folder"]
@@ -95,7 +96,7 @@ def compare_folders(  # noqa: PLR0913 - two folders, and how to look at them
     _require_one_model(old, new)
     base_files, files = file_digests(old.folder), file_digests(new.folder)
     before = read_state_of(old, progress=progress)
-    _require_finite(old, before.readings)
+    require_finite(before.readings.tensors, f"the base {old.folder}", "repair or download it again")
     tensors = tensor_readings(new, progress=progress)
     differing = _differing(before.readings.tensors, tensors)
     in_both = {name for name in differing if name in tensors and name in before.readings.tensors}
@@ -190,16 +191,6 @@ def _values(stored: StoredTensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- two versions of one model
-
-
-def _require_finite(checkpoint: Checkpoint, readings: Readings) -> None:
-    broken = [one for one in readings.tensors.values() if one.num_nonfinite and not one.is_infinite_by_design]
-    if broken:
-        shown = ", ".join(f"{one.name} ({one.num_nonfinite})" for one in broken[:3])
-        raise BaselineError(
-            f"the base {checkpoint.folder} itself holds NaN or inf in {len(broken)} tensors: {shown}. Nothing can be "
-            "certified against a broken model: repair or download it again"
-        )
 
 
 def _require_one_model(old: Checkpoint, new: Checkpoint) -> None:

@@ -11,6 +11,7 @@ from weightproof.baseline import Baseline
 from weightproof.collective import Processes
 from weightproof.errors import BaselineError, InputError
 from weightproof.steps import MasterWeights, Step
+from weightproof.tensor_readings import require_finite
 from weightproof.types import TensorReading
 from weightproof.weights import iter_tensors, unwrap
 
@@ -140,10 +141,4 @@ def require_sound(tensors: Mapping[str, TensorReading]) -> None:
             f"the processes do not hold the same model: {len(torn)} tensors differ from those of rank 0: {shown}. Load "
             "the same weights on every rank, or prepare the model (accelerator.prepare, DDP) before it is guarded"
         )
-    broken = [reading for reading in tensors.values() if reading.num_nonfinite and not reading.is_infinite_by_design]
-    if broken:
-        shown = ", ".join(f"{reading.name} ({reading.num_nonfinite})" for reading in broken[:3])
-        raise BaselineError(
-            f"the baseline itself holds NaN or inf in {len(broken)} tensors: {shown}. Nothing can be certified "
-            "against a broken model: repair or reload it first"
-        )
+    require_finite(tensors, "the baseline", "repair or reload it first")

@@ -71,6 +71,21 @@ def read_tensors(
     return _merged(fresh, known, sorted(known.keys() - {named.name for named in present}), processes)
 
 
+def require_finite(tensors: Mapping[str, TensorReading], whose: str, remedy: str) -> None:
+    """Refuse to compare anything with a model that is itself broken.
+
+    Raises:
+        BaselineError: Naming `whose` tensors hold NaN or inf, and the remedy.
+    """
+    broken = [one for one in tensors.values() if one.num_nonfinite and not one.is_infinite_by_design]
+    if broken:
+        shown = ", ".join(f"{one.name} ({one.num_nonfinite})" for one in broken[:3])
+        raise BaselineError(
+            f"{whose} itself holds NaN or inf in {len(broken)} tensors: {shown}. Nothing can be certified against a "
+            f"broken model: {remedy}"
+        )
+
+
 def digest_of(tensors: Mapping[str, TensorReading]) -> str:
     """Digest of the model that these readings describe."""
     return model_digest({name: reading.digest for name, reading in tensors.items()})
