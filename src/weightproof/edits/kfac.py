@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from weightproof.curvature.eigenbasis import EigenbasisCache, eigenbasis
-from weightproof.curvature.factors import Factors
+from weightproof.curvature.factors import Factor, Factors
 from weightproof.curvature.fitting import fit_factors
 from weightproof.curvature.mask import check_energy
 from weightproof.curvature.prediction import quadratic_form
@@ -174,17 +174,16 @@ class KFAC(Selection):
         relative = float(change.norm()) / norm if norm else 0.0
         return KFACReading(matrix.name, pairs / weight.numel(), mass, relative, predicted, factor.tokens)
 
+    def bases(self, name: str) -> FactorBases:
+        """The decomposed factors of one matrix."""
+        return _bases_of(self.factors[name])
+
     def _edited(self, matrix: WeightMatrix, factors: Factors) -> tuple[Tensor, int, float]:
         """The edited matrix, how many pairs it keeps and how much of the saliency."""
         factor, weight, energy = factors[matrix.name], matrix.load().detach(), self.energy_of(matrix.name)
         if energy == 1.0:
             return weight.clone(), weight.numel(), 1.0
-        digest = factor.digest
-        gradient, activation = (
-            _BASES.get(f"{digest} {what}", lambda of=of, what=what: eigenbasis(of, f"{what} of {matrix.name}"))
-            for what, of in (("G", factor.gradient_covariance), ("A", factor.activation_covariance))
-        )
-        bases = FactorBases(gradient, activation, factor.corrected_sum)
+        bases = _bases_of(factor)
         try:
             edited, mask = project(weight, bases, energy, self.formula)
         except InputError as error:
@@ -207,3 +206,13 @@ class KFAC(Selection):
         finally:
             kept.put_back()
         return found
+
+
+def _bases_of(factor: Factor) -> FactorBases:
+    """Decompositions are kept by the digest of their factor: energies and formulas share them."""
+    digest = factor.digest
+    gradient, activation = (
+        _BASES.get(f"{digest} {what}", lambda of=of, what=what: eigenbasis(of, f"{what} of {factor.name}"))
+        for what, of in (("G", factor.gradient_covariance), ("A", factor.activation_covariance))
+    )
+    return FactorBases(gradient, activation, factor.corrected_sum)
