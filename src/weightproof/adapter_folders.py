@@ -59,7 +59,7 @@ def read_adapter_folder(folder: Path, adapter_name: str = "default") -> Adapter:
             partner, or a tensor that belongs to nothing.
     """
     check_folder(folder)
-    if not is_adapter_folder(folder) and is_adapter_folder(folder / adapter_name):
+    if adapter_name != "default" and is_adapter_folder(folder / adapter_name):
         folder = folder / adapter_name
     _require_files(folder)
     config = read_json(folder / CONFIG)
