@@ -1,4 +1,4 @@
-"""A loop on Accelerate that resumes without its random generators is told so, and has them again before its next step."""
+"""A loop on Accelerate that resumes without its generators is told so, and has them again before its next step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def forgetful():
 
 
 def resumed(folder, *, lose=False, **options):
-    """A loop that is saved after 8 steps, resumed, and goes on to 12; its end, what was put back, and the good state."""
+    """A loop that is saved after 8 steps, resumed, and goes on to 12; its end, and what was put back."""
     loop = Loop()
     with loop.guarded(**options) as guard:
         loop.run(8)
