@@ -104,8 +104,6 @@ def _as_column(shard: Shard) -> Shard:
 def rewrite(processes: Processes, operation: str, matrices: Sequence[WeightMatrix], plan: Plan) -> dict[str, str]:
     """Write what `plan` makes of each matrix (None leaves it), and give the digests of what it planned.
 
-    The digests are those of matrices: `vectors` are written and left out of them.
-
     Args:
         processes: Who takes part.
         operation: Shown in errors, for example the edit's name.
@@ -126,8 +124,7 @@ def rewrite(processes: Processes, operation: str, matrices: Sequence[WeightMatri
     owners = deal(costs, processes.size)
     for indices in rounds(owners, costs, processes.size):
         planned |= _rewrite_shards(processes, operation, [(owners[index], *sharded[index]) for index in indices], plan)
-    outside = {matrix.name for matrix in matrices if matrix.family == VECTOR_FAMILY}
-    return {name: digest for name, digest in planned.items() if name not in outside}
+    return planned
 
 
 def _rewrite_shards(

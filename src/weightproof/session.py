@@ -30,6 +30,7 @@ from weightproof import evidence, kinds
 from weightproof.assessment import Assessor
 from weightproof.baseline import Baseline
 from weightproof.certificate import Certificate
+from weightproof.edits import VECTOR_FAMILY
 from weightproof.errors import InputError
 from weightproof.guard_state import STATE_FILE, GuardState
 from weightproof.guarded_model import GuardedModel
@@ -253,7 +254,10 @@ class GuardSession:
         targets = sorted({matrix.tensor_name for matrix in chosen})
         with self.edit(edit.name, edit.kind, targets, on_violation, step=step) as handle:
             planned = rewrite(self.processes, edit.name, chosen, lambda matrix: edit.plan(matrix, self))
-            handle.planned.update(planned)
+            matrices = {matrix.name for matrix in chosen if matrix.family != VECTOR_FAMILY}
+            handle.planned.update({name: digest for name, digest in planned.items() if name in matrices})
+            written = {matrix.tensor_name for matrix in chosen if matrix.name in planned}
+            handle.left_alone = frozenset(targets) - written
         return handle
 
     @contextmanager

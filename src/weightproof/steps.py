@@ -92,6 +92,7 @@ class Step:
         self.seconds = 0.0
         self.monitor = False
         self.planned: dict[str, str] = {}
+        self.left_alone: frozenset[str] = frozenset()
         self.judged: Judged | None = None
         self.divergence: tuple[DivergenceReading, ...] = ()
         self.losses: tuple[LossReading, ...] = ()

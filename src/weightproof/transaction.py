@@ -337,7 +337,8 @@ def edit_of(
         traces = change.begin()
         with guarded.processes.together(f"edit {handle.name!r}"):
             yield change
-        change.subject = replace(change.subject, planned=handle.planned)
+        kept = None if targets is None else tuple(name for name in targets if name not in handle.left_alone)
+        change.subject = replace(change.subject, planned=handle.planned, targets=kept)
         change.recognise(traces)
         change.judge()
         change.equalise()

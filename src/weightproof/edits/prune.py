@@ -23,11 +23,15 @@ _N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
 class GlobalCut(NamedTuple):
-    """One threshold for all matrices: what is below it goes, and of each matrix so many of those that equal it."""
+    """One threshold for all matrices: what is below it goes, and of each matrix so many of those that equal it.
+
+    `changed` are the matrices that lose an element by it.
+    """
 
     threshold: float
     dtype: torch.dtype
     ties: Mapping[str, int]
+    changed: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,10 @@ class Prune(Selection):
         """All parameters, ready for JSON."""
         own = {"sparsity": self.sparsity, "pattern": self.pattern, "scope": self.scope}
         return {**own, **self.selection_params()}
+
+    def concerns(self, matrix: WeightMatrix) -> bool:
+        """Whether the threshold over all matrices takes anything from `matrix`, once that is known."""
+        return self.cut is None or not self.cut.changed or matrix.name in self.cut.changed
 
     # -- seeing the model first ------------------------------------------------------------------
 
@@ -232,20 +240,24 @@ def _global_cut(matrices: Sequence[WeightMatrix], share: float, processes: Proce
         return added(ours)
 
     wanted = _count_of(share, sum(matrix.d_out * matrix.d_in for matrix in matrices))
-    if not wanted:
-        return GlobalCut(0.0, dtype, {matrix.name: 0 for matrix in matrices})
-    threshold, left = kth_smallest(wanted, dtype, count)
+    threshold, left = kth_smallest(wanted, dtype, count) if wanted else (0.0, 0)
     with processes.together(operation):
-        equal = torch.zeros(len(matrices), dtype=torch.int64)
+        found = torch.zeros(2, len(matrices), dtype=torch.int64)
         for index, matrix in enumerate(matrices):
             part = _counted_here(matrix, index, processes)
             if part is not None:
-                equal[index] = int((part.to(dtype).abs() == threshold).sum())
+                size = part.to(dtype).abs()
+                found[0, index] = int((size == threshold).sum())
+                found[1, index] = int(((size < threshold) & (size > 0)).sum())
     ties: dict[str, int] = {}
-    for matrix, number in zip(matrices, added(equal).tolist(), strict=True):
-        ties[matrix.name] = min(left, number)
+    changed: set[str] = set()
+    equal, below = added(found).tolist()
+    for index, matrix in enumerate(matrices):
+        ties[matrix.name] = min(left, equal[index])
         left -= ties[matrix.name]
-    return GlobalCut(threshold, dtype, ties)
+        if below[index] or (ties[matrix.name] and threshold > 0):
+            changed.add(matrix.name)
+    return GlobalCut(threshold, dtype, ties, frozenset(changed))
 
 
 def _counted_here(matrix: WeightMatrix, index: int, processes: Processes) -> Tensor | None:

@@ -56,6 +56,10 @@ class SVD(Selection):
         """All parameters, ready for JSON."""
         return {"rank": self.rank, "energy": self.energy, **self.selection_params()}
 
+    def concerns(self, matrix: WeightMatrix) -> bool:
+        """Whether `matrix` has more than the rank."""
+        return self.rank is None or self.rank < min(matrix.d_out, matrix.d_in)
+
     def plan(self, matrix: WeightMatrix, context: object = None) -> torch.Tensor | None:
         """The truncated matrix (d_out, d_in) in its storage dtype; None when it stays as it is. Pure.
 
@@ -65,10 +69,11 @@ class SVD(Selection):
         if not self.selects(matrix):
             return None
         weight = matrix.load()
-        if not weight.numel() or (self.rank is not None and self.rank >= min(weight.shape)):
+        if not weight.numel():
             return None
         try:
             found = directions(weight)
         except InputError as error:
             raise InputError(f"{matrix.name} cannot be truncated: {error}") from error
-        return found.projected(weight, self.kind.rank_of(found)).to(weight.dtype)
+        rank = self.kind.rank_of(found)
+        return None if rank >= min(weight.shape) else found.projected(weight, rank).to(weight.dtype)

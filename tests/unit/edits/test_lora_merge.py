@@ -49,8 +49,9 @@ def adapted(name, variant, dtype=torch.float32, *, autocast=True):
         options["modules_to_save"] = [HEAD[name]]
     base = trained_models.untrained(name).to(dtype)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, fan_in_fan_out=name == "gpt2", **options)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
+        torch.manual_seed(2)
         model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=autocast)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -94,7 +95,8 @@ def test_equals_pefts_merge_to_float32_rounding(name, variant, source, tmp_path)
     for named in iter_tensors(base):
         ours, theirs = named.tensor.detach(), wanted[named.name]
         scale = float(theirs.abs().max())
-        assert torch.allclose(ours, theirs, rtol=0, atol=4e-7 * scale), named.name
+        rounding = 1e-6 if variant == "dora" else 1.2e-7  # lengths of rows, and a ratio, are rounded beside the sum
+        assert torch.allclose(ours, theirs, rtol=0, atol=rounding * scale), named.name
         assert torch.equal(ours, before[named.name]) or named.name in touched
     assert any(not torch.equal(named.tensor, before[named.name]) for named in iter_tensors(base))
 

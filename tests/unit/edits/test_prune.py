@@ -102,6 +102,7 @@ def test_a_global_threshold_is_that_of_a_sort_over_all(make, share):
     edit = prepared(Prune(share, scope="global"), Session(model))
     chosen = selected(model, edit)
     before = [matrix.load().clone() for matrix in chosen]
+    assert len(chosen) == 2
     planned = [edit.plan(matrix) for matrix in chosen]
     wanted = slow.pruned([weight.numpy() for weight in before], share)
     assert all(np.array_equal(ours.numpy(), theirs) for ours, theirs in zip(planned, wanted, strict=True))
@@ -122,6 +123,17 @@ def test_turned_and_stacked_matrices_of_a_model():
         else:
             wanted = [slow.pruned([weight.numpy()], 0.4)[0] for weight in before]
         assert all(np.array_equal(ours.numpy(), theirs) for ours, theirs in zip(planned, wanted, strict=True))
+
+
+def test_a_matrix_from_which_nothing_goes_is_no_target():
+    model = small_mlp()
+    with torch.no_grad():
+        model["mlp"][1].weight.add_(10)
+    edit = prepared(Prune(0.3, scope="global"), Session(model))
+    assert [matrix.name for matrix in selected(model, edit)] == ["mlp.0.weight"]
+    again = prepared(Prune(1e-9, scope="global"), Session(model))
+    assert len(selected(model, again)) == 2
+    assert all(torch.equal(again.plan(matrix), matrix.load()) for matrix in selected(model, again))
 
 
 def test_a_global_edit_that_saw_no_model_says_so():

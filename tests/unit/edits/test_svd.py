@@ -47,6 +47,9 @@ def test_energy_takes_the_smallest_rank_that_reaches_it(name, energy):
     weight = case(name, torch.float64)
     planned = SVD(energy=energy).plan(matrix_of(weight))
     rank = slow.rank_for(weight.numpy(), energy)
+    if rank == min(weight.shape):
+        assert planned is None
+        return
     scale = float(weight.abs().max()) or 1.0
     assert np.linalg.matrix_rank((planned / scale).numpy(), tol=1e-6 * float((weight / scale).norm())) == rank
     left = float(((weight - planned) / scale).norm()) ** 2
@@ -90,7 +93,8 @@ def test_the_contract_catches_damage(name):
 def test_any_shape_keeps_the_contract(rows, cols, seed, energy):
     weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
     edit = SVD(energy=energy)
-    readings = edit.kind.measure("w", weight, edit.plan(matrix_of(weight)))
+    planned = edit.plan(matrix_of(weight))
+    readings = edit.kind.measure("w", weight, weight if planned is None else planned)
     assert all(one.value <= one.limit for one in readings), readings
 
 
