@@ -5,8 +5,10 @@ STAMP := .venv/.installed
 WORKERS ?= 2
 ZERO := .venv-zero/bin
 ZERO_STAMP := .venv-zero/.installed
+QUANTIZERS := .venv-quantizers/bin
+QUANTIZERS_STAMP := .venv-quantizers/.installed
 
-.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-browser lint format benchmark benchmark-distributed benchmark-coverage clean
+.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-browser lint format benchmark benchmark-distributed benchmark-coverage clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -45,6 +47,15 @@ $(ZERO_STAMP): pyproject.toml constraints.txt tests/zero/constraints.txt
 test-zero: $(ZERO_STAMP)  ## DeepSpeed ZeRO-1/2/3 in two processes; needs a C++ compiler, which DeepSpeed calls once
 	PATH="$(CURDIR)/$(ZERO):$$PATH" $(ZERO)/python -m pytest tests/zero
 
+$(QUANTIZERS_STAMP): pyproject.toml constraints.txt tests/quantizers/constraints.txt
+	test -x $(QUANTIZERS)/python || $(PYTHON) -m venv .venv-quantizers
+	$(QUANTIZERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(QUANTIZERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c tests/quantizers/constraints.txt -e '.[dev,quantization]'
+	@touch $@
+
+test-quantizers: $(QUANTIZERS_STAMP) ## torchao, bitsandbytes, quanto, HQQ, compressed-tensors on trained models: two minutes
+	OMP_NUM_THREADS=1 $(QUANTIZERS)/python -m pytest tests/quantizers
+
 test-browser: $(STAMP)    ## the HTML report in headless Chromium (which must be on PATH), with screenshots in .cache
 	$(BIN)/python -m pytest tests/browser
 
@@ -68,4 +79,4 @@ benchmark-coverage: $(STAMP) ## how often the loss guard's intervals hold the tr
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --write
 
 clean:
-	rm -rf .venv .venv-zero .cache weightproof-demo guarded-quantization
+	rm -rf .venv .venv-zero .venv-quantizers .cache weightproof-demo guarded-quantization
