@@ -1,0 +1,41 @@
+"""Mixed precision within a budget: bits for each matrix, predicted first, then measured under guard.
+
+    from weightproof import GuardSession, planner
+
+    policy = planner.budget_policy("balanced", 1.01, has_loss=True)
+    session = GuardSession(model, policy=policy, retain=windows)
+    plan = planner.plan(session, budget=1.01, bits=(2, 3, 4, 8), granularity="group", group_size=64)
+    planner.carry_out(session, plan).accepted
+
+| module | idea |
+| --- | --- |
+| `predictors` | the harm of quantizing one matrix alone: measured KL, in nats per token; replaceable |
+| `sizes` | bytes: codes, scales, and all that is not quantized |
+| `frontier` | the smallest choice within a budget, exactly |
+| `plan` | a width for each matrix |
+| `rounds` | apply it, measure, raise what harms most, until the guards accept |
+"""
+
+from __future__ import annotations
+
+from weightproof.planner.plan import WIDTHS, Choice, MixedPlan, Option, check_request, plan
+from weightproof.planner.predictors import MeasuredDivergence, Predictor
+from weightproof.planner.rounds import Carried, Round, budget_policy, carry_out
+from weightproof.planner.sizes import Grid, ModelSize
+
+__all__ = [
+    "WIDTHS",
+    "Carried",
+    "Choice",
+    "Grid",
+    "MeasuredDivergence",
+    "MixedPlan",
+    "ModelSize",
+    "Option",
+    "Predictor",
+    "Round",
+    "budget_policy",
+    "carry_out",
+    "check_request",
+    "plan",
+]
