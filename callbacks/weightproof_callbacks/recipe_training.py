@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +183,9 @@ class LoraTraining(FullTraining):
             task_type="CAUSAL_LM",
         )
         try:
-            adapted = peft.get_peft_model(job.model, config)  # pyright: ignore[reportArgumentType]
+            with warnings.catch_warnings():  # PEFT asks transformers for what it calls by another name by now
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+                adapted = peft.get_peft_model(job.model, config)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             _put_flags_back(flags)
             raise InputError(f"target_modules: {str(error).splitlines()[0]}") from error
