@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from weightproof import kinds
 from weightproof.baseline import Baseline
 from weightproof.calibration import calibration_windows
-from weightproof.change_readings import Change, ChangeScope, read_change
+from weightproof.change_readings import ChangeScope, read_change
 from weightproof.collective import Processes
 from weightproof.divergence import (
     OutputCache,
@@ -28,21 +26,18 @@ from weightproof.divergence import (
     locate_damage,
     measure_divergence,
 )
+from weightproof.edit_records import Differences, Subject, record_of
 from weightproof.errors import InputError, RestoreError
 from weightproof.guards.corrections import Correction, corrections
 from weightproof.guards.limits import for_family
 from weightproof.judging import Judged, decide_on, judge_one
 from weightproof.losses import LossData, LossProbe
-from weightproof.placements import local_of, refusal_of
 from weightproof.policy import Policy, with_digests
 from weightproof.preserving import NAME as PRESERVING
 from weightproof.preserving import preserving_readings
 from weightproof.probes import State
-from weightproof.reach import reach_of
 from weightproof.registry import load_plugin, plugins
-from weightproof.shards import Shard, dealt, shard_of
 from weightproof.snapshot import Snapshot
-from weightproof.tensor_readings import common_refusals
 from weightproof.training_turns import TrainingTurns
 from weightproof.types import (
     Action,
@@ -50,15 +45,11 @@ from weightproof.types import (
     ContractReading,
     Decision,
     DivergenceReading,
-    EditRecord,
     LossReading,
-    NamedTensor,
     Outcome,
     Readings,
     Verdict,
-    WindowReading,
 )
-from weightproof.weights import iter_tensors, iter_weight_matrices
 from weightproof.windows import Windows, random_windows
 
 if TYPE_CHECKING:
@@ -66,32 +57,6 @@ if TYPE_CHECKING:
 
 # Windows of the retain data on which outputs are compared; the loss reads all of it.
 CALIBRATION_WINDOWS = 8
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is being judged: the declaration of a change and what its author knows about it.
-
-    `planned` maps matrix names to the digest of what our own edit meant to write there; `digest_before` is that of
-    the model where it is not the state last read (None where it is). `contract` is what was measured of the edit's
-    contract, where a correction of ours wrote over the edit since. `inferred` says what told the kind, where nobody
-    declared it.
-    """
-
-    name: str
-    kind: kinds.Kind
-    targets: tuple[str, ...] | None
-    planned: Mapping[str, str] = field(default_factory=dict)
-    raw_losses: tuple[float, ...] | None = None
-    loss_spike: bool | None = None
-    in_warmup: bool = False
-    window: WindowReading | None = None
-    stray: frozenset[str] = frozenset()
-    corrected: tuple[str, ...] = ()
-    reverted: tuple[str, ...] = ()
-    contract: tuple[ContractReading, ...] | None = None
-    digest_before: str | None = None
-    inferred: str | None = None
 
 
 @dataclass(frozen=True)
@@ -265,7 +230,7 @@ class Assessor:
 
     def assess(self, snapshot: Snapshot, current: State, baseline: Baseline, subject: Subject, step: int) -> Assessment:
         """Read the changed model and judge it against `baseline`; the same on every process."""
-        here, replaced = self._differences(snapshot)
+        found = Differences.of(snapshot, self.processes)
         matrices, turns = current.readings.matrices, self._turns if subject.window is not None else None
         scope = ChangeScope(
             norm_band=self._norm_band,
@@ -273,7 +238,7 @@ class Assessor:
             bulk_names=None if subject.kind.name != "train" else self._turns.bulk_names(matrices),
             norm_names=None if turns is None else turns.norm_names(matrices),
             coarse_band=self._coarse_band,
-            touched=here,
+            touched=found.names,
             stray=subject.stray,
             kind=subject.kind,
             planned=subject.planned,
@@ -287,12 +252,12 @@ class Assessor:
             unmeasured["losses"] = "there is no loss data: give retain= data"
         if outputs is None:
             unmeasured["divergence"] = unmeasured["outputs"] = unmeasured["second_moments"] = self.no_outputs
-        record = self._record(snapshot, current.readings, change, here, subject)
+        record = record_of(subject, current.readings, change, found, model=self.model, processes=self.processes)
         if subject.kind.name == PRESERVING:
             record = replace(record, contract=(*record.contract, *self._preserved(current.readings, read)))
         readings = replace(
             read,
-            edit=replace(record, replaced_modules=replaced),
+            edit=record,
             divergence=outputs.divergence if outputs else (),
             second_moments=outputs.second_moments if outputs else {},
             losses=losses,
@@ -316,14 +281,6 @@ class Assessor:
     def _preserved(self, before: Readings, after: Readings) -> tuple[ContractReading, ...]:
         outputs = self._outputs(self._reference)
         return preserving_readings(before, after, outputs.divergence if outputs else (), self.no_outputs)
-
-    def _differences(self, snapshot: Snapshot) -> tuple[frozenset[str], tuple[str, ...]]:
-        """Tensors that differ from the snapshot and modules that were replaced, on any process."""
-        with self.processes.together("comparing with the snapshot"):
-            ours = frozenset(snapshot.changed_names()), frozenset(snapshot.replaced_modules())
-        every = self.processes.gather("changed tensors", ours)
-        paths = {path for _, replaced in every for path in replaced}
-        return frozenset().union(*(names for names, _ in every)), tuple(sorted(paths))
 
     def _agreed(self, decision: Decision) -> Decision:
         """The decision, proven to be the same on every process; HALT where it is not."""
@@ -388,82 +345,6 @@ class Assessor:
         if limits is None:
             return 0
         return int(limits.band(family, count)) // 2
-
-    # -- the record ----------------------------------------------------------------------------
-
-    def _record(
-        self, snapshot: Snapshot, before: Readings, change: Change, here: frozenset[str], subject: Subject
-    ) -> EditRecord:
-        every = list(iter_weight_matrices(self.model))
-        in_matrices = frozenset(name for matrix in every for name in matrix.tensor_names)
-        contract = subject.contract
-        if contract is None:
-            contract = (*change.contract, *self._outside_readings(snapshot, here, in_matrices, subject))
-        return EditRecord(
-            name=subject.name,
-            kind=subject.kind.name,
-            params=dict(subject.kind.params(), **({"inferred": subject.inferred} if subject.inferred else {})),
-            targets=subject.targets,
-            changed_names=tuple(sorted(here | subject.stray)),
-            replaced_modules=(),
-            digest_before=subject.digest_before or before.model_digest,
-            digest_after=change.state.readings.model_digest,
-            relative_delta=change.relative_delta,
-            contract=contract,
-            stray_names=tuple(sorted(subject.stray)),
-            corrections=subject.corrected,
-            reverted=subject.reverted,
-            reach=None
-            if subject.kind.name == "train"
-            else reach_of(every, here | subject.stray, named=subject.kind.name == "quantize"),
-        )
-
-    def _outside_readings(
-        self, snapshot: Snapshot, here: frozenset[str], in_matrices: frozenset[str], subject: Subject
-    ) -> list[ContractReading]:
-        """The contract on changed biases, norms and buffers, and on what cannot be read of any changed tensor.
-
-        Tensors that were added or reshaped break the structure anyway.
-        """
-        if isinstance(subject.kind, kinds.Plain):
-            return []
-        present = {named.name: named for named in iter_tensors(self.model)}
-        refusals = {name: refusal_of(present[name].tensor) for name in here & present.keys()}
-        unread = common_refusals({name: why for name, why in refusals.items() if why is not None}, self.processes)
-        unheld = [
-            _unread_contract(subject.kind, name, why, is_matrix=name in in_matrices)
-            for name, why in sorted(unread.items())
-        ]
-        asked = here | kinds.expected_names(subject.kind)
-        outside = (asked - in_matrices) & snapshot.names & present.keys()
-        changed = [present[name] for name in sorted(outside - unread.keys())]
-
-        def original(named: NamedTensor) -> Tensor | Shard:
-            shard, kept = shard_of(named.tensor), snapshot.original(named.name)
-            return kept if shard is None else replace(shard, local=kept)
-
-        def measure(named: NamedTensor, now: Tensor, then: Tensor | None) -> tuple[ContractReading, ...]:
-            if then is None or then.shape != now.shape:
-                return ()
-            return tuple(kinds.measure_outside(subject.kind, named.name, then, now.detach()))
-
-        readings = dealt(
-            self.processes,
-            changed,
-            cost=lambda named: float(named.tensor.numel()),
-            parts=(lambda named: shard_of(named.tensor) or local_of(named.tensor), original),
-            work=measure,
-            operation="contracts outside of the matrices",
-        )
-        return [reading for one in (*unheld, *readings) for reading in one]
-
-
-def _unread_contract(kind: kinds.Kind, name: str, reason: str, *, is_matrix: bool) -> tuple[ContractReading, ...]:
-    """The contract of a changed tensor whose parts nobody can join: only that it changed can be held against it."""
-    if is_matrix or isinstance(kind, kinds.Cast) or name in kinds.expected_names(kind):
-        return (ContractReading(name, "values", None, 0.0, rigorous=True, reason=reason),)
-    nothing = torch.empty(0)
-    return kinds.measure_outside(kind, name, nothing, nothing)
 
 
 def _brief(error: InputError) -> str:

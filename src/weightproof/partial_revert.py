@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from weightproof.assessment import Subject
+from weightproof.edit_records import Subject
 from weightproof.collective import Processes
 from weightproof.families import blocks
 from weightproof.kinds import LoraMerge

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weightproof.assessment import Subject
+from weightproof.edit_records import Subject
 from weightproof.errors import InputError
 from weightproof.guarded_model import GuardedModel
 from weightproof.placements import settle

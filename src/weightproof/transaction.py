@@ -16,7 +16,7 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
-from weightproof.assessment import Subject
+from weightproof.edit_records import Subject
 from weightproof.baseline import Baseline
 from weightproof.equalisation import equalise, scales_for
 from weightproof.errors import EditRejectedError, InputError, RestoreError
