@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from weightproof.edit_records import Subject
 from weightproof.collective import Processes
+from weightproof.edit_records import Subject
 from weightproof.families import blocks
 from weightproof.kinds import LoraMerge
 from weightproof.localisation import EMBEDDING, HEAD

@@ -16,8 +16,8 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
-from weightproof.edit_records import Subject
 from weightproof.baseline import Baseline
+from weightproof.edit_records import Subject
 from weightproof.equalisation import equalise, scales_for
 from weightproof.errors import EditRejectedError, InputError, RestoreError
 from weightproof.foreign_edits import Traces, infer

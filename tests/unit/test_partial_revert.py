@@ -13,8 +13,8 @@ from trained_models import load
 from worlds import run_world
 
 from weightproof import GuardSession, InputError, edits, kinds
-from weightproof.edit_records import Subject
 from weightproof.collective import Processes
+from weightproof.edit_records import Subject
 from weightproof.errors import RestoreError
 from weightproof.partial_revert import (
     MOST_ROUNDS,
