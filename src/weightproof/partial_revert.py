@@ -24,7 +24,7 @@ from weightproof.kinds import LoraMerge
 from weightproof.localisation import EMBEDDING, HEAD
 from weightproof.placements import local_of
 from weightproof.snapshot import Snapshot
-from weightproof.types import BlockError, Outcome, Verdict
+from weightproof.types import BlockError, EditRecord, Outcome, Verdict
 from weightproof.weights import iter_tensors
 
 # Groups taken back in a round: 1, 2, 4, ...; an edit that needs more than these rounds goes back whole.
@@ -95,6 +95,52 @@ def relative_changes(
         change, size = sum(part[0] for part in parts), sum(part[1] for part in parts)
         moved[name] = math.sqrt(change / size) if size > 0.0 and math.isfinite(change) else math.inf
     return moved
+
+
+@dataclass(frozen=True, slots=True)
+class Reverts:
+    """What a round takes back: tensors, by the modules that they lie in where objects were replaced, else by value."""
+
+    tensors: frozenset[str]
+    modules: frozenset[str] = frozenset()
+
+    def carry_out(self, snapshot: Snapshot) -> None:
+        """Take them back, bit for bit; see `Snapshot`."""
+        if self.modules:
+            snapshot.restore_modules(self.modules)
+        else:
+            snapshot.restore_tensors(self.tensors)
+
+
+def by_module(snapshot: Snapshot, names: Collection[str]) -> dict[str, frozenset[str]]:
+    """Changed tensors, of before and after, by the module at capture that they belong to."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        found.setdefault(snapshot.owner_of(name), set()).add(name)
+    return {module: frozenset(members) for module, members in found.items()}
+
+
+def module_changes(model: nn.Module, snapshot: Snapshot, record: EditRecord, processes: Processes) -> dict[str, float]:
+    """How far each changed module moved, under the name of its weight, the same on every process.
+
+    By its matrices, as they were read through whatever stores them, and by its other tensors that are still there.
+    """
+    present = {named.name for named in iter_tensors(model)}
+    matrices = {stored_name(name) for name in record.relative_delta}
+    plain = frozenset(record.changed_names) & present & snapshot.names - matrices
+    moved = relative_changes(model, snapshot, plain, processes)
+    for name, delta in record.relative_delta.items():
+        moved[stored_name(name)] = math.hypot(moved.get(stored_name(name), 0.0), math.inf if delta is None else delta)
+    found = dict.fromkeys(by_module(snapshot, record.changed_names), 0.0)
+    for name, change in moved.items():
+        module = snapshot.owner_of(name)
+        found[module] = math.hypot(found.get(module, 0.0), change)
+    return {weight_of(module): change for module, change in found.items() if change > 0.0}
+
+
+def weight_of(module: str) -> str:
+    """The name under which a module is ranked."""
+    return f"{module}.weight" if module else "weight"
 
 
 def _squares(now: torch.Tensor, then: torch.Tensor) -> tuple[float, float]:

@@ -21,7 +21,7 @@ hooks on modules whose tensors and children stayed the same objects.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ class Snapshot:
         self._records = records
         self._companions = companions
         self._modules = [ModuleState.of(module) for module in model.modules()]
-        self._owners = [Attributes.of(owner) for owner in _owners(model)]
+        self._owners = [(paths, Attributes.of(owner)) for paths, owner in _owners(model)]
         self._configs = configs_of(model)
         self._paths = dict(model.named_modules(remove_duplicate=False))
         self._registered = _registered(model)
@@ -357,9 +357,9 @@ class Snapshot:
             for owner, name, notes in self._configs:
                 vars(owner)[name] = notes.owner
                 notes.put_back()
-            for owner in self._owners:
+            for _, owner in self._owners:
                 owner.put_back()
-            self._put_holders_back()
+            self._put_holders_back(self._records.values())
             for name, memory in self._memories().items():
                 if name in differing:
                     _write(memory, self._held().read(name))
@@ -393,6 +393,86 @@ class Snapshot:
             if not same_bits(memory, kept):
                 raise RestoreError(f"{name} does not hold its original values after restoring: do not use the model")
 
+    def restore_modules(self, names: Collection[str]) -> None:
+        """Put modules back with everything in them, objects, ties and values, and prove it; the rest stays as it is.
+
+        For edits that replaced modules, or the objects in them. A tensor that others share goes back for them, too.
+        Waits for no other process.
+
+        Args:
+            names: Public names of modules at capture, "" for the whole model's own tensors.
+
+        Raises:
+            InputError: If there was no such module, or its place is within another that was replaced.
+            RestoreError: If a kept copy was altered, or something does not take. Restore everything then.
+        """
+        inside = {path: module for path, module in self._paths.items() if _is_within(clean_name(path), names)}
+        if missing := sorted(set(names) - {clean_name(path) for path in inside}):
+            raise InputError(f"the snapshot holds no module {missing[0]!r}")
+        records = [one for one in self._records.values() if any(_is_within(_owner_name(n), names) for n in one.names)]
+        self._verify(records)
+        try:
+            for path, module in inside.items():
+                self._put_in_place(path, module)
+            self._put_parts_back(inside, records)
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, OSError) as error:
+            raise RestoreError(f"restoring a part failed midway, do not use the model: {error}") from error
+        self._prove_part(inside, records)
+
+    def _verify(self, records: Iterable[_Record]) -> None:
+        """Prove the kept copies before anything is written."""
+        digests = self._held().digests
+        for record in records:
+            if tensor_digest(self._held().read(record.name)) != digests[record.name]:
+                raise RestoreError(f"the kept copy of {record.name} was altered: it was not restored")
+
+    def _put_parts_back(self, inside: Mapping[str, nn.Module], records: Sequence[_Record]) -> None:
+        kept = {id(module) for module in inside.values()}
+        for state in self._modules:
+            if id(state.module) in kept:
+                state.put_back()
+        for paths, owner in self._owners:
+            if not paths.isdisjoint(inside):
+                owner.put_back()
+        self._put_holders_back(records)
+        for record in records:
+            original = self._held().read(record.name)
+            if not same_bits(record.memory(), original):
+                _write(record.memory(), original)
+
+    def _put_in_place(self, path: str, module: nn.Module) -> None:
+        """Register a module under the parent that it had."""
+        parent, _, leaf = path.rpartition(".")
+        holder = self._paths[parent]
+        if not path or holder._modules.get(leaf) is module:
+            return
+        if dict(self._model.named_modules(remove_duplicate=False)).get(parent) is not holder:
+            raise InputError(f"{clean_name(path)} lies in a module that was replaced: restore that one")
+        order = next(state for state in self._modules if state.module is holder).tables["_modules"]
+        known = {**holder._modules, leaf: module}
+        holder._modules.clear()
+        holder._modules.update({name: known[name] for name in (*order, *known) if name in known})
+
+    def _prove_part(self, inside: Mapping[str, nn.Module], records: Sequence[_Record]) -> None:
+        now = dict(self._model.named_modules(remove_duplicate=False))
+        if wrong := next((path for path, module in inside.items() if now.get(path) is not module), None):
+            raise RestoreError(f"{clean_name(wrong)} is not the original module after restoring: do not use the model")
+        read = self._read_again()
+        for record in records:
+            values = read.get(record.name)
+            if values is None or not same_bits(values, self._held().read(record.name)):
+                raise RestoreError(f"{record.name} does not hold its original values after restoring: do not use it")
+        if moved := self.displaced([record.name for record in records]):
+            raise RestoreError(f"{moved[0]} is not in its original storage after restoring: do not use the model")
+
+    def owner_of(self, tensor_name: str) -> str:
+        """Public name of the innermost module at capture that a tensor, of then or of now, belongs to."""
+        known = {clean_name(path) for path in self._paths}
+        name = _owner_name(tensor_name)
+        while name and name not in known:
+            name = _owner_name(name)
+        return name
+
     def displaced(self, names: Collection[str]) -> tuple[str, ...]:
         """Those of some tensors that the model no longer holds in their original objects and storage."""
         settle(self._model)
@@ -410,8 +490,8 @@ class Snapshot:
             name: tensor.detach() for name, tensor in self._companions.items()
         }
 
-    def _put_holders_back(self) -> None:
-        holders = [holder for record in self._records.values() for holder in record.holders]
+    def _put_holders_back(self, records: Iterable[_Record]) -> None:
+        holders = [holder for record in records for holder in record.holders]
         moved = [h for h in holders if isinstance(h, _ShardedHolder) and not _same_memory(h.holder, h.alias)]
         _warn_of_lost_hooks(holders)
         for holder in holders:
@@ -606,14 +686,31 @@ def _records(model: nn.Module) -> dict[str, _Record]:
     return records
 
 
-def _owners(model: nn.Module) -> list[object]:
-    """Every object whose attributes hold a part of a packed weight, once: modules, tensor subclasses, states."""
+def _owner_name(name: str) -> str:
+    """What a dotted name lies in: of a tensor its module, of a module its parent; "" for the model."""
+    return name.rpartition(".")[0]
+
+
+def _is_within(name: str, modules: Collection[str]) -> bool:
+    """Whether a module is one of these or lies in one; the model itself counts only for what is its own."""
+    return any(name == one or (one and name.startswith(f"{one}.")) for one in modules)
+
+
+def _owners(model: nn.Module) -> list[tuple[frozenset[str], object]]:
+    """Every object whose attributes hold a part of a packed weight, once, with the raw paths of its modules.
+
+    Modules, tensor subclasses, states.
+    """
     found: dict[int, object] = {}
+    paths: dict[int, set[str]] = {}
     for placed in packed_weights(model):
         held = (*placed.found.owners, placed.module, *placed.found.tensors.values())
         registered = (getattr(placed.module, name, None) for name in placed.found.registered)
-        found |= {id(owner): owner for owner in (*held, *registered) if owner is not None}
-    return list(found.values())
+        for owner in (*held, *registered):
+            if owner is not None:
+                found[id(owner)] = owner
+                paths.setdefault(id(owner), set()).update(placed.paths)
+    return [(frozenset(paths[key]), owner) for key, owner in found.items()]
 
 
 def _matrices(model: nn.Module) -> dict[str, WeightMatrix]:

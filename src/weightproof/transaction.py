@@ -26,7 +26,17 @@ from weightproof.guards.corrections import Correction, apply_correction
 from weightproof.guards.scope import Scope
 from weightproof.judging import Judged
 from weightproof.kinds import bound
-from weightproof.partial_revert import breaches, ranked, relative_changes, rounds, without
+from weightproof.partial_revert import (
+    Reverts,
+    breaches,
+    by_module,
+    module_changes,
+    ranked,
+    relative_changes,
+    rounds,
+    weight_of,
+    without,
+)
 from weightproof.plans import rewrite
 from weightproof.preserving import NAME as PRESERVING
 from weightproof.probes import State, common_matrices
@@ -205,12 +215,12 @@ class Transaction:
         handle, whole = self.handle, self.subject
         rejected, reverted = (handle.decision, handle.judged), frozenset[str]()
         spectra = handle.spectra
-        for names in self._blamed():
+        for chosen in self._blamed():
             if not self._is_rejected:
                 return
             with self.guarded.processes.together(f"reverting a part of {handle.name!r}"):
-                self.point.snapshot.restore_tensors(names)
-            reverted |= names
+                chosen.carry_out(self.point.snapshot)
+            reverted |= chosen.tensors
             self.subject = without(whole, reverted)
             self._judge_again()
         if self._is_rejected and reverted:
@@ -222,21 +232,30 @@ class Transaction:
         decision = self.handle.decision
         return decision is not None and decision.action is Action.ROLLBACK
 
-    def _blamed(self) -> Iterator[frozenset[str]]:
-        """Names of the tensors to take back in each round, the same on every process."""
+    def _blamed(self) -> Iterator[Reverts]:
+        """What to take back in each round, the same on every process; whole modules where objects were replaced."""
         handle, snapshot, guarded = self.handle, self.point.snapshot, self.guarded
-        if not self._is_rejected or handle.record is None:
+        record = handle.record
+        if not self._is_rejected or record is None:
             return
-        changed = frozenset(handle.record.changed_names)
+        changed = frozenset(record.changed_names)
         ours = bool(snapshot.replaced_modules() or snapshot.displaced(changed))
+        modules = None
         if any(guarded.processes.gather("what can be reverted in part", ours)):
-            return  # modules or objects were replaced: only the whole snapshot puts them back
-        moved = relative_changes(guarded.model, snapshot, changed, guarded.processes)
+            modules = by_module(snapshot, changed)
+            moved = module_changes(guarded.model, snapshot, record, guarded.processes)
+        else:
+            moved = relative_changes(guarded.model, snapshot, changed, guarded.processes)
         errors = guarded.assessor.block_errors()
         moved = {name: change for name, change in moved.items() if change > 0.0}
         groups = ranked(guarded.model, moved, errors, breaches(handle.verdicts))
         for chosen in rounds(groups):
-            yield frozenset(name for group in chosen for name in group.tensors)
+            names = frozenset(name for group in chosen for name in group.tensors)
+            if modules is None:
+                yield Reverts(names)
+            else:
+                within = frozenset(module for module in modules if weight_of(module) in names)
+                yield Reverts(names.union(*(modules[module] for module in within)), within)
 
     # -- carry the decision out ----------------------------------------------------------------
 
