@@ -114,6 +114,7 @@ class AttachedGuard:
     def _stepped(self) -> None:
         self._require_going()
         self.step += 1
+        self._policy.phase.stepped()
         self._recorder.end_step()
         if not self._editing and self.step % self._every == 0:
             with self._policy.phase.inside():

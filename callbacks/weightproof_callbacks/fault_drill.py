@@ -127,7 +127,8 @@ class Drill:
                 life.error = str(error)
             except CollectiveError as error:  # a process that did not come: both stop, whoever waited for whom
                 life.error = str(error)
-                life.seen.append(Sighting(run.injection.step, f"processes ({error})", STOPPED))
+                step = 0 if run.guard is None else run.guard.step
+                life.seen.append(Sighting(step, f"processes ({str(error).partition(' (')[0]})", STOPPED))
             if guarded and run.guard is not None:
                 found = [*sightings(run.guard.history), *life.seen]
                 life.seen = sorted(found, key=lambda one: one.step)

@@ -122,7 +122,7 @@ class RollingPolicy:
         if self._is_full:
             require_restorable(run.optimizer, session.model)
         self._rate = LearningRate(run.optimizer, run.scheduler)
-        self.phase = StepPhase(run.wrapper, run.scheduler)
+        self.phase = StepPhase(run.wrapper, run.scheduler, run.scaler or getattr(run.wrapper, "scaler", None))
         self._folder: RollingFolder | None = None
         self._gradients = GradientWatch(
             run.optimizer, wrapper=run.wrapper, accelerator=run.accelerator, acts=acts, model=session.model

@@ -58,7 +58,8 @@ class BadBatch(Fault):
         self, run: Injection, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """New tensors: the loader's own are left as they are."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + run.step)
+        # Ranks draw numbers of their own: equal batches on all of them are a fault of another kind.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + run.step + 7919 * run.rank)
         size = self.vocabulary or _vocabulary(run.model)
 
         def spoiled(value: Any) -> Any:
