@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import trained_models
@@ -17,6 +20,7 @@ from weightproof.snapshot import Snapshot, write_matrix
 from weightproof.tensor_store import tensor_digests
 from weightproof.types import Action
 from weightproof.weights import iter_tensors, iter_weight_matrices
+from weightproof_callbacks.quantizers import packages
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning"),
@@ -206,6 +210,21 @@ def test_codes_of_an_unknown_width_are_refused_by_name():
     model["up_proj"].qweight.zero_()
     snapshot.restore()
     assert int(model["up_proj"].qweight.count_nonzero()) > 0
+
+
+class Params4bit(nn.Parameter):
+    """As bitsandbytes names its packed parameters."""
+
+
+def test_codes_of_a_quantizer_that_is_not_installed_name_the_extra(monkeypatch):
+    monkeypatch.setattr(packages, "_is_installed", lambda package: False)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    model = nn.ModuleDict({"up_proj": nn.Linear(4, 4)})
+    model["up_proj"].weight = Params4bit(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    model["up_proj"].weight.quant_state = SimpleNamespace(shape=(4, 4))
+    (matrix,) = iter_weight_matrices(model)
+    assert "bitsandbytes is not installed" in matrix.refusal
+    assert "pip install 'weightproof[quantization]'" in matrix.refusal
 
 
 def test_a_backend_of_an_unknown_version_is_refused_and_not_an_error():

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weightproof.readers import PackedWeight, Reading, plain_copy
+from weightproof_callbacks.quantizers.packages import missing
 from weightproof_callbacks.quantizers.subclasses import parameter
 
 _STATE = ("absmax", "code", "offset")
@@ -28,6 +29,8 @@ class Bitsandbytes4bitReader:
         state = weight.quant_state
         if state is None:
             return "its values are not quantised yet: move the module to a device first (model.to('cpu'))"
+        if reason := missing("bitsandbytes"):
+            return reason
         if len(state.shape) != 2:
             return f"its quant_state describes {list(state.shape)}, which is no single linear map"
         inner = state.state2 if state.nested else None

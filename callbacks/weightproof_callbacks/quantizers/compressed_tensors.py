@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weightproof.readers import PackedWeight, Reading, plain_copy
+from weightproof_callbacks.quantizers.packages import missing
 
 _WORD = 32
 _KNOWN = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
@@ -37,7 +38,7 @@ class CompressedTensorsReader:
         return _unknown(args, own) or _read(module, own, args)
 
 
-def _read(module: nn.Module, own: Mapping[str, Tensor], args: Any) -> PackedWeight | None:
+def _read(module: nn.Module, own: Mapping[str, Tensor], args: Any) -> Reading:
     if "weight_packed" in own:
         return _packed(own, args, partial(_unpacked_values, args), _dense_shape(own))
     weight = own["weight"]
@@ -47,7 +48,7 @@ def _read(module: nn.Module, own: Mapping[str, Tensor], args: Any) -> PackedWeig
         return _packed(own, args, partial(_codes_values, args), weight.shape)
     if not getattr(module, "quantization_enabled", True) or "weight_scale" not in own:
         return None  # the forward pass uses the weight as it is
-    return _packed(own, args, partial(_rounded_values, args), weight.shape)
+    return missing("compressed_tensors") or _packed(own, args, partial(_rounded_values, args), weight.shape)
 
 
 def _registered(module: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weightproof.readers import PackedWeight, Reading, plain_copy
+from weightproof_callbacks.quantizers.packages import missing
 
 
 class HqqReader:
@@ -23,6 +24,8 @@ class HqqReader:
         found: Any = module
         if not getattr(found, "ready", False) or not hasattr(found, "W_q"):
             return "it holds no codes yet (W_q): initialise it first"
+        if reason := missing("hqq"):
+            return reason
         meta = found.meta
         if any(meta.get(flag) for flag in ("quant_scale", "quant_zero")):
             return (

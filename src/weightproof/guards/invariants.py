@@ -48,8 +48,8 @@ class Invariants:
 
     def judge(self, before: Readings, after: Readings, limits: InvariantsLimits) -> Verdict:
         """Judge every parameter and buffer; see the module's docstring."""
-        names = list(dict.fromkeys([*before.tensors, *after.tensors]))
-        both = sum(name in before.tensors and name in after.tensors for name in names)
+        then, now = (_stored_names(readings) for readings in (before, after))
+        names, both = then | now, len(then & now)
         measurements = [
             *_judge_finite(before, after),
             *_judge_replicas(before, after),
@@ -62,6 +62,11 @@ class Invariants:
         ]
         nothing = unmeasured(after, "tensors", "no tensor was read both before and after the change")
         return conclude(self.name, measurements, coverage=(both, len(names)), nothing=nothing)
+
+
+def _stored_names(readings: Readings) -> frozenset[str]:
+    """Names of the tensors; a packed matrix counts once, whatever it consists of."""
+    return frozenset(reading.part_of or name for name, reading in readings.tensors.items())
 
 
 def _judge_finite(before: Readings, after: Readings) -> Iterator[Measurement]:
