@@ -257,7 +257,7 @@ def test_the_chain_goes_on_from_the_certificate_in_the_base_folder(ran, mine, tm
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.001
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     other = run(recipe, tmp_path / "other", model=str(folder))
-    assert "the chain begins anew" in other.notes[0]
+    assert any("the chain begins anew" in note for note in other.notes)
 
 
 def test_without_text_outputs_decide_and_the_run_says_so(mine, tmp_path):
