@@ -13,7 +13,7 @@ from backends import BACKENDS, INT8, block_linears
 from compressed_tensors.compressors import compress_module
 from torch import nn
 
-from weightproof import GuardSession
+from weightproof import GuardSession, kinds
 from weightproof.snapshot import Snapshot
 from weightproof.tensor_store import tensor_digests
 from weightproof.types import Action
@@ -212,3 +212,26 @@ def test_weights_that_wait_to_be_quantized_are_refused_by_name():
     assert "bitsandbytes-8bit" in refusals["eight.weight"]
     assert "freeze" in refusals["quanto.weight"]
     Snapshot.capture(model).restore()  # what cannot be read can be kept all the same
+
+
+@pytest.mark.parametrize(
+    "backend_name", ["torchao int8", "bitsandbytes int8", "bitsandbytes nf4", "quanto int8", "hqq int8"]
+)
+def test_stacked_experts_that_a_backend_leaves_alone_are_named(backend_name):
+    """Of a mixture, all of these quantize attention alone: most of the weights stay as they were, without a word."""
+    from architectures import build
+
+    model = build("mixtral")
+    session = GuardSession(model)
+    with session.edit("quantized", kinds.Quantize(8), on_violation="monitor") as step:
+        BACKENDS[backend_name].apply(model)
+    reach = step.record.reach
+    assert reach.untouched_fraction["expert"] == 1.0
+    assert "attn" not in reach.untouched
+    assert 0.0 < reach.touched_fraction < 0.5
+    warned = [item for verdict in step.verdicts for item in verdict.measurements if item.target == "expert"]
+    assert any(
+        item.statistic == "untouched_fraction" and item.outcome == "WARN" and "experts.gate_up_proj" in item.reason
+        for item in warned
+    )
+    session.close()
