@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from weightproof.calibration import calibration_windows
-from weightproof.edits.grids import Steps, steps_of
+from weightproof.edits.grids import Steps, range_of, steps_of
 from weightproof.edits.hessians import input_hessians
 from weightproof.edits.selection import Selection
 from weightproof.errors import InputError
@@ -195,10 +195,7 @@ class GPTQ(Selection):
 def grid_of(weight: Tensor, kind: Quantize, *, symmetric: bool) -> Steps:
     """The grid of every element of a matrix: `delta` and `zero` of shape (d_out, d_in)."""
     parts = (weight,) if kind.group_size is None else weight.split(kind.group_size, dim=1)
-    if kind.granularity == "tensor":
-        ranges = [torch.aminmax(weight)]
-    else:
-        ranges = [torch.aminmax(part, dim=1, keepdim=True) for part in parts]
+    ranges = [torch.aminmax(weight)] if kind.granularity == "tensor" else [range_of(part) for part in parts]
     found = [steps_of(low, high, kind.bits, symmetric=symmetric) for low, high in ranges]
     delta, zero = (
         torch.cat([getattr(one, what).expand_as(part) for one, part in zip(found, parts, strict=True)], dim=1)
@@ -227,22 +224,21 @@ def compensated(weight: Tensor, hessian: Tensor, grid: Steps, damping: float, *,
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
     order = order.to(weight.device)
     spread = inverse_factor(hessian[order][:, order], damping)
-    left = weight[:, order].clone()
-    delta, zero = grid.delta[:, order], grid.zero[:, order]
+    # Transposed, so that a column lies in one piece of memory.
+    left, delta, zero = (part.T[order].contiguous() for part in (weight, grid.delta, grid.zero))
     rounded = torch.empty_like(left)
-    for start in range(0, left.shape[1], _BLOCK):
-        end = min(start + _BLOCK, left.shape[1])
-        errors = torch.empty_like(left[:, start:end])
+    for start in range(0, len(left), _BLOCK):
+        end = min(start + _BLOCK, len(left))
+        errors = torch.empty_like(left[start:end])
         for column in range(start, end):
-            steps = grid._replace(delta=delta[:, column], zero=zero[:, column])
-            rounded[:, column] = steps.nearest(left[:, column])
-            error = (left[:, column] - rounded[:, column]) / spread[column, column]
-            left[:, column:end] -= error[:, None] * spread[None, column, column:end]
-            errors[:, column - start] = error
-        left[:, end:] -= errors @ spread[start:end, end:]
+            rounded[column] = grid._replace(delta=delta[column], zero=zero[column]).nearest(left[column])
+            error = (left[column] - rounded[column]) / spread[column, column]
+            left[column:end] -= spread[column, column:end, None] * error
+            errors[column - start] = error
+        left[end:] -= spread[start:end, end:].T @ errors
     result = torch.empty_like(rounded)
-    result[:, order] = rounded
-    return result
+    result[order] = rounded
+    return result.T
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

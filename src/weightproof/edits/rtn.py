@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,11 +88,19 @@ class RTN(Selection):
     def _round_rows(self, rows: torch.Tensor, whole: Sequence[torch.Tensor] | None) -> torch.Tensor:
         """Quantize some rows; `whole` is the matrix's range for one scale per tensor."""
         work = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        parts: list[torch.Tensor] = []
-        for part in self._groups(work):
-            low, high = range_of(part) if whole is None else (whole[0].to(work.dtype), whole[1].to(work.dtype))
-            parts.append(steps_of(low, high, self.bits, symmetric=self.symmetric).nearest(part))
-        return torch.cat(parts, dim=1).to(rows.dtype)
+        if whole is not None:
+            low, high = whole
+            return (
+                steps_of(low.to(work), high.to(work), self.bits, symmetric=self.symmetric).nearest(work).to(rows.dtype)
+            )
+        width = work.shape[1] if self.group_size is None else min(self.group_size, work.shape[1])
+        edge = work.shape[1] - work.shape[1] % width
+        # All whole groups of all rows at once, then the shorter one at the end of each row.
+        parts = [self._round_groups(work[:, :edge].reshape(-1, width)).view(-1, edge)]
+        if edge < work.shape[1]:
+            parts.append(self._round_groups(work[:, edge:]))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(rows.dtype)
 
-    def _groups(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        yield from (rows,) if self.group_size is None else rows.split(self.group_size, dim=1)
+    def _round_groups(self, groups: torch.Tensor) -> torch.Tensor:
+        """Quantize groups (number, width), each with a scale of its own."""
+        return steps_of(*range_of(groups), self.bits, symmetric=self.symmetric).nearest(groups)
