@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from parity import Change, Scene, Seen
 from torch import nn
 
-from weightproof import edits, kinds, load_policy
+from weightproof import GuardSession, edits, kinds, load_policy
+from weightproof.weights import iter_weight_matrices
 
-# Our own edits leave a plain module's matrices and convolutions alone unless they are named.
-INT8 = edits.RTN(8, include=("*", "other"))
-INT2 = edits.RTN(2, include=("*", "other"))
+
+def rtn(session: GuardSession, bits: int) -> edits.RTN:
+    """Our own edits leave the matrices of a plain module, and convolutions, alone unless they are named."""
+    both = edits.RTN(bits, include=("*", "other"))
+    absent = both.unmatched(iter_weight_matrices(session.model))
+    return replace(both, include=tuple(one for one in both.include if one not in absent))
 
 
 # ---------------------------------------------------------------- changes of one tensor
@@ -65,8 +70,8 @@ def core(scene: Scene) -> None:
     """Sound and harmful edits of the kinds that matter most; one session."""
     matrix, other, norm = scene.spec.matrix, scene.spec.other, scene.spec.norm
     session = scene.begin()
-    scene.note(session.apply(INT8))
-    scene.note(session.apply(INT2))
+    scene.note(session.apply(rtn(session, 8)))
+    scene.note(session.apply(rtn(session, 2)))
     scene.edit("noise everywhere", lambda: scene.alter_all(1e-3))
     scene.edit("noise in a matrix", lambda: scene.alter(matrix, noisy(0.05)))
     scene.edit("a large direction", lambda: scene.alter(matrix, rank_one(3.0)))
@@ -130,7 +135,7 @@ def training(scene: Scene) -> None:
     scene.window("NaN weights", 7, lambda: scene.alter(other, with_nan), [2.0])
     scene.window("monitored", 8, lambda: scene.alter(matrix, torch.zeros_like), [2.0], on_violation="monitor")
     scene.window("nothing", 9, lambda: None, [2.0])
-    scene.note(session.apply(INT8))
+    scene.note(session.apply(rtn(session, 8)))
     scene.edit("a trained edit", lambda: scene.alter_all(2e-3, seed=8), kind="train")
     scene.edit("noise after training", lambda: scene.alter(other, noisy(0.02)))
     session.close()
@@ -189,14 +194,14 @@ def from_given_baseline(scene: Scene, folder: Path) -> None:
 
 def _first_steps(scene: Scene) -> None:
     scene.edit("noise", lambda: scene.alter_all(1e-3))
-    scene.note(scene.session.apply(INT8))
+    scene.note(scene.session.apply(rtn(scene.session, 8)))
 
 
 def interrupted(scene: Scene, folder: Path) -> None:
     """A run that keeps its state and its weights for others, and goes on."""
     scene.fresh()
     session = scene.begin()
-    session.apply(INT8)
+    session.apply(rtn(session, 8))
     session.watch()
     scene.alter(scene.spec.other, noisy(0.01))
     session.check_window(step=5, raw_losses=[2.0, 2.0625])
@@ -221,5 +226,5 @@ def _last_steps(scene: Scene) -> None:
     # An edit after training captures the outputs anew: on both sides of the interruption, from the same weights.
     scene.edit("noise in a matrix", lambda: scene.alter(scene.spec.matrix, noisy(0.02)), step=10)
     scene.window("a window", 11, lambda: scene.alter(scene.spec.other, noisy(0.01)), [2.0, 2.0625])
-    scene.note(scene.session.apply(INT8, step=12))
-    scene.note(scene.session.apply(INT2, step=13))
+    scene.note(scene.session.apply(rtn(scene.session, 8), step=12))
+    scene.note(scene.session.apply(rtn(scene.session, 2), step=13))
