@@ -409,6 +409,10 @@ class Snapshot:
         inside = {path: module for path, module in self._paths.items() if _is_within(clean_name(path), names)}
         if missing := sorted(set(names) - {clean_name(path) for path in inside}):
             raise InputError(f"the snapshot holds no module {missing[0]!r}")
+        now = dict(self._model.named_modules(remove_duplicate=False))
+        holders = {path: path.rpartition(".")[0] for path in inside if path}
+        if lost := [p for p, one in holders.items() if one not in inside and now.get(one) is not self._paths[one]]:
+            raise InputError(f"{clean_name(lost[0])} lies in a module that was replaced: restore that one")
         records = [one for one in self._records.values() if any(_is_within(_owner_name(n), names) for n in one.names)]
         self._verify(records)
         try:
@@ -446,8 +450,6 @@ class Snapshot:
         holder = self._paths[parent]
         if not path or holder._modules.get(leaf) is module:
             return
-        if dict(self._model.named_modules(remove_duplicate=False)).get(parent) is not holder:
-            raise InputError(f"{clean_name(path)} lies in a module that was replaced: restore that one")
         order = next(state for state in self._modules if state.module is holder).tables["_modules"]
         known = {**holder._modules, leaf: module}
         holder._modules.clear()
