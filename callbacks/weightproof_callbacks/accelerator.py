@@ -32,7 +32,7 @@ import torch
 from accelerate import Accelerator
 
 from weightproof.errors import InputError
-from weightproof.rolling import RollingOptions
+from weightproof.rolling import RollingOptions, place_of_snapshots
 from weightproof.session import GuardSession
 from weightproof.session_checks import require_same
 from weightproof_callbacks.accelerator_checks import plain, require_attachable
@@ -69,6 +69,7 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
     max_rollbacks: int | None = 3,
     keep: int = 2,
     cooldown: int = 2,
+    snapshots: str | None = None,
     snapshot_budget: int | None = None,
     scheduler: Any = None,
     loader: Any = None,
@@ -107,7 +108,10 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
         max_rollbacks: Rollbacks of a run; the violation after them raises, with the last good state in place.
         keep: Last good states that are kept; the older one is for a violation that comes soon after a rollback.
         cooldown: Checks after a rollback within which another violation goes back to the older one.
-        snapshot_budget: Bytes that the states may take together; older ones are dropped first.
+        snapshots: Where good states are kept: "memory", "pinned" (host memory, pinned where the model is on CUDA) or
+            "disk" (needs `snapshot_dir`). By default on disk where a folder is given, else in memory.
+        snapshot_budget: Bytes that the states may take together; older ones are dropped first. One that holds no
+            state is refused.
         scheduler: Of the learning rate; found by itself where it was prepared with the optimizer.
         loader: The `ReplayableLoader` that the loop iterates over.
         extra: Further objects with `state_dict` and `load_state_dict` that go back with the run, by name.
@@ -133,6 +137,7 @@ def attach(  # noqa: PLR0913 - one call holds all that a run decides
             max_rollbacks=max_rollbacks,
             keep=keep,
             cooldown=cooldown,
+            snapshots=place_of_snapshots(snapshots, snapshot_dir),
             snapshot_budget=snapshot_budget,
         )
         if on_violation not in EDIT_MODES:

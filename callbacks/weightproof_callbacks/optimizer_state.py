@@ -8,6 +8,7 @@ What keeps something elsewhere is refused by name, before it has trained (`requi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from weightproof.placements import local_of
 from weightproof_callbacks.sharded import flat_masters, zero_optimizer
 from weightproof_callbacks.state_values import Values, is_composed, plain_parts
 
-__all__ = ["OptimizerState", "require_known_optimizer", "stepping_optimizer"]
+__all__ = ["OptimizerState", "require_known_optimizer", "stepped_alike", "stepping_optimizer"]
 
 # Packages whose optimizers keep all that they know in `state` and `param_groups`.
 _KNOWN = ("torch.optim.", "transformers.optimization", "bitsandbytes.optim.", "torchao.optim.", "deepspeed.ops.")
@@ -206,23 +207,35 @@ def _refusal_of(inner: torch.optim.Optimizer) -> str | None:
 
 def _refusal_after_a_trial(inner: torch.optim.Optimizer) -> str | None:
     """What an unknown optimizer keeps is seen after a step: one of its class takes it, on a weight of its own."""
-    weight = torch.nn.Parameter(torch.ones(2, 2))
-    settings = (
-        {key: value for key, value in inner.param_groups[0].items() if key != "params"} if inner.param_groups else {}
-    )
-    kind: Any = type(inner)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            trial = kind([{"params": [weight], **settings}], **inner.defaults)
-            weight.grad = torch.full((2, 2), 0.5)
-            trial.step()
-        except Exception as error:  # noqa: BLE001 - an unknown class may raise anything; it becomes the refusal
-            return f"it is not known, and a trial step of its class on a small weight failed ({error})"
+    try:
+        trial = stepped_alike(inner, torch.ones(2, 2), inner.param_groups[0] if inner.param_groups else {})
+    except Exception as error:  # noqa: BLE001 - an unknown class may raise anything; it becomes the refusal
+        return f"it is not known, and a trial step of its class on a small weight failed ({error})"
     try:
         Values.copied(_states_of(trial, _Keys(trial)), "its state")
     except (SnapshotError, InputError) as error:
         return str(error).removesuffix(". Nothing was changed")
     return None
+
+
+def stepped_alike(inner: torch.optim.Optimizer, values: Tensor, group: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """One of the same class and settings that has taken a step, on a weight of its own; draws nothing.
+
+    Raises:
+        Exception: Whatever its class raises.
+    """
+    weight = torch.nn.Parameter(values)
+    settings = {key: value for key, value in group.items() if key != "params"}
+    kind: Any = type(inner)
+    taken = inspect.signature(kind.__init__).parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+    # A class can note as a default what it does not take: AdamW does.
+    defaults = {name: value for name, value in inner.defaults.items() if anything or name in taken}
+    with torch.random.fork_rng(devices=[]):
+        trial = kind([{"params": [weight], **settings}], **defaults)
+        weight.grad = torch.full_like(values, 0.5)
+        trial.step()
+    return trial
 
 
 def _value_of(optimizer: Any) -> dict[str, Any]:

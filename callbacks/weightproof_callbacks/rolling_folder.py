@@ -14,16 +14,18 @@ from typing import Any
 
 from torch import Tensor
 
-from weightproof.errors import InputError
+from weightproof.errors import InputError, RestoreError, SnapshotError
+from weightproof.ring_stores import KeptSnapshot, SavedStore
 from weightproof.rolling import GoodState, TrainingPart
 from weightproof.session import GuardSession
 from weightproof.snapshot_store import SnapshotFolder, SnapshotId
+from weightproof.tensor_store import Store
 
 logger = logging.getLogger("weightproof")
 
 __all__ = ["FOLDER", "RollingFolder"]
 
-# Inside of the folder that was given: the snapshots of one process lie beside it while a run lasts.
+# Inside of the folder that was given: the snapshots of a session's edits lie beside it while they last.
 FOLDER = "good-states"
 _FORMAT = "weightproof-good-state-v1"
 _WEIGHTS, _TRAINING = "weights/", "training/"
@@ -36,6 +38,7 @@ class RollingFolder:
     Args:
         path: Folder of the run.
         keep: How many are kept.
+        budget: Bytes that they may take on the disk, those of all processes together.
         session: The session.
         remake: Makes a training state from what `TrainingPart.parts` gave.
         in_memory: Whether training states are kept in memory, too (batches can be given again only from there).
@@ -44,8 +47,10 @@ class RollingFolder:
         SnapshotError: The folder is in use by another run, or cannot be written.
     """
 
-    def __init__(self, path: Path, keep: int, session: GuardSession, remake: Remake, *, in_memory: bool) -> None:
-        self._folder = SnapshotFolder(path / FOLDER, keep=keep, processes=session.processes)
+    def __init__(  # noqa: PLR0913 - what keeps states, and what they are made of
+        self, path: Path, keep: int, budget: int | None, session: GuardSession, remake: Remake, *, in_memory: bool
+    ) -> None:
+        self._folder = SnapshotFolder(path / FOLDER, budget, keep, processes=session.processes)
         self._session = session
         self._remake = remake
         self._in_memory = in_memory
@@ -54,23 +59,52 @@ class RollingFolder:
         """Free the lock; the states stay."""
         self._folder.close()
 
+    def keep(self, tensors: Mapping[str, Tensor]) -> Store:
+        """Stand for the weights of a state until `commit` has saved them."""
+        return SavedStore(tensors)
+
     def commit(self, state: GoodState) -> GoodState:
         """Save a state: it counts once this returns.
 
         Returns:
-            The state, its training part left on disk.
+            The state, all of it left on disk.
 
         Raises:
             SnapshotError: It cannot be saved; the states saved before are kept.
         """
         tensors, values = ({}, {}) if state.training is None else state.training.parts()
-        held = {f"{_WEIGHTS}{name}": tensor for name, tensor in state.point.snapshot.present().items()}
+        snapshot = state.point.snapshot
+        held = {f"{_WEIGHTS}{name}": tensor for name, tensor in snapshot.present().items()}
         held |= {f"{_TRAINING}{name}": tensor for name, tensor in tensors.items()}
         notes = {"format": _FORMAT, "losses": list(self._session.losses), "training": dict(values)}
         number = self._folder.save(state.step, held, notes)
+        if isinstance(snapshot, KeptSnapshot) and isinstance(snapshot.store, SavedStore):
+            snapshot.store.saved(self._folder.tensors(number), _WEIGHTS)
         if state.training is None or self._in_memory or not tensors:
-            return state
-        return replace(state, training=_OnDisk(self._folder, number, self._remake))
+            return replace(state, number=number)
+        return replace(state, number=number, training=_OnDisk(self._folder, number, self._remake))
+
+    def has(self, state: GoodState) -> bool:
+        """Whether a state is still there: the budget prunes."""
+        return state.number in self._folder.ids
+
+    def forget(self, state: GoodState) -> None:
+        """Remove a state: a run that is killed now does not go on from it."""
+        if state.number is not None and self.has(state) and len(self._folder.ids) > 1:
+            try:
+                self._folder.remove(state.number)
+            except SnapshotError as error:
+                logger.warning("the rejected state of step %d stays on the disk: %s", state.step, error)
+
+    def damage(self, state: GoodState) -> str | None:
+        """What is wrong with a state; None when every byte of it, on every process, is proven."""
+        if state.number is None:
+            return None
+        try:
+            self._folder.verify(state.number)
+        except RestoreError as error:
+            return str(error)
+        return None
 
     def resume(self, step: int, put_training: Callable[[Mapping[str, Tensor], Mapping[str, Any]], str]) -> int | None:
         """Put the newest committed state into the run, where it is of a later step than the run.

@@ -6,6 +6,7 @@ what a rollback restored. The session decides, and holds the good states (`weigh
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from weightproof.collective import Processes
 from weightproof.errors import InputError
+from weightproof.ring_stores import KeepWeights, PinnedStore
 from weightproof.rolling import Rolling, RollingOptions, TrainingPart
 from weightproof.session import GuardSession
 from weightproof.spikes import MAX_SKIPPED
 from weightproof.steps import Step
+from weightproof.tensor_store import readable
 from weightproof.types import Action
 from weightproof_callbacks.batch_watch import BatchWatch
 from weightproof_callbacks.data_place import DataPlace
@@ -26,8 +29,11 @@ from weightproof_callbacks.data_position import BatchMemory, ReplayableLoader
 from weightproof_callbacks.gradient_watch import GradientWatch
 from weightproof_callbacks.learning_rate import LearningRate
 from weightproof_callbacks.rolling_folder import RollingFolder
+from weightproof_callbacks.state_size import StateSize
 from weightproof_callbacks.step_phase import StepPhase
 from weightproof_callbacks.training_state import TrainingState, clear_optimizer_state, require_restorable
+
+logger = logging.getLogger("weightproof")
 
 __all__ = ["RollingPolicy", "Run", "require_replayable_run"]
 
@@ -117,7 +123,7 @@ class RollingPolicy:
     def __init__(self, options: RollingOptions, session: GuardSession, run: Run, *, acts: bool) -> None:
         self.options = options
         self.session = session
-        self.run = run
+        self.run, self._weights = _pinned(run) if acts and options.snapshots == "pinned" else (run, None)
         self._acts = acts
         if self._is_full:
             require_restorable(run.optimizer, session.model)
@@ -147,14 +153,27 @@ class RollingPolicy:
         """
         folder = self.session.snapshot_dir
         if folder is not None and self._acts:
-            keep, in_memory = self.options.keep, self._replays
-            self._folder = RollingFolder(folder, keep, self.session, self._remade, in_memory=in_memory)
+            keep, budget = self.options.keep, self.options.snapshot_budget
+            self._folder = RollingFolder(folder, keep, budget, self.session, self._remade, in_memory=self._replays)
             step = self._folder.resume(step, self._resumed) or step
         # Nobody goes back where nothing is acted on: the one state is what windows are compared with.
         options = self.options if self._acts else replace(self.options, keep=1)
-        commit = None if self._folder is None else self._folder.commit
-        self.session.watch(Rolling(options, self._capture, commit), step=step)
+        self._require_room()
+        self.session.watch(Rolling(options, self._capture, self._folder, self._weights), step=step)
         return step
+
+    def _require_room(self) -> None:
+        """Refuse, before the first step, a budget that holds no state; moments may not be there yet."""
+        budget, processes = self.options.snapshot_budget, self.session.processes
+        if budget is None or not self._acts:
+            return
+        sizes = processes.gather("size of a good state", StateSize.of(self.session, self.run.optimizer, self._is_full))
+        size = sum(sizes, StateSize()) if self._folder is not None else max(sizes, key=lambda one: one.nbytes)
+        if size.nbytes > budget:
+            raise InputError(
+                f"snapshot_budget={readable(budget)} holds no good state: one takes {readable(size.nbytes)} ({size}). "
+                'Raise it, choose rollback="weights", or a folder on a larger disk'
+            )
 
     def remove(self) -> None:
         """Take every hook away, and leave the folder to others."""
@@ -242,6 +261,14 @@ class RollingPolicy:
     @property
     def _replays(self) -> bool:
         return self.options.data == "replay"
+
+
+def _pinned(run: Run) -> tuple[Run, KeepWeights | None]:
+    """The run with its copies in pinned memory; as it is where nothing can be pinned."""
+    if torch.cuda.is_available():
+        return replace(run, device="cpu"), PinnedStore
+    logger.warning('snapshots="pinned" keeps good states in plain memory here: no CUDA is available')
+    return run, None
 
 
 class _Full:

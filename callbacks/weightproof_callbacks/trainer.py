@@ -39,7 +39,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from weightproof.errors import InputError
 from weightproof.policy import Policy, load_policy
 from weightproof.publisher import CERTIFICATE, save_report
-from weightproof.rolling import RollingOptions
+from weightproof.rolling import RollingOptions, place_of_snapshots
 from weightproof.session import STATE_FILE, GuardSession
 from weightproof.steps import Step
 from weightproof.types import Action
@@ -97,7 +97,10 @@ class GuardCallback(TrainerCallback):
         max_rollbacks: Rollbacks of a training; the violation after them halts it, with the last good state in place.
         keep: Last good states that are kept; the older one is for a violation that comes soon after a rollback.
         cooldown: Checks after a rollback within which another violation goes back to the older one.
-        snapshot_budget: Bytes that the states may take together; older ones are dropped first.
+        snapshots: Where good states are kept: "memory", "pinned" (host memory, pinned where the model is on CUDA) or
+            "disk" (needs `snapshot_dir`). By default on disk where a folder is given, else in memory.
+        snapshot_budget: Bytes that the states may take together; older ones are dropped first. One that holds no
+            state is refused.
         timeout: Seconds that a process waits for the others before the run ends with an error. Rank 0 saves
             checkpoints while the others wait: give it more than that takes.
         model_card: Write a section of evidence into `README.md` in `args.output_dir` when training ends.
@@ -131,6 +134,7 @@ class GuardCallback(TrainerCallback):
         max_rollbacks: int | None = 3,
         keep: int = 2,
         cooldown: int = 2,
+        snapshots: str | None = None,
         snapshot_budget: int | None = None,
         timeout: float = 600.0,
         model_card: bool = False,
@@ -145,6 +149,7 @@ class GuardCallback(TrainerCallback):
             max_rollbacks=max_rollbacks,
             keep=keep,
             cooldown=cooldown,
+            snapshots=place_of_snapshots(snapshots, snapshot_dir),
             snapshot_budget=snapshot_budget,
         )
         self.policy = load_policy(policy)

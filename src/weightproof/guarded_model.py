@@ -20,6 +20,7 @@ from weightproof.baseline import Baseline
 from weightproof.errors import BaselineError
 from weightproof.placements import settle
 from weightproof.probes import State, looks_untrained, read_state
+from weightproof.ring_stores import KeepWeights, KeptSnapshot
 from weightproof.session_checks import from_main, loaded, require_sound
 from weightproof.snapshot import Snapshot
 from weightproof.steps import Cost, MasterWeights, SafePoint
@@ -169,14 +170,22 @@ class GuardedModel:
 
     # -- safe points ---------------------------------------------------------------------------
 
-    def safe_point(self) -> SafePoint:
-        """The state that the model is in now, to go back to (every process its own part)."""
+    def safe_point(self, keep: KeepWeights | None = None) -> SafePoint:
+        """The state that the model is in now, to go back to (every process its own part).
+
+        Args:
+            keep: Keeps the weights; None: a snapshot of its own, in memory or in `snapshot_dir`.
+        """
         started = time.perf_counter()
         with self.processes.together("taking a snapshot"):
             # The forward pass comes first: some models rewrite a buffer in it (rotary tables that follow the length).
             forward = self.assessor.forward_digest()
             settle(self.model)
-            snapshot = Snapshot.capture(self.model, self.snapshot_dir, self._kept_beside())
+            beside = self._kept_beside()
+            if keep is None:
+                snapshot = Snapshot.capture(self.model, self.snapshot_dir, beside)
+            else:
+                snapshot = KeptSnapshot.kept_by(self.model, keep, beside)
         point = SafePoint(snapshot, forward)
         self.cost.snapshot_seconds += time.perf_counter() - started
         self.cost.snapshot_bytes = max(self.cost.snapshot_bytes, snapshot.nbytes)

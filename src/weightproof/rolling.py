@@ -18,15 +18,17 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from weightproof.baseline import Baseline
-from weightproof.errors import InputError
+from weightproof.errors import InputError, RestoreError
 from weightproof.probes import State
+from weightproof.ring_stores import KeepWeights
 from weightproof.steps import SafePoint
-from weightproof.tensor_store import readable
+from weightproof.tensor_store import Store, readable
 
 logger = logging.getLogger("weightproof")
 
-__all__ = ["GoodState", "Rolling", "RollingOptions", "TrainingPart"]
+__all__ = ["Disk", "GoodState", "Rolling", "RollingOptions", "TrainingPart", "place_of_snapshots"]
 
+SNAPSHOTS = ("memory", "pinned", "disk")
 ROLLBACK_MODES = ("full", "weights")
 DATA_MODES = ("skip", "replay")
 
@@ -42,8 +44,10 @@ class RollingOptions:
         lr_factor: The learning rate is multiplied by this after every rollback; None leaves it.
         max_rollbacks: Rollbacks of a run; the violation after them halts it. None: any number.
         keep: Good states that are kept.
-        snapshot_budget: Bytes (on one process) that they may take together; older ones are dropped first,
-            the newest never.
+        snapshots: Where: "memory" (each copy beside its original), "pinned" (in host memory, pinned where the originals
+            lie on CUDA), "disk" (a folder; a run that was killed goes on from there).
+        snapshot_budget: Bytes that they may take together: in memory on one process, on disk on all of them; older
+            ones are dropped first, the newest never.
         cooldown: Checks after a rollback within which another violation goes back to the next older state.
 
     Raises:
@@ -55,12 +59,13 @@ class RollingOptions:
     lr_factor: float | None = None
     max_rollbacks: int | None = 3
     keep: int = 2
+    snapshots: str = "memory"
     snapshot_budget: int | None = None
     cooldown: int = 2
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
-        for name, known in (("rollback", ROLLBACK_MODES), ("data", DATA_MODES)):
+        for name, known in (("rollback", ROLLBACK_MODES), ("data", DATA_MODES), ("snapshots", SNAPSHOTS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.rollback == "weights" and self.data == "replay":
@@ -80,6 +85,21 @@ class RollingOptions:
     def in_words(self) -> dict[str, str]:
         """Every option, to be compared between processes."""
         return {f"guard's {name}": str(value) for name, value in asdict(self).items()}
+
+
+def place_of_snapshots(snapshots: str | None, folder: object) -> str:
+    """Where good states are kept: as was asked for, else on disk where there is a folder.
+
+    Raises:
+        InputError: What was asked for and the folder do not go together.
+    """
+    if snapshots is None:
+        return "memory" if folder is None else "disk"
+    if snapshots == "disk" and folder is None:
+        raise InputError('snapshots="disk" needs a folder that outlives the run: give snapshot_dir=')
+    if snapshots != "disk" and folder is not None:
+        raise InputError(f'snapshot_dir= is where snapshots="disk" are kept: leave it out, or snapshots={snapshots!r}')
+    return snapshots
 
 
 def _require_whole(name: str, value: object, least: int) -> None:
@@ -118,6 +138,7 @@ class GoodState:
         current: What was read of these weights.
         baseline: What edits were judged against then.
         step: Step of the run.
+        number: Of its snapshot on disk; None where it is in memory.
     """
 
     point: SafePoint
@@ -125,6 +146,7 @@ class GoodState:
     current: State
     baseline: Baseline
     step: int
+    number: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -141,25 +163,52 @@ class Rollback:
     reason: str
 
 
+class Disk(Protocol):
+    """What keeps good states on disk. All ranks make the same calls."""
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> Store:
+        """Stand for the weights of a state until `commit` has saved them."""
+        ...
+
+    def commit(self, state: GoodState) -> GoodState:
+        """Save a state, and drop older ones beyond the budget."""
+        ...
+
+    def has(self, state: GoodState) -> bool:
+        """Whether a state is still there."""
+        ...
+
+    def forget(self, state: GoodState) -> None:
+        """Remove a state: a run that is killed now must not go on from it."""
+        ...
+
+    def damage(self, state: GoodState) -> str | None:
+        """What is wrong with a state; None when every byte of it is proven."""
+        ...
+
+
 class Rolling:
     """The good states of one run, newest last, and the rollbacks so far. All ranks make the same calls.
 
     Args:
         options: See there.
         capture: Called at every good state: the training state that belongs to it.
-        commit: Called with every good state: what makes it durable.
+        disk: Keeps the states; None: they stay in memory.
+        weights: Keeps the weights of a state, where `disk` does not; None: in memory, each beside its original.
     """
 
     def __init__(
         self,
         options: RollingOptions | None = None,
         capture: Callable[[], TrainingPart | None] | None = None,
-        commit: Callable[[GoodState], GoodState] | None = None,
+        disk: Disk | None = None,
+        weights: KeepWeights | None = None,
     ) -> None:
         # A session without a training loop around it sets no limit of its own to how often it is asked.
         self.options = options or RollingOptions(max_rollbacks=None)
         self.capture = capture
-        self.commit = commit
+        self.disk = disk
+        self.weights = weights if disk is None else disk.keep
         self.rollbacks: list[Rollback] = []
         self._states: list[GoodState] = []
         self._checks_since: int | None = None
@@ -197,8 +246,12 @@ class Rolling:
             state: The newest.
             sizes: Gives the largest of the processes' numbers, so that all of them drop the same states.
         """
-        self._states.append(state if self.commit is None else self.commit(state))
+        self._states.append(state if self.disk is None else self.disk.commit(state))
         budget = self.options.snapshot_budget
+        if self.disk is not None:
+            while not self.disk.has(self._states[0]):
+                self._drop(0)
+            return
         if budget is None:
             return
         totals = [sizes(sum(one.nbytes for one in self._states[i:])) for i in range(len(self._states))]
@@ -233,15 +286,36 @@ class Rolling:
 
         Raises:
             InputError: There is none.
+            RestoreError: There was one on disk, and it is damaged.
         """
         again = self._checks_since is not None and self._checks_since < self.options.cooldown
         if len(self._states) > 1 and (doubtful or again):
-            self._drop(-1)
+            self._disown()
         if not self._states:
             raise InputError("there is no good state to go back to: call session.watch() when training begins")
+        self._pass_over_damaged()
         self._checks_since = 0
         self.rollbacks.append(Rollback(step, self._states[-1].step, reason))
         return self._states[-1]
+
+    def _pass_over_damaged(self) -> None:
+        """Leave out states that could not be put back whole, before anything is written."""
+        while self.disk is not None and (damage := self.disk.damage(self._states[-1])):
+            if len(self._states) == 1:
+                raise RestoreError(f"no good state is left to go back to: {damage}")
+            logger.warning(
+                "the good state of step %d is damaged and is passed over for that of step %d: %s",
+                self._states[-1].step,
+                self._states[-2].step,
+                damage,
+            )
+            self._disown()
+
+    def _disown(self) -> None:
+        """The newest state is none that the run may go back to, or go on from."""
+        if self.disk is not None:
+            self.disk.forget(self._states[-1])
+        self._drop(-1)
 
     @property
     def exhausted(self) -> bool:

@@ -238,6 +238,21 @@ class SnapshotFolder:
         if number not in self._kept:
             raise InputError(f"{self.path} has no snapshot {number}; it has {_listed(self.ids)}")
 
+    def remove(self, number: SnapshotId | int) -> None:
+        """Remove one snapshot, on all ranks: a run that starts again does not find it.
+
+        Raises:
+            InputError: If there is no such snapshot, or it is the only one.
+            SnapshotError: If a file cannot be removed; a later save tries again.
+        """
+        with self._processes.together(_PRUNING):
+            self._require_lock()
+            self._require_known(number)
+            if len(self._kept) == 1:
+                raise InputError(f"snapshot {number} is the only one in {self.path}: it is not removed")
+        del self._kept[number]
+        self._sweep(_PRUNING)
+
     def prune(self) -> tuple[SnapshotId, ...]:
         """Remove the oldest snapshots beyond `keep` and `budget`, and files that no snapshot needs.
 

@@ -82,7 +82,7 @@ class TrainingWindows:
         """The present state becomes the last good one (every process its own part)."""
         guarded, processes = self._guarded, self._guarded.processes
         rolling.make_room()
-        point = guarded.safe_point()
+        point = guarded.safe_point(rolling.weights)
         with processes.together("keeping the training state"):
             training = None if rolling.capture is None else rolling.capture()
         state = GoodState(point, training, guarded.current, guarded.baseline, step)

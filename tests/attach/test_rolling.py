@@ -16,7 +16,11 @@ from tests.support.twins import FAULTS, differences, whole_state
 from torch.utils.data import DataLoader, Subset
 
 from weightproof import attach
-from weightproof.errors import EditRejectedError, InputError, SnapshotError
+from weightproof.errors import EditRejectedError, InputError, RestoreError, SnapshotError
+from weightproof.files import DISK
+from weightproof.snapshot_manifest import Manifest
+from weightproof.tensor_files import object_name
+from weightproof_callbacks.state_size import _moments
 from weightproof_callbacks.training_state import ReplayableLoader
 
 EVERY, FAULT_AT, STEPS, ROWS = 5, 32, 45, 16
@@ -207,6 +211,14 @@ def test_after_max_rollbacks_the_loop_is_stopped_with_the_last_good_state_in_pla
         ({"lr_factor": 0}, "lr_factor must be"),
         ({"keep": 0}, "keep must be"),
         ({"generators": [7]}, "is no random generator"),
+        ({"snapshots": "tape"}, "snapshots must be one of memory, pinned, disk"),
+        ({"snapshots": "disk"}, 'snapshots="disk" needs a folder'),
+        ({"snapshots": "memory", "snapshot_dir": "states"}, "leave it out"),
+        (
+            {"snapshot_budget": 60_000},
+            r"holds no good state: one takes .* KiB \(.* KiB of weights, .* KiB of moments\)",
+        ),
+        ({"snapshot_budget": 60_000, "rollback": "weights"}, r"one takes .* KiB \([0-9.]+ KiB of weights\)"),
     ],
 )
 def test_what_could_not_be_restored_is_refused_before_the_first_step(options, message):
@@ -225,6 +237,32 @@ def test_the_budget_decides_how_many_states_are_kept():
         with loop.guarded(snapshot_budget=budget) as guard:
             loop.run(10)
             assert guard.session.rolling.steps == kept
+
+
+def test_pinned_memory_is_plain_memory_where_nothing_can_be_pinned(caplog):
+    loop = Loop()
+    with caplog.at_level(logging.WARNING, "weightproof"), loop.guarded(snapshots="pinned") as guard:
+        loop.run(STEPS, after=faulty(loop, "weight-noise", FAULT_AT))
+    said = [record.message for record in caplog.records if "pinned" in record.message]
+    assert len(said) == (0 if torch.cuda.is_available() else 1)
+    twin = Loop(without=range(30, 35))
+    twin.run(STEPS - EVERY)
+    assert rejected(guard) == [(35, 30)]
+    assert differences(loop.state(), twin.state()) == []
+
+
+def test_the_size_of_a_state_is_known_before_its_optimizer_has_stepped():
+    for kind in (*OPTIMIZERS.values(), lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9)):
+        model = tiny_llama()
+        optimizer = kind(model.parameters())
+        parameters = list(model.parameters())
+        before = _moments(optimizer)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        generators = torch.get_rng_state()
+        optimizer.step()
+        assert before == _moments(optimizer) > 0
+        assert torch.equal(torch.get_rng_state(), generators)
 
 
 # ---- on disk --------------------------------------------------------------------------------------------------------
@@ -314,6 +352,80 @@ def test_a_good_state_on_disk_is_what_a_rollback_reads(tmp_path):
     twin = Loop(without=range(30, 35))
     twin.run(STEPS - EVERY)
     assert rejected(guard) == [(35, 30)]
+    assert differences(found, twin.state()) == []
+
+
+def states_on(folder):
+    return {path: path.stat().st_size for path in (folder / "good-states").rglob("*.safetensors")}
+
+
+def test_weights_lie_on_disk_once_and_what_did_not_change_once_for_all_states(tmp_path):
+    loop = Loop()
+    frozen = loop.accelerator.unwrap_model(loop.model).model.embed_tokens.weight.requires_grad_(False)
+    with loop.guarded(snapshot_dir=tmp_path, keep=2) as guard:
+        loop.run(10)
+        assert [path.name for path in tmp_path.iterdir()] == ["good-states"], "no second copy of this process's own"
+        weights = [parameter for parameter in loop.model.parameters() if parameter is not frozen]
+        two_states = 2 * 3 * sum(weight.nbytes for weight in weights) + frozen.nbytes
+        assert two_states < sum(states_on(tmp_path).values()) < 1.2 * two_states
+        assert guard.session.rolling.nbytes == 0, "nothing is kept in memory"
+        assert guard.session.has_changed() is False
+        loop.run(11)
+        assert guard.session.has_changed() is True
+
+
+def test_states_on_disk_are_pruned_by_bytes(tmp_path):
+    loop = Loop()
+    one = 3 * sum(parameter.nbytes for parameter in loop.model.parameters())
+    with loop.guarded(snapshots="disk", snapshot_dir=tmp_path, keep=4, snapshot_budget=int(2.5 * one)) as guard:
+        loop.run(25)
+        assert guard.session.rolling.steps == (20, 25)
+        assert sum(states_on(tmp_path).values()) <= 2.5 * one
+    with pytest.raises(InputError, match=r"snapshot_budget=.* holds no good state: one takes"):
+        Loop().guarded(snapshot_dir=tmp_path / "other", snapshot_budget=int(0.9 * one))
+
+
+def flip_newest(folder, count):
+    """Flip a bit in a file of each of the newest states that no older one shares."""
+    older = set()
+    manifests = sorted((folder / "good-states").rglob("snapshots/*.json"))
+    for manifest in manifests:
+        names = {object_name(held) for held in Manifest.read(manifest, DISK).objects}
+        if manifest in manifests[-count:]:
+            path = max((one for one in states_on(folder) if one.name in names - older), key=lambda one: one.name)
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+        older |= names
+
+
+def test_a_state_damaged_on_the_disk_stops_the_run(tmp_path):
+    """What the window began with is not known any more: nothing can be said of it. Started again, the run goes on."""
+    loop = Loop()
+    guard = loop.guarded(snapshot_dir=tmp_path)
+    loop.run(10)
+    flip_newest(tmp_path, 1)
+    with pytest.raises(RestoreError, match="was altered after it was written"):
+        loop.run(15)
+    with pytest.raises(EditRejectedError, match="has stopped this run"):
+        loop.run(16)
+    guard.detach()
+
+
+def test_a_killed_loop_whose_newest_state_is_damaged_goes_on_from_the_one_before(tmp_path, caplog):
+    how = {"dropout": 0.1, "replayable": True}
+    killed_at(13, tmp_path, **how)
+    flip_newest(tmp_path, 1)
+    loop = Loop(**how)
+    with caplog.at_level(logging.WARNING, "weightproof"), loop.guarded(snapshot_dir=tmp_path) as guard:
+        assert guard.step == 5
+        loop.steps = 5
+        loop.run(20)
+        found = loop.state()
+    assert "snapshot 3 is damaged and is passed over; snapshot 2 (step 5) is used in its place" in caplog.text
+    twin = Loop()
+    twin.run(20)
+    assert loop.seen == twin.seen[5:]
     assert differences(found, twin.state()) == []
 
 

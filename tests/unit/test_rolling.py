@@ -9,7 +9,7 @@ import torch
 from tests.support.chains import tiny_llama
 
 from weightproof.errors import InputError, RestoreError
-from weightproof.rolling import GoodState, Rolling, RollingOptions
+from weightproof.rolling import GoodState, Rolling, RollingOptions, place_of_snapshots
 from weightproof.session import GuardSession
 from weightproof.steps import SafePoint
 from weightproof.types import Action
@@ -120,6 +120,7 @@ def test_after_too_many_rollbacks_it_says_what_was_tried():
         {"max_rollbacks": -1},
         {"max_rollbacks": True},
         {"snapshot_budget": 0},
+        {"snapshots": "tape"},
         {"lr_factor": 0.0},
         {"lr_factor": 1.5},
         {"lr_factor": float("nan")},
@@ -129,6 +130,70 @@ def test_after_too_many_rollbacks_it_says_what_was_tried():
 def test_options_out_of_range_are_refused_by_name(options):
     with pytest.raises(InputError, match=next(iter(set(options) - {"rollback"}), "rollback")):
         RollingOptions(**options)
+
+
+class Disk:
+    """Stands for a folder of good states."""
+
+    def __init__(self, damaged=(), room=9):
+        self.damaged, self.room, self.kept = set(damaged), room, []
+
+    def keep(self, tensors):
+        return None
+
+    def commit(self, state):
+        self.kept = [*self.kept, state.step][-self.room :]
+        return state
+
+    def has(self, state):
+        return state.step in self.kept
+
+    def forget(self, state):
+        self.kept.remove(state.step)
+
+    def damage(self, state):
+        return f"a bit of {state.step} flipped" if state.step in self.damaged else None
+
+
+def on_disk(disk, *steps, **options):
+    found = Rolling(RollingOptions(snapshots="disk", **options), disk=disk)
+    for step in steps:
+        found.make_room()
+        found.push(good(step))
+    return found
+
+
+def test_what_the_disk_has_pruned_is_none_to_go_back_to():
+    assert on_disk(Disk(room=2), 10, 20, 30, keep=5).steps == (20, 30)
+
+
+def test_a_damaged_state_on_disk_is_passed_over_by_name_and_forgotten(caplog):
+    disk = Disk(damaged=(20, 30))
+    assert on_disk(disk, 10, 20, 30, keep=3).choose(40, "bad").step == 10
+    assert disk.kept == [10], "a run that is killed now must not go on from the others"
+    assert "of step 30 is damaged and is passed over for that of step 20: a bit of 30 flipped" in caplog.text
+    assert "of step 20 is damaged and is passed over for that of step 10: a bit of 20 flipped" in caplog.text
+
+
+def test_where_every_state_is_damaged_none_is_put_back():
+    disk = Disk(damaged=(20, 30))
+    with pytest.raises(RestoreError, match="no good state is left to go back to: a bit of 20 flipped"):
+        on_disk(disk, 20, 30).choose(40, "bad")
+    assert disk.kept == [20]
+
+
+def test_a_state_in_doubt_is_none_that_a_killed_run_goes_on_from():
+    disk = Disk()
+    assert on_disk(disk, 10, 20).choose(30, "bad", doubtful=True).step == 10
+    assert disk.kept == [10]
+
+
+@pytest.mark.parametrize(
+    ("asked", "folder", "found"),
+    [(None, None, "memory"), (None, "x", "disk"), ("disk", "x", "disk"), ("pinned", None, "pinned")],
+)
+def test_states_lie_on_disk_where_there_is_a_folder(asked, folder, found):
+    assert place_of_snapshots(asked, folder) == found
 
 
 # ---- in a session ---------------------------------------------------------------------------------------------------
