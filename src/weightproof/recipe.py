@@ -19,7 +19,7 @@ Steps, one mapping each in `edits`:
 | `edit: NAME` | plans new weights, which are written and judged | `weightproof.edits` |
 | `external: NAME` | lets other code change the model inside `session.edit()` | `weightproof.externals` |
 | `train: NAME` | trains under guard | `weightproof.trainers` |
-| `plan: {...}` | has bits chosen within a budget, then quantizes | `weightproof.planners` |
+| `plan: {...}` | has bits chosen within a budget, and the result accepted by the guards | `weightproof.planners` |
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weightproof.edits.mixed import QuantizeEach
+from weightproof.edits.mixed import QuantizeEach
 from weightproof.jsonable import to_jsonable
 from weightproof.kinds import Quantize
 from weightproof.steps import Step
@@ -160,7 +162,8 @@ class Sizes:
             return
         untouched = set(left)
         for one in matrices:
-            if one.name in self._now and one.tensor_name not in untouched:
+            has_width = not isinstance(kind, QuantizeEach) or one.name in kind.widths
+            if has_width and one.name in self._now and one.tensor_name not in untouched:
                 self._now[one.name] = -(-_bits_of(one, kind) // 8)
 
     def as_stored(self) -> None:
@@ -172,4 +175,5 @@ def _bits_of(matrix: WeightMatrix, kind: Quantize) -> int:
     groups = {"tensor": 1, "channel": matrix.d_out}.get(kind.granularity)
     if groups is None:
         groups = matrix.d_out * -(-matrix.d_in // (kind.group_size or matrix.d_in))
-    return matrix.d_out * matrix.d_in * kind.bits + groups * _SCALE_BITS
+    bits = kind.widths[matrix.name] if isinstance(kind, QuantizeEach) else kind.bits
+    return matrix.d_out * matrix.d_in * bits + groups * _SCALE_BITS

@@ -209,19 +209,24 @@ class _Run:
             return self._train(session, step)
         if step.verb == "external":
             return self._external(session, step)
-        edit = step.make(self.folders) if step.verb == "edit" else self._planned(session, step)
-        selected = [one for one in iter_weight_matrices(self.model) if one.refusal is None and edit.selects(one)]
-        judged = session.apply(edit, on_violation=step.on_violation)
+        if step.verb == "plan":
+            return self._planned(session, step)
+        edit = step.make(self.folders)
+        return self._written_down(step, session.apply(edit, on_violation=step.on_violation), edit)
+
+    def _planned(self, session: GuardSession, step: RecipeStep) -> StepResult:
+        """What a planner chose within its budget, and had the guards accept."""
+        carried = require_plugin(GROUPS["plan"], step.plugin, step.place)(session, **step.params)
+        row = self._written_down(step, carried.step, carried.plan.edit)
+        return replace(row, notes=(*row.notes, f"chosen in {len(carried.rounds)} rounds"))
+
+    def _written_down(self, step: RecipeStep, judged: Step, edit: Any) -> StepResult:
+        """The row of one of our own edits, and what it makes of the model's size."""
         if judged.applied == "kept":
             reverted = judged.record.reverted if judged.record is not None else ()
-            self.sizes.quantized(selected, edit.kind, reverted)
+            chosen = [one for one in iter_weight_matrices(self.model) if one.refusal is None and edit.selects(one)]
+            self.sizes.quantized(chosen, edit.kind, reverted)
         return self._settled(step, judged, edit.kind)
-
-    def _planned(self, session: GuardSession, step: RecipeStep) -> Any:
-        """The edit that a planner chose within its budget."""
-        planner = require_plugin(GROUPS["plan"], step.plugin, step.place)
-        mixed = require_plugin(GROUPS["edit"], "mixed", step.place)
-        return mixed(planner(session, **step.params))
 
     def _external(self, session: GuardSession, step: RecipeStep) -> StepResult:
         factory = require_plugin(GROUPS["external"], step.plugin, step.place)

@@ -26,6 +26,7 @@ NAMES = sorted(set(shipped_recipes()) - {"demo"})
 EXPECTED = {
     "int8": ["KEEP"],
     "int4-group": ["KEEP"],
+    "mixed-precision": ["KEEP"],
     "sequential-edits": ["KEEP", "KEEP", "ROLLBACK"],
     "guarded-finetune": ["KEEP"],
     "prune-and-recover": ["KEEP"],
