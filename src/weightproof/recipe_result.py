@@ -6,14 +6,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weightproof.edits.mixed import QuantizeEach
 from weightproof.edits.mixed import QuantizeEach
 from weightproof.jsonable import to_jsonable
 from weightproof.kinds import Quantize
 from weightproof.steps import Step
 from weightproof.types import Action, WeightMatrix
+from weightproof.weights import iter_tensors, iter_weight_matrices
+
+if TYPE_CHECKING:
+    from torch import nn
 
 KEPT, UNEXPECTED = 0, 1
 NOT_RUN = "not run"
@@ -142,13 +145,15 @@ def loss_ratio(step: Step) -> float | None:
 class Sizes:
     """Bytes of a model's weights at the widths that its edits declared: simulated quantization writes the same files.
 
-    Of a quantized matrix: bits, and a scale in half precision for each group. Everything else as it is stored;
-    packed matrices at the width that their reader states.
+    Of a quantized matrix: bits, and a scale in half precision for each group. Everything else as the model stores it,
+    what a quantizer packed too.
     """
 
-    def __init__(self, matrices: Iterable[WeightMatrix], total: int) -> None:
-        self._stored = {one.name: one.d_out * one.d_in * one.dtype.itemsize for one in matrices}
+    def __init__(self, model: nn.Module) -> None:
+        plain = [one for one in iter_weight_matrices(model) if one.storage is None]
+        self._stored = {one.name: one.d_out * one.d_in * one.dtype.itemsize for one in plain}
         self._now = dict(self._stored)
+        total = sum(named.tensor.nbytes for named in iter_tensors(model) if named.persistent)
         self._others = total - sum(self._stored.values())
 
     @property

@@ -38,7 +38,7 @@ from weightproof.registry import load_plugin
 from weightproof.session import GuardSession
 from weightproof.steps import Step
 from weightproof.training_job import Trained, TrainingJob
-from weightproof.weights import iter_tensors, iter_weight_matrices
+from weightproof.weights import iter_weight_matrices
 
 __all__ = ["CACHE", "MODELS", "run"]
 
@@ -105,8 +105,7 @@ class _Run:
         loaded = load_model(source.folder, device=recipe.device)
         self.model, self.encode, self.tokenizer = loaded.model, loaded.encode, loaded.tokenizer_digest
         require_steps_fit(recipe.steps, self.model)
-        total = sum(one.tensor.nbytes for one in iter_tensors(self.model) if one.persistent)
-        self.sizes = Sizes(iter_weight_matrices(self.model), total)
+        self.sizes = Sizes(self.model)
         self.base_size = self.sizes.bytes
         self.rows: list[StepResult] = []
         self.notes = [*source.notes]
@@ -234,6 +233,8 @@ class _Run:
         kind = step.kind if step.kind is not None else getattr(change, "kind", None)
         with session.edit(step.name, kind, step.targets, step.on_violation) as judged, torch.no_grad():
             change(self.model)
+        if judged.applied == "kept":
+            self.sizes = Sizes(self.model)
         return self._settled(step, judged, judged.kind)
 
     def _train(self, session: GuardSession, step: RecipeStep) -> StepResult:

@@ -50,7 +50,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one option a line
     if save_model and out is None:
         raise InputError("--save-model writes into the folder of the results: name one with --out")
     from weightproof.planner.model_run import Listener, PlanRequest, plan_model
-    from weightproof.planner.plan import check_request
+    from weightproof.planner.mixed_plan import check_request
     from weightproof.planner.sizes import Grid
 
     if group_size is not None and granularity == "channel":

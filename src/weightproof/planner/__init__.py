@@ -12,15 +12,15 @@
 | `predictors` | the harm of quantizing one matrix alone: measured KL, in nats per token; replaceable |
 | `sizes` | bytes: codes, scales, and all that is not quantized |
 | `frontier` | the smallest choice within a budget, exactly |
-| `plan` | a width for each matrix |
+| `mixed_plan` | a width for each matrix |
 | `rounds` | apply it, measure, raise what harms most, until the guards accept |
 """
 
 from __future__ import annotations
 
-from weightproof.planner.plan import WIDTHS, Choice, MixedPlan, Option, check_request, plan
+from weightproof.planner.mixed_plan import WIDTHS, Choice, MixedPlan, Option, check_request, plan
 from weightproof.planner.predictors import MeasuredDivergence, Predictor
-from weightproof.planner.rounds import Carried, Round, budget_policy, carry_out
+from weightproof.planner.rounds import Carried, Round, budget_policy, carry_out, within_budget
 from weightproof.planner.sizes import Grid, ModelSize
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "carry_out",
     "check_request",
     "plan",
+    "within_budget",
 ]

@@ -25,7 +25,7 @@ from weightproof.files import write_atomically
 from weightproof.loading import LOADERS, LoadedModel, load_model, resolve_folder
 from weightproof.losses import LossData
 from weightproof.model_pair import Data
-from weightproof.planner.plan import MixedPlan, check_request, plan
+from weightproof.planner.mixed_plan import MixedPlan, check_request, plan
 from weightproof.planner.rounds import Carried, Round, budget_policy, carry_out
 from weightproof.planner.sizes import Grid
 from weightproof.policy import Policy, load_policy

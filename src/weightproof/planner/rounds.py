@@ -17,7 +17,7 @@ from weightproof.errors import InputError
 from weightproof.guards.divergence import Divergence
 from weightproof.guards.loss import Loss
 from weightproof.loss_windows import LossWindows
-from weightproof.planner.plan import MixedPlan
+from weightproof.planner.mixed_plan import WIDTHS, MixedPlan, plan
 from weightproof.policy import Policy, load_policy
 from weightproof.session import GuardSession
 from weightproof.steps import Step
@@ -107,12 +107,14 @@ def budget_policy(policy: str | Policy, budget: float, *, has_loss: bool) -> Pol
     return load_policy(policy).override(limits)
 
 
-def carry_out(session: GuardSession, plan: MixedPlan, *, on_round: Callable[[Round], None] = lambda _: None) -> Carried:
+def carry_out(
+    session: GuardSession, found: MixedPlan, *, on_round: Callable[[Round], None] = lambda _: None
+) -> Carried:
     """Apply a plan; while the guards do not accept it, raise the widths that harm most and try again.
 
     Args:
         session: The one that the plan was made for, under `budget_policy`.
-        plan: From `plan`.
+        found: From `plan`.
         on_round: Told of each round when it is decided.
 
     Returns:
@@ -124,39 +126,69 @@ def carry_out(session: GuardSession, plan: MixedPlan, *, on_round: Callable[[Rou
             data is too little to decide on a ratio.
         RestoreError: If a rejected attempt could not be taken back.
     """
-    has_loss = _require_policy(session, plan)
+    has_loss = _require_policy(session, found)
     rounds: list[Round] = []
     while True:
-        step = session.apply(plan.edit)
-        rounds.append(_round(step, plan))
+        step = session.apply(found.edit)
+        rounds.append(_round(step, found))
         on_round(rounds[-1])
         decision = step.decision
         assert decision is not None
         stopped = decision.action is not Action.ROLLBACK or decision.situation not in _CURABLE
-        wider = None if stopped or len(rounds) == MOST_ROUNDS else plan.raised(_next_target(rounds[-1], plan))
+        wider = None if stopped or len(rounds) == MOST_ROUNDS else found.raised(_next_target(rounds[-1], found))
         if wider is None:
-            return Carried(plan, step, tuple(rounds), "loss" if has_loss else "KL on random tokens")
-        plan = wider
+            return Carried(found, step, tuple(rounds), "loss" if has_loss else "KL on random tokens")
+        found = wider
 
 
-def _require_policy(session: GuardSession, plan: MixedPlan) -> bool:
+def within_budget(  # noqa: PLR0913 - what a recipe can say
+    session: GuardSession,
+    *,
+    budget: float = 1.01,
+    bits: tuple[int, ...] = WIDTHS,
+    granularity: str = "channel",
+    group_size: int | None = None,
+    symmetric: bool = True,
+    together: bool = False,
+    include: tuple[str, ...] = ("*",),
+    exclude: tuple[str, ...] = (),
+) -> Carried:
+    """`plan` and `carry_out` in one: the plug-in behind a recipe's step `plan: {...}`."""
+    found = plan(
+        session,
+        budget,
+        bits,
+        granularity=granularity,
+        group_size=group_size,
+        symmetric=symmetric,
+        together=together,
+        include=include,
+        exclude=exclude,
+    )
+    return carry_out(session, found)
+
+
+def _require_policy(session: GuardSession, found: MixedPlan) -> bool:
     """Whether a loss decides; refuses a session that would accept what the budget forbids."""
-    advice = f"make the session with policy=planner.budget_policy(..., {plan.budget:g}, has_loss=...)"
+    advice = (
+        f"make the session with policy=planner.budget_policy(..., {found.budget:g}, has_loss=...), or say so under "
+        "guards: in a recipe"
+    )
     if session.policy.mode != "gate":
         raise InputError(f"the session's policy only reports (mode {session.policy.mode}): a plan must be taken back")
     limits = session.policy.limits_for(Loss)
     retain = next((one for one in session.windows if isinstance(one, LossWindows) and one.name == "retain"), None)
     if retain is None:
         kl = session.policy.limits_for(Divergence).kl
-        if kl > plan.allowed * (1 + 1e-9):
+        if kl > found.allowed * (1 + 1e-9):
             raise InputError(
                 f"without retain data the KL on random tokens stands in for the budget, and the session accepts "
-                f"{kl:.4g} nats per token where the budget allows {plan.allowed:.4g}: {advice}"
+                f"{kl:.4g} nats per token where the budget allows {found.allowed:.4g}: {advice}"
             )
         return False
-    if limits.tau > plan.budget:
+    if limits.tau > found.budget:
         raise InputError(
-            f"the session accepts a perplexity ratio of {limits.tau:g}, more than the budget {plan.budget:g}: {advice}"
+            f"the session accepts a perplexity ratio of {limits.tau:g}, more than the budget {found.budget:g}: {advice}"
         )
     short = limits.too_little(retain.num_windows, retain.num_tokens)
     if short is not None:
@@ -167,16 +199,16 @@ def _require_policy(session: GuardSession, plan: MixedPlan) -> bool:
     return True
 
 
-def _round(step: Step, plan: MixedPlan) -> Round:
+def _round(step: Step, found: MixedPlan) -> Round:
     decision = step.decision
     assert decision is not None
     loss = next((one for one in step.losses if one.role == "retain" and one.metric == "nll"), None)
     ends = (None, None, None) if loss is None else (loss.difference, loss.lower, loss.upper)
     ratio, lower, upper = (None if value is None else math.exp(min(value, 700.0)) for value in ends)
     return Round(
-        bits=plan.bits,
-        size=plan.size,
-        nats=plan.nats,
+        bits=found.bits,
+        size=found.size,
+        nats=found.nats,
         action=str(decision.action),
         situation=decision.situation,
         reason=decision.reason,
@@ -187,7 +219,7 @@ def _round(step: Step, plan: MixedPlan) -> Round:
     )
 
 
-def _next_target(last: Round, plan: MixedPlan) -> float:
+def _next_target(last: Round, found: MixedPlan) -> float:
     """What the next plan may predict: the last prediction, less in proportion to what was measured.
 
     The upper end of the interval is to come down to the budget. Of an undecided loss the interval is taken to stay as
@@ -195,10 +227,10 @@ def _next_target(last: Round, plan: MixedPlan) -> float:
     point to the lower end counts, and as much is kept for the interval. From half to nine tenths of the last, so that
     a round neither crawls nor leaps.
     """
-    share = plan.allowed / last.kl if last.kl else 0.5
+    share = found.allowed / last.kl if last.kl else 0.5
     if last.ratio is not None and last.lower is not None and last.upper is not None:
         harm, low, high = math.log(last.ratio), math.log(last.lower), math.log(last.upper)
-        margin = (harm - low) / 2 if low > plan.allowed else high - harm
-        expected = harm - margin if low > plan.allowed else harm
-        share = (plan.allowed - margin) / max(expected, 1e-12)
-    return min(max(share, 0.5), 0.9) * min(plan.nats, 4.0 * plan.allowed)
+        margin = (harm - low) / 2 if low > found.allowed else high - harm
+        expected = harm - margin if low > found.allowed else harm
+        share = (found.allowed - margin) / max(expected, 1e-12)
+    return min(max(share, 0.5), 0.9) * min(found.nats, 4.0 * found.allowed)
