@@ -74,16 +74,25 @@ def words_for(merge: Merge, before: Tensor, after: Tensor) -> str:
         return "the adapter's delta is zero here, yet the matrix changed"
     if not math.isfinite(merge.error):
         return "the merged matrix, or the delta, holds NaN or inf"
-    if merge.coefficient == 0.0 and merge.rest == 0.0:
-        return "the delta was not merged: the matrix is byte-identical to the base"
+    identical = merge.coefficient == 0.0 and merge.rest == 0.0
     if is_stored_in_few_levels(before) and is_stored_in_few_levels(after):
-        return (
-            f"the base is stored in 4 bits ({_LEVELS} values in {_BLOCK} weights at most): rounding to them is an "
-            f"error of {merge.error:.3g} times the delta; merge into the unquantised base"
-        )
+        return _in_few_levels(merge, identical=identical)
+    if identical:
+        return "the delta was not merged: the matrix is byte-identical to the base"
     if merge.rest > max(merge.limit, abs(merge.coefficient - 1.0) / 2):
         return f"something else than this adapter's delta changed: {merge.rest:.3g} times its size"
     return _multiple(merge.coefficient)
+
+
+def _in_few_levels(merge: Merge, *, identical: bool) -> str:
+    advice = "merge into the unquantised base"
+    if identical:
+        why = "the matrix is byte-identical to the base, which is stored in 4 bits"
+        return f"the delta was not merged, or lost in rounding: {why}; {advice}"
+    return (
+        f"the base is stored in 4 bits ({_LEVELS} values in {_BLOCK} weights at most): rounding to them is an error of "
+        f"{merge.error:.3g} times the delta; {advice}"
+    )
 
 
 def _multiple(c: float) -> str:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from weightproof import contracts
+from weightproof.adapters import Adapter, AdapterDelta
 from weightproof.edits import RTN
 from weightproof.errors import InputError
-from weightproof.kinds import Cast, Kind, LoraMerge, Plain, Prune, Quantize, parse_kind, typical_quantization_error
+from weightproof.kinds import (
+    Cast,
+    Kind,
+    LoraMerge,
+    Plain,
+    Prune,
+    Quantize,
+    measure_outside,
+    parse_kind,
+    typical_quantization_error,
+)
 from weightproof.types import WeightMatrix
 
 _SPEC = importlib.util.spec_from_file_location("oracle_rtn", Path(__file__).parents[1] / "oracles" / "rtn.py")
@@ -365,6 +377,117 @@ def test_an_empty_delta_means_no_change():
     kind = LoraMerge({"w": torch.zeros(40, 96)})
     assert broken(kind, gaussian(), gaussian()) == set()
     assert broken(kind, gaussian(), gaussian() * 2) == {"merge_error"}
+
+
+WORDS = {
+    "twice": "merged twice",
+    "not at all": "byte-identical to the base",
+    "wrong sign": "wrong sign",
+    "without scaling": "0.5 times its scaling",
+    "not a number": "NaN or inf",
+}
+
+
+@pytest.mark.parametrize("merge", WORDS)
+def test_a_broken_merge_says_what_it_looks_like(merge):
+    weight, delta = gaussian(), low_rank()
+    found = readings(LoraMerge({"w": delta}), weight, MERGES[merge][0](weight, delta))["merge_error"]
+    assert WORDS[merge] in found.reason
+
+
+def test_other_broken_merges_say_what_they_look_like():
+    weight, delta, other = gaussian(), low_rank(), gaussian(seed=9)
+    kind = LoraMerge({"w": delta})
+
+    def said(after):
+        return readings(kind, weight, after)["merge_error"].reason
+
+    assert said(weight + 10 * delta) == "the delta was merged 10 times over, or with 10 times its scaling"
+    assert said(weight - 3 * delta) == "the delta was merged with the wrong sign and 3 times its scaling"
+    assert "something else than this adapter's delta changed: " in said(weight + delta + other)
+    assert said(weight + delta) is None
+    zero = readings(LoraMerge({"w": torch.zeros(40, 96)}), weight, weight + other)["merge_error"]
+    assert zero.reason == "the adapter's delta is zero here, yet the matrix changed"
+    (found,) = kind.measure("v", weight, weight + other)
+    assert found.reason == "the adapter has no delta for it"
+
+
+def test_a_merge_that_was_rounded_to_the_levels_of_four_bits_says_so():
+    step = 0.1
+    weight = (gaussian(40) / step).round().clamp(-7, 7) * step
+    merged = ((weight + low_rank()) / step).round().clamp(-7, 7) * step
+    found = readings(LoraMerge({"w": low_rank()}), weight, merged)["merge_error"]
+    assert found.value > found.limit
+    assert "lost in rounding" in found.reason
+    merged = ((weight + 3 * low_rank()) / step).round().clamp(-7, 7) * step
+    found = readings(LoraMerge({"w": 3 * low_rank()}), weight, merged)["merge_error"]
+    assert "the base is stored in 4 bits" in found.reason
+
+
+def dora() -> AdapterDelta:
+    a, b = torch.randn(4, 96, generator=generator(1)) * 0.1, torch.randn(40, 4, generator=generator(2)) * 0.1
+    return AdapterDelta("w", a, b, 2.0, magnitude=1.1 * gaussian().norm(dim=1))
+
+
+DORA = {
+    "twice": (lambda w, d: w + d.dense(w) + d.dense(w + d.dense(w)), "merged twice"),
+    "wrong sign": (lambda w, d: w + replace(d, scaling=-2.0).dense(w), "wrong sign"),
+    "ten times": (lambda w, d: w + replace(d, scaling=20.0).dense(w), "10 times its scaling"),
+    "as plain LoRA": (lambda w, d: w + replace(d, magnitude=None).dense(), "without DoRA's magnitudes"),
+    "not at all": (lambda w, d: w, "byte-identical"),
+    "something else": (lambda w, d: gaussian(seed=12), "something else than this adapter's delta"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_merged_once_keeps_its_contract(dtype):
+    weight = gaussian().to(dtype)
+    kind = LoraMerge(Adapter({"w": dora()}))
+    assert broken(kind, weight, (weight.float() + dora().dense(weight)).to(dtype)) == set()
+    in_steps = (weight.float() + replace(dora(), magnitude=None).dense()).to(dtype)  # as PEFT merges in half precision
+    factor = (dora().magnitude.to(dtype) / in_steps.norm(dim=1).to(dtype))[:, None]
+    assert broken(kind, weight, factor * in_steps) == set()
+
+
+@pytest.mark.parametrize("merge", DORA)
+def test_dora_merged_wrongly_is_named(merge):
+    change, words = DORA[merge]
+    kind = LoraMerge(Adapter({"w": dora()}))
+    found = readings(kind, gaussian(), change(gaussian(), dora()))["merge_error"]
+    assert found.value > found.limit
+    assert words in found.reason
+
+
+def test_replaced_tensors_and_added_biases_must_be_the_adapters_own():
+    head, bias = gaussian(seed=21), torch.ones(40)
+    kind = LoraMerge(Adapter({"w": dora()}, replaced={"head": head, "norm": bias}, biases={"bias": bias}))
+    assert kind.expected == {"w", "head", "norm", "bias"}
+    assert broken(kind, gaussian(), head, name="head") == set()
+    assert broken(kind, gaussian().bfloat16(), head.bfloat16(), name="head") == set()
+    (found,) = kind.measure("head", gaussian(), gaussian())
+    assert (found.value, found.statistic) == (1.0, "replaced_fraction")
+    assert "byte-identical to the base" in found.reason
+    (found,) = kind.measure("head", gaussian(), head * 2)
+    assert found.reason == "it is not the adapter's own copy (modules_to_save)"
+
+    def outside(name, before, after):
+        (one,) = measure_outside(kind, name, before, after)
+        return one
+
+    assert outside("bias", bias, 2 * bias).value == 0.0
+    assert outside("bias", bias, 3 * bias).reason == "the delta was merged twice"
+    assert outside("bias", bias, bias).reason == "the delta was not merged: the matrix is byte-identical to the base"
+    assert outside("norm", 3 * bias, bias).value == 0.0
+    assert outside("norm", 3 * bias, 2 * bias).value == 1.0
+    assert outside("other", bias, 2 * bias).statistic == "altered_outside_matrices"
+
+
+def test_what_is_taken_out_again_is_held_to_the_merge_the_other_way_round():
+    merged = gaussian() + dora().dense(gaussian())
+    kind = LoraMerge(Adapter({"w": dora()}), reverse=True)
+    assert kind.params()["reverse"] is True
+    assert broken(kind, merged, gaussian()) == set()
+    assert broken(kind, merged, merged) == {"merge_error"}
 
 
 # -- every kind --------------------------------------------------------------------------------
