@@ -112,7 +112,7 @@ class GeneratorRecord:
         """
         ours = self.differing(processes.rank)
         if ours and acts:
-            self._put_back(processes.rank)
+            self.put_back(processes.rank)
         every = processes.gather("random generators after the resume", ours)
         found = tuple(f"{', '.join(names)} of rank {rank}" for rank, names in enumerate(every) if names)
         if processes.is_main:
@@ -130,7 +130,10 @@ class GeneratorRecord:
                 )
         return found
 
-    def _put_back(self, rank: int) -> None:
+    def put_back(self, rank: int) -> None:
+        """Give this process the generators that the one of this rank had; nothing where there was none."""
+        if rank >= len(self._ranks):
+            return
         kept = self._ranks[rank]
         tensors = {name: _from_hex(*pair) for name, pair in kept["tensors"].items()}
         draws = Values(kept["tree"], tensors).value()

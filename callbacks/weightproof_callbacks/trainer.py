@@ -44,6 +44,7 @@ from weightproof.session import STATE_FILE, GuardSession
 from weightproof.steps import Step
 from weightproof.types import Action
 from weightproof_callbacks.generator_record import GeneratorRecord
+from weightproof_callbacks.generator_state import GlobalDraws
 from weightproof_callbacks.model_card import write_evidence
 from weightproof_callbacks.raw_loss import RawLossRecorder
 from weightproof_callbacks.rolling_policy import RollingPolicy, Run, require_replayable_run, words_of
@@ -289,7 +290,7 @@ class GuardCallback(TrainerCallback):
             self.rolling, run, "train with GuardedTrainer (or GuardedTrainerMixin) in place of Trainer"
         )
         self._policy = RollingPolicy(self.rolling, session, run, acts=self.on_violation != "monitor")
-        began = self._policy.begin(state.global_step)
+        began = self._first_good_state(self._policy, state.global_step)
         if began > state.global_step:
             state.global_step = self._judged_at = began
             if self._trainer is not None:
@@ -298,6 +299,17 @@ class GuardCallback(TrainerCallback):
                 self._trainer._globalstep_last_logged = began
         # Trainer divides by the items of all processes, and multiplies again where this hook has passed.
         self._recorder.attach(model, shares=args.world_size if args.average_tokens_across_devices else 1)
+
+    def _first_good_state(self, policy: RollingPolicy, step: int) -> int:
+        """Keep it with the generators of the checkpoint that is resumed: Trainer restores those later."""
+        if self._generators is None:
+            return policy.begin(step)
+        present = GlobalDraws.now()
+        self._generators.put_back(self._required_session.processes.rank)
+        began = policy.begin(step)
+        if began == step:
+            present.put_back()
+        return began
 
     def _run(self, optimizer: Any, scheduler: Any) -> Run:
         trainer = self._trainer

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
-from tests.support.twins import differences
-from tests.trainer.test_rolling import Replayable, Seen, run
+from tests.support.twins import FAULTS, differences
+from tests.trainer.test_rolling import Fault, Replayable, Seen, run
 
 from weightproof import GuardCallback
 from weightproof_callbacks.generator_record import GENERATORS_FILE
@@ -53,3 +53,20 @@ def test_a_plain_trainer_says_nothing_where_a_pass_begins_and_the_loader_has_dra
     whole, found, said = ends(tmp_path, None, caplog, lose=False, rows=128)
     assert differences(found, whole) == []
     assert "generators" not in said
+
+
+@pytest.mark.parametrize("kind", [None, Replayable])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_rollback_to_where_a_run_was_resumed_has_the_generators_of_the_checkpoint(tmp_path, kind, on_disk):
+    settings = {"rows": 512, **SAVE} | ({} if kind is None else {"kind": kind})
+    run(tmp_path, [GuardCallback(every=4)], steps=8, lr_scheduler_type="constant", **settings)
+    torch.manual_seed(99)
+    seen, guard = Seen(16), GuardCallback(every=4, snapshot_dir=tmp_path / "states" if on_disk else None)
+    callbacks = [Fault(FAULTS["weight-noise"], 9), guard, seen]
+    run(tmp_path, callbacks, steps=16, resume=str(tmp_path / "checkpoint-8"), lr_scheduler_type="constant", **settings)
+    assert [(step.step, step.record.params["back_to_step"]) for step in guard.history if step.applied != "kept"] == [
+        (12, 8)
+    ]
+    twin = Seen(12)
+    run(tmp_path / "twin", [twin], steps=12, without=range(8, 12), lr_scheduler_type="constant", **settings)
+    assert differences(seen.states[16], twin.states[12]) == []
