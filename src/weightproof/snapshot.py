@@ -640,8 +640,8 @@ def _overwrite(matrix: WeightMatrix, target: torch.Tensor, values: torch.Tensor)
 
 
 def _write(target: torch.Tensor, kept: torch.Tensor) -> None:
-    """Copy bit for bit into existing storage."""
-    with torch.no_grad():
+    """Copy bit for bit into existing storage; what was made in inference mode can be written to only there."""
+    with torch.inference_mode() if target.is_inference() else torch.no_grad():
         dense = dense_part(target)
         part = kept[tuple(slice(0, size) for size in dense.shape)]
         as_bits(dense).copy_(as_bits(part).to(dense.device))

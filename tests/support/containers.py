@@ -57,6 +57,7 @@ class GptqContainer(nn.Module):
         self.bits, self.group_size = bits, group_size
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._qzeros_format = qzeros_format
+        self.REQUIRES_FORMAT_V2 = False
         codes, zeros, scales = asymmetric(layer.weight, bits, group_size)
         stored = (zeros - (qzeros_format == 1)) % 2**bits
         self.register_buffer("qweight", packed_rows(codes.T, bits).T.contiguous())

@@ -192,6 +192,28 @@ def test_a_layer_used_twice_is_one_packed_weight():
     assert len({one.name for one in iter_tensors(model)}) == 4
 
 
+def test_a_kernel_that_takes_zero_points_as_they_are_is_read_so():
+    """GPTQModel converts zero points while it loads and leaves the number of their format."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48)
+    converted = GptqContainer(layer, qzeros_format=2)
+    expected = converted.weight_in_use()
+    converted._qzeros_format, converted.REQUIRES_FORMAT_V2 = 1, True
+    (matrix,) = iter_weight_matrices(nn.ModuleDict({"up_proj": converted}))
+    torch.testing.assert_close(matrix.load(), expected)
+
+
+def test_tensors_that_were_made_in_inference_mode_are_restored_in_it():
+    with torch.inference_mode():
+        model = _block("gptq, 4 bits")
+    kept = _digests(model)
+    snapshot = Snapshot.capture(model)
+    with torch.inference_mode():
+        model["up_proj"].qweight.zero_()
+    snapshot.restore()
+    assert _digests(model) == kept
+
+
 # ---- what cannot be read
 
 

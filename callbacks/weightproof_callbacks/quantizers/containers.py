@@ -2,7 +2,8 @@
 
 Both compute W[i, o] = scales[group(i), o] * (codes[i, o] - zeros[group(i), o]) for input i and output o, so the matrix
 is turned on the way. GPTQ packs codes along the inputs and names each input's group in `g_idx`; its older format
-(`qzero_format()` 1, and whatever has no such method) keeps every zero point minus one. AWQ packs both along the
+(`qzero_format()` 1, and whatever has no such method) keeps every zero point minus one, unless the module's kernel
+takes them as they are (`REQUIRES_FORMAT_V2`: GPTQModel converts while it loads, and leaves the number). AWQ packs both along the
 outputs, in the order 0 2 4 6 1 3 5 7 within a word.
 """
 
@@ -38,9 +39,15 @@ class GptqReader:
             return f"codes of {bits} bits in {tensors['qweight'].dtype}: only 2, 4 and 8 bits in int32 are known"
         if tensors["g_idx"].numel() * bits != rows * _WORD:
             return "its codes are not laid out by inputs (a kernel has rearranged them): load it with a torch backend"
-        get: Any = getattr(module, "qzero_format", None)
-        offset = 1 if get is None else int(get() == 1)
-        return _packed(module, self.name, tensors, partial(_gptq, bits, offset), bits)
+        return _packed(module, self.name, tensors, partial(_gptq, bits, _zero_offset(module)), bits)
+
+
+def _zero_offset(module: Any) -> int:
+    """What the module's own kernel adds to a stored zero point."""
+    if getattr(module, "REQUIRES_FORMAT_V2", False):
+        return 0
+    get = getattr(module, "qzero_format", None)
+    return 1 if get is None else int(get() == 1)
 
 
 class AwqReader:
