@@ -7,8 +7,10 @@ ZERO := .venv-zero/bin
 ZERO_STAMP := .venv-zero/.installed
 QUANTIZERS := .venv-quantizers/bin
 QUANTIZERS_STAMP := .venv-quantizers/.installed
+LLMC := .venv-llm-compressor/bin
+LLMC_STAMP := .venv-llm-compressor/.installed
 
-.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-browser lint format benchmark benchmark-distributed benchmark-coverage clean
+.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-llm-compressor test-browser recipes lint format benchmark benchmark-distributed benchmark-coverage clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -56,6 +58,20 @@ $(QUANTIZERS_STAMP): pyproject.toml constraints.txt tests/quantizers/constraints
 test-quantizers: $(QUANTIZERS_STAMP) ## torchao, bitsandbytes, quanto, HQQ, compressed-tensors on trained models: two minutes
 	OMP_NUM_THREADS=1 $(QUANTIZERS)/python -m pytest tests/quantizers
 
+# llm-compressor pins an older transformers and an older huggingface_hub: an environment without the pins of those two.
+$(LLMC_STAMP): pyproject.toml constraints.txt tests/llm_compressor/constraints.txt
+	test -x $(LLMC)/python || $(PYTHON) -m venv .venv-llm-compressor
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > .venv-llm-compressor/constraints.txt
+	$(LLMC)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(LLMC)/python -m pip install --quiet --disable-pip-version-check -c .venv-llm-compressor/constraints.txt -c tests/llm_compressor/constraints.txt -e '.[dev]' llmcompressor
+	@touch $@
+
+test-llm-compressor: $(LLMC_STAMP) ## llm-compressor in memory, beside the older transformers that it asks for
+	OMP_NUM_THREADS=1 $(LLMC)/python -m pytest tests/llm_compressor
+
+recipes: $(STAMP)         ## every shipped recipe on the demo model, its certificates verified; writes tests/recipes/last_run.txt
+	$(BIN)/python tests/recipes/run_all.py --write
+
 test-browser: $(STAMP)    ## the HTML report in headless Chromium (which must be on PATH), with screenshots in .cache
 	$(BIN)/python -m pytest tests/browser
 
@@ -79,4 +95,4 @@ benchmark-coverage: $(STAMP) ## how often the loss guard's intervals hold the tr
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --write
 
 clean:
-	rm -rf .venv .venv-zero .venv-quantizers .cache weightproof-demo guarded-quantization
+	rm -rf .venv .venv-zero .venv-quantizers .venv-llm-compressor .cache weightproof-demo guarded-quantization

@@ -19,6 +19,7 @@ from torch import nn
 from weightproof import kinds
 from weightproof.errors import InputError
 from weightproof.weights import unwrap
+from weightproof_callbacks.quantizers.packages import EXTRA
 
 _PRUNERS = ("l1_unstructured", "random_unstructured")
 
@@ -93,7 +94,7 @@ class TorchAO:
         """Check the parameters, and that torchao is there."""
         if self.bits not in (4, 8):
             raise InputError(f"bits must be 8 or 4, not {self.bits!r}")
-        _require("torchao", "torchao")
+        _require("torchao")
 
     def __call__(self, model: nn.Module) -> None:
         """Quantize it."""
@@ -121,7 +122,7 @@ class Quanto:
         """Check the parameters, and that optimum-quanto is there."""
         if self.bits not in (4, 8):
             raise InputError(f"bits must be 8 or 4, not {self.bits!r}")
-        _require("optimum.quanto", "quanto")
+        _require("optimum.quanto")
 
     def __call__(self, model: nn.Module) -> None:
         """Quantize it."""
@@ -131,14 +132,14 @@ class Quanto:
         quanto.freeze(unwrap(model))
 
 
-def _require(module: str, extra: str) -> None:
+def _require(module: str) -> None:
     """Refuse a quantizer that is not installed, naming the extra."""
     try:
         found: Any = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # the package above it is missing
         found = None
     if found is None:
-        raise InputError(f"{module} is not installed: pip install 'weightproof[{extra}]'")
+        raise InputError(f"{module} is not installed: {EXTRA}")
 
 
 def _linear(model: nn.Module, patterns: tuple[str, ...]) -> Iterator[nn.Module]:

@@ -153,7 +153,7 @@ class Sizes:
         plain = [one for one in iter_weight_matrices(model) if one.storage is None]
         self._stored = {one.name: one.d_out * one.d_in * one.dtype.itemsize for one in plain}
         self._now = dict(self._stored)
-        total = sum(named.tensor.nbytes for named in iter_tensors(model) if named.persistent)
+        total = sum(named.tensor.nbytes for named in iter_tensors(model) if named.persistent or named.part_of)
         self._others = total - sum(self._stored.values())
 
     @property

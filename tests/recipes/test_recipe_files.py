@@ -108,7 +108,7 @@ BAD = {
     "cadence's word": ("cadence: {on_violation: rolback}\nedits: [{edit: rtn, bits: 8}]", "cadence.on_violation is 'rolback'.*'rollback'"),
     "kind": ("edits: [{external: cast, dtype: bfloat16, kind: int99}]", r"edits\[0\]\.kind int99"),
     "cast to integers": ("edits: [{external: cast, dtype: int8}]", r"edits\[0\]: Cast needs a floating point dtype"),
-    "not installed": ("edits: [{external: torchao, bits: 8}]", r"edits\[0\]: torchao is not installed: pip install 'weightproof\[torchao\]'"),
+    "not installed": ("edits: [{external: torchao, bits: 8}]", r"edits\[0\]: torchao is not installed: pip install 'weightproof\[quantization\]'"),
     "twice": ("model: a\nmodel: b\nedits: [{edit: rtn, bits: 8}]", "key 'model' is written twice"),
     "code": ("model: !!python/object/apply:os.system [id]\nedits: []", "could not determine a constructor"),
     "no yaml": ("edits: [", "is not valid YAML"),
