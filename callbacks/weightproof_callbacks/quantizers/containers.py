@@ -3,8 +3,8 @@
 Both compute W[i, o] = scales[group(i), o] * (codes[i, o] - zeros[group(i), o]) for input i and output o, so the matrix
 is turned on the way. GPTQ packs codes along the inputs and names each input's group in `g_idx`; its older format
 (`qzero_format()` 1, and whatever has no such method) keeps every zero point minus one, unless the module's kernel
-takes them as they are (`REQUIRES_FORMAT_V2`: GPTQModel converts while it loads, and leaves the number). AWQ packs both along the
-outputs, in the order 0 2 4 6 1 3 5 7 within a word.
+takes them as they are (`REQUIRES_FORMAT_V2`: GPTQModel converts while it loads, and leaves the number). AWQ packs
+both along the outputs, in the order 0 2 4 6 1 3 5 7 within a word.
 """
 
 from __future__ import annotations
