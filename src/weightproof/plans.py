@@ -20,6 +20,7 @@ from weightproof.placements import local_of, refusal_of
 from weightproof.probes import screen_cost
 from weightproof.shards import Shard, assemble, distribute, rounds, shard_of
 from weightproof.snapshot import write_matrix, write_part
+from weightproof.steps import Step
 from weightproof.tensor_store import tensor_digest
 from weightproof.types import NamedTensor, WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices
@@ -36,6 +37,15 @@ def prepared(edit: Any, session: Any) -> Any:
     """
     prepare = getattr(edit, "prepare", None)
     return edit if prepare is None else prepare(session)
+
+
+def carried_out(step: Step, edit: Any) -> Step:
+    """Note the edit in its step, without what it only needed to plan (`light`): a session keeps its steps."""
+    light = getattr(edit, "light", None)
+    step.edit = edit if light is None else light()
+    if light is not None:
+        step.kind = step.edit.kind
+    return step
 
 
 def selected(model: nn.Module, edit: Any) -> list[WeightMatrix]:

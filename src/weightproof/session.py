@@ -30,11 +30,12 @@ from weightproof import evidence, kinds
 from weightproof.assessment import Assessor
 from weightproof.baseline import Baseline
 from weightproof.certificate import Certificate
+from weightproof.edit_transaction import EditTransaction, edit_of
 from weightproof.edits import VECTOR_FAMILY
 from weightproof.errors import InputError
 from weightproof.guard_state import STATE_FILE, GuardState
 from weightproof.guarded_model import GuardedModel
-from weightproof.plans import prepared, rewrite, selected
+from weightproof.plans import carried_out, prepared, rewrite, selected
 from weightproof.policy import Policy, load_policy
 from weightproof.probes import State
 from weightproof.publisher import Publisher
@@ -50,7 +51,6 @@ from weightproof.session_checks import (
 from weightproof.steps import Cost, MasterWeights, Step
 from weightproof.trackers import Tracker
 from weightproof.training_windows import TrainingWindows, Window
-from weightproof.transaction import Transaction, edit_of
 from weightproof.types import Action
 
 logger = logging.getLogger("weightproof")
@@ -237,7 +237,7 @@ class GuardSession:
                 yield handle
             change.settle(on_violation, keep=lambda: self._keep(change), take_back=change.take_back)
 
-    def _keep(self, edit: Transaction) -> None:
+    def _keep(self, edit: EditTransaction) -> None:
         edit.keep()
         self.training.watch_on(edit.handle.step)  # no later rollback may undo a kept edit
         edit.point.snapshot.discard()
@@ -258,7 +258,7 @@ class GuardSession:
             handle.planned.update({name: digest for name, digest in planned.items() if name in matrices})
             written = {matrix.tensor_name for matrix in chosen if matrix.name in planned}
             handle.left_alone = frozenset(targets) - written
-        return handle
+        return carried_out(handle, edit)
 
     @contextmanager
     def _begun(self, name: str, kind: object, on_violation: str, step: int | None) -> Iterator[Step]:

@@ -78,6 +78,7 @@ class Step:
         judged: The readings that the decision was made from; a session keeps those of its newest steps.
         divergence: Outputs of the changed model against those of the baseline.
         losses: Losses before and after.
+        edit: The edit of `session.apply` after it saw the model (a pruning knows its masks); None for a block of code.
         spectra: Sketches of the spectra of the most changed matrices (`spectrum_sketch`); only for the eye.
     """
 
@@ -93,6 +94,7 @@ class Step:
         self.monitor = False
         self.planned: dict[str, str] = {}
         self.left_alone: frozenset[str] = frozenset()
+        self.edit: Any = None
         self.judged: Judged | None = None
         self.divergence: tuple[DivergenceReading, ...] = ()
         self.losses: tuple[LossReading, ...] = ()

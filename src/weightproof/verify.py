@@ -23,6 +23,7 @@ from weightproof.certification import TRAINING, Request, certify_folders
 from weightproof.comparison import compare_folders, read_folder
 from weightproof.edits.mixed import QuantizeEach
 from weightproof.errors import InputError, WeightproofError
+from weightproof.low_rank import LowRank
 from weightproof.model_pair import Data
 from weightproof.policy import Policy
 from weightproof.types import EditRecord, Readings
@@ -261,7 +262,9 @@ def _kind_of(record: EditRecord | None) -> object:
             return kinds.Plain(record.kind)
         if record.kind == "quantize" and isinstance(params.get("bits"), Mapping):
             return QuantizeEach(params.pop("bits"), **params)
-        made = {"cast": kinds.Cast, "quantize": kinds.Quantize, "prune": kinds.Prune}.get(record.kind)
+        made = {"cast": kinds.Cast, "quantize": kinds.Quantize, "prune": kinds.Prune, "low_rank": LowRank}.get(
+            record.kind
+        )
         return None if made is None else made(**params)
     except (TypeError, InputError):
         return None

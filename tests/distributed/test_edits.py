@@ -188,7 +188,10 @@ def refused_alike(rank, size):
         with pytest.raises(InputError) as caught:
             one.apply(edit)
         said.append(str(caught.value))
-    step = toy.apply(edits.GPTQ(8, exclude=("expert",)), on_violation="monitor")
+    with pytest.raises(InputError) as caught:
+        toy.apply(edits.GPTQ(8, exclude=("expert",), data=[{"ids": ids(seed=rank)}]))
+    said.append(str(caught.value))
+    step = toy.apply(edits.GPTQ(8, exclude=("expert",), data=[{"ids": ids()}]), on_violation="monitor")
     assert step.decision.action in (Action.KEEP, Action.ROLLBACK)
     session.close()
     toy.close()
@@ -202,3 +205,4 @@ def test_what_cannot_be_done_is_refused_on_every_rank_by_name():
     assert "up_proj.weight has 6 inputs" in ours[1]
     assert "exclude=('expert',)" in ours[2]
     assert "selects no weight matrix" in ours[3]
+    assert "rank 1 was given other calibration data than rank 0" in ours[4]

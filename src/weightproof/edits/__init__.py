@@ -13,6 +13,7 @@ Optional, looked for by name:
 
 - `prepare(session)`: the same edit with what it must know of the model first (a threshold over all matrices,
   second moments of inputs), called before planning; the weights stay as they are;
+- `light()`: the same edit without what it only needed to plan; kept in `Step.edit`;
 - `unmatched(matrices)`: patterns that choose nothing, which is an error;
 - `touches_vectors`: True where biases and norms are changed too; they come as n x 1 matrices of family "vector".
 

@@ -162,9 +162,21 @@ class GPTQ(Selection):
         windows = self._windows(session)
         return replace(self, hessians=input_hessians(session.model, chosen, windows, session.processes))
 
+    def light(self) -> GPTQ:
+        """This edit without the second moments: what a session keeps of it once it was judged."""
+        return replace(self, hessians=None)
+
     def _windows(self, session: Any) -> tuple[Windows, ...]:
         if self.data is not None:
-            return (calibration_windows(self.data, session.model, count=self.num_windows),)
+            own = calibration_windows(self.data, session.model, count=self.num_windows)
+            digests = session.processes.gather("calibration data of an edit", own.digest)
+            others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            if others:
+                raise InputError(
+                    f"{self.name}: rank {others[0]} was given other calibration data than rank 0. Give every process "
+                    "the same; the windows are dealt to the processes here"
+                )
+            return (own,)
         known = tuple(one for one in session.windows if isinstance(one, Windows))
         if not known:
             raise InputError(f"{self.name} needs windows to run the model on: give data=, or the session retain=")

@@ -107,10 +107,11 @@ class LoraMerge(Selection):
         if name in self.content.biases:
             work = work + self.content.biases[name].reshape(-1, 1).to(work)
         if name in self.content.deltas:
-            work = work + _in_dtype(self.content.deltas[name], work.dtype).dense(work).to(work.device)
+            work = work + _beside(self.content.deltas[name], work).dense(work)
         return work.to(before.dtype, copy=True)
 
 
-def _in_dtype(delta: AdapterDelta, dtype: torch.dtype) -> AdapterDelta:
-    """A delta whose products are made in float64 where the weights are stored so."""
-    return delta if dtype == torch.float32 else replace(delta, a=delta.a.to(dtype), b=delta.b.to(dtype))
+def _beside(delta: AdapterDelta, work: Tensor) -> AdapterDelta:
+    """A delta on the device of the weights, whose products are made in float64 where those are stored so."""
+    dtype = torch.float64 if work.dtype == torch.float64 else None
+    return replace(delta, a=delta.a.to(work.device, dtype), b=delta.b.to(work.device, dtype))

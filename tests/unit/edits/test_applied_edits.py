@@ -13,7 +13,7 @@ from weightproof.registry import load_plugin, plugins
 from weightproof.session import GuardSession
 from weightproof.tensor_store import tensor_digest
 from weightproof.types import Action, Outcome
-from weightproof.weights import iter_tensors
+from weightproof.weights import iter_tensors, iter_weight_matrices
 
 
 @pytest.fixture
@@ -103,3 +103,14 @@ def test_every_registered_edit_is_one():
     assert {"rtn", "prune", "svd", "gptq", "task_arithmetic", "lora_merge"} <= set(registered)
     for name, cls in registered.items():
         assert all(hasattr(cls, wanted) for wanted in ("name", "kind", "params", "selects", "plan")), name
+
+
+def test_a_step_keeps_the_edit_as_it_was_carried_out_but_not_what_it_weighs(fresh):
+    step = fresh.apply(edits.Prune(0.05, scope="global"))
+    assert step.edit.cut.changed
+    matrix = next(m for m in iter_weight_matrices(fresh.model) if m.name in step.edit.cut.ties)
+    assert bool((matrix.load()[~step.edit.mask(matrix)] == 0).all())
+    step = fresh.apply(edits.GPTQ(8), on_violation="monitor")
+    assert step.edit.hessians is None
+    assert not step.kind.hessians
+    assert step.record.params["method"] == "gptq"
