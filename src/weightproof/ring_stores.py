@@ -109,8 +109,6 @@ class PinnedStore:
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         try:
             self._kept = {name: _pinned(tensor) for name, tensor in tensors.items()}
-            for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
-                torch.cuda.synchronize(device)
         except (RuntimeError, MemoryError) as error:
             raise SnapshotError(
                 f"no pinned memory for a snapshot of {readable(self.nbytes)}: keep good states on disk "
@@ -135,6 +133,6 @@ class PinnedStore:
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A row-major copy, bit for bit; on its way from CUDA until that is synchronised."""
-    kept = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.device.type == "cuda")
-    return kept.copy_(tensor.detach(), non_blocking=True)
+    """A row-major copy in host memory, bit for bit."""
+    kept = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return kept.pin_memory() if tensor.device.type == "cuda" else kept
