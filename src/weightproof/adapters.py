@@ -110,7 +110,7 @@ def _require_names(adapter: Adapter, model: nn.Module, matrices: Mapping[str, We
 
 def _require_base(adapter: Adapter, matrices: Mapping[str, WeightMatrix]) -> None:
     """Compare the base's values with those it was trained on, where they are known and whole here."""
-    whole = {n: m for n, m in matrices.items() if n in adapter.deltas and m.refusal is None and m.shard is None}
+    whole = {name: one for name, one in matrices.items() if name in adapter.deltas and _is_comparable(one)}
     for name in sorted(whole.keys() & adapter.base_digests.keys()):
         found = tensor_digest(whole[name].load())
         if found != adapter.base_digests[name]:
@@ -123,6 +123,11 @@ def _require_base(adapter: Adapter, matrices: Mapping[str, WeightMatrix]) -> Non
             then, now = stored.load().to(matrix.dtype), matrix.load()
             if not same_bits(then, now.cpu()):
                 raise _another_base(adapter, stored.name, tensor_digest(then), tensor_digest(now))
+
+
+def _is_comparable(matrix: WeightMatrix) -> bool:
+    """Whether the values of a base are whole here, and its own: what a quantizer packed is rounded."""
+    return matrix.refusal is None and matrix.shard is None and matrix.storage is None
 
 
 def _stored_base(folder: Path) -> Iterable[WeightMatrix]:
@@ -161,7 +166,7 @@ def record_base(folder: Path | str, model: nn.Module, adapter_name: str = "defau
         name: tensor_digest(one.load())
         for one in iter_weight_matrices(model)
         for name in (one.name, *one.tied_names)
-        if name in adapter.deltas and one.refusal is None and one.shard is None
+        if name in adapter.deltas and _is_comparable(one)
     }
     home = Path(adapter.source)
     content = {"format": 1, "torch": torch.__version__, "matrices": dict(sorted(found.items()))}
