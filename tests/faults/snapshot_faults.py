@@ -73,6 +73,11 @@ def rows(place: Path, many: int, seed: int) -> list[tuple[str, str, Callable[[],
         ("a bit flipped in a manifest", "found", lambda: snapshot_flips(manifests)),
         ("a bit flipped in a baseline", "found", lambda: guard_flips("*.safetensors")),
         ("a bit flipped in the guard's state", "found", lambda: guard_flips("guard_state.json")),
+        (
+            "a bit flipped in a policy file",
+            "refused, or another digest, or the same policy in other characters",
+            lambda: cases.policy_flips(place / "policy", many, numbers),
+        ),
     ]
 
 

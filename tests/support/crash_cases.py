@@ -28,9 +28,10 @@ from fault_disks import (
     save_steps,
 )
 
-from weightproof.errors import BaselineError
+from weightproof.errors import BaselineError, PolicyError
 from weightproof.guard_state import GuardState
 from weightproof.jsonable import json_digest
+from weightproof.policy import Policy, load_policy
 from weightproof.probes import State
 from weightproof.session import GuardSession
 from weightproof.snapshot_store import SnapshotFolder
@@ -232,3 +233,48 @@ def guard_state_is_damaged(folder: Path) -> bool:
     except BaselineError:
         return True
     return False
+
+
+POLICY = """extends: balanced
+name: ours
+description: Eight bits and no loss
+actions:
+  loss_accepts_warned: {action: ROLLBACK, source: a warning is enough for us}
+limits:
+  spectral:
+    kappa:
+      value: {default: 0.05, attn: 0.025}
+      source: measured on our models
+  divergence:
+    kl:
+      value: 0.0125
+      source: measured on our models
+"""
+
+
+def policy_file_is_damaged(path: Path, original: Policy) -> bool:
+    """Whether reading a policy file finds damage: refused, or another policy by its digest.
+
+    A file that says the same in other characters (1e-3 and 1E-3) is not damaged: nothing of the policy may differ then.
+    """
+    try:
+        found = load_policy(path)
+    except PolicyError:
+        return True
+    return found.digest != original.digest or found == original
+
+
+def policy_flips(folder: Path, count: int, random_numbers: random.Random) -> Counts:
+    """Flip one random bit of a policy file, again and again."""
+    folder.mkdir(parents=True)
+    path = folder / "policy.yaml"
+    path.write_text(POLICY)
+    original = load_policy(path)
+    size, good = path.stat().st_size * 8, 0
+    for _ in range(count):
+        bit = random_numbers.randrange(size)
+        flip(path, bit)
+        good += policy_file_is_damaged(path, original)
+        flip(path, bit)
+    assert load_policy(path).digest == original.digest
+    return count, good

@@ -775,3 +775,7 @@ def test_two_real_processes_of_which_one_is_killed(tmp_path):
     assert run_world(in_real_processes, 2, path, None) == [(0, "saved")] * 2
     assert run_world(in_real_processes, 2, path, 1, expect_dead=[1])[0] == (1, "another rank was gone")
     assert run_world(in_real_processes, 2, path, None) == [(1, "saved")] * 2
+
+
+def test_a_flipped_bit_in_a_policy_file_is_refused_or_gives_another_digest(tmp_path):
+    assert crash_cases.policy_flips(tmp_path / "policy", 100, random.Random(7)) == (100, 100)
