@@ -68,7 +68,8 @@ def loop_and_twin(rank, size, fault, victims):
 
 
 @pytest.mark.parametrize(
-    ("fault", "victims"), [("broken-moments", (0, 1)), ("broken-moments", (1,)), ("nan-gradient", (1,))]
+    ("fault", "victims"),
+    [("broken-moments", (0, 1)), ("broken-moments", (1,)), ("frozen-weight", (0, 1)), ("nan-gradient", (1,))],
 )
 def test_a_loop_is_taken_back_on_every_process_and_equals_its_twin(fault, victims):
     """A gradient that is NaN on one process alone, after averaging: its copy is left behind, and found."""

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from weightproof.testing.tampering import flip_bit, pick_element
+
 
 def whole_state(model: nn.Module, optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Weights, moments, groups, schedule and generators, copied."""
@@ -66,6 +68,14 @@ def broken_moments(model: nn.Module, optimizer: Any) -> None:
         state["exp_avg_sq"].fill_(float("nan"))
 
 
+def frozen_weight(model: nn.Module, optimizer: Any) -> None:
+    """A second moment with its top bit flipped: that one weight stands still, and no loss shows it."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    moment = inner.state[next(iter(inner.param_groups[0]["params"]))]["exp_avg_sq"]
+    flip_bit(moment, pick_element(moment, 0), 1)
+
+
 FAULTS: dict[str, Callable[[nn.Module, Any], None]] = {
     "weight-noise": weight_noise, "poisoned-moments": poisoned_moments, "broken-moments": broken_moments,
+    "frozen-weight": frozen_weight,
 }  # fmt: skip
