@@ -113,6 +113,7 @@ class _Run:
         self.unwritten: list[object] = []
         self.tip = _Tip(source.folder)
         self.session: GuardSession | None = None
+        self.moved = False  # whether training was kept since the session began
         self._parent: str | None = None
         self._sessions = 0
 
@@ -128,7 +129,7 @@ class _Run:
             started = time.perf_counter()
             row = self._step(step)
             self.rows.append(replace(row, size=self.sizes.bytes, seconds=round(time.perf_counter() - started, 2)))
-            if step.verb == "train" and row.model is not None and index + 1 < len(self.recipe.steps):
+            if self.moved and self.rows[-1].as_expected and index + 1 < len(self.recipe.steps):
                 self._end_session(is_last=False)
         self._end_session(is_last=True)
 
@@ -167,25 +168,27 @@ class _Run:
                 target=self._data("target"),
             )
             self._sessions += 1
-            self._parent = self._certificate_of_base(self.session)
+            self.moved = False
+            self._parent = self._certificate_of_begin(self.session)
         return self.session
 
     def _data(self, role: str) -> LossData | None:
         text = self.source.texts.get(role)
         return None if text is None else LossData(text, self.encode)
 
-    def _certificate_of_base(self, session: GuardSession) -> str | None:
+    def _certificate_of_begin(self, session: GuardSession) -> str | None:
         """Digest of the certificate of the model that the session begins with, where it has one."""
-        path = self.tip.folder / CERTIFICATE
-        if self.tip.certificate is None and path.is_file():
-            found = Certificate.load(path)
-            stated = found.tensors
-            readings = session.baseline.readings.tensors
-            if all(name not in readings or readings[name].digest == digest for name, digest in stated.items()):
-                self.tip.certificate = found
-            else:
+        path, known = self.tip.folder / CERTIFICATE, self.tip.certificate
+        found = known if known is not None or not path.is_file() else Certificate.load(path)
+        if found is None:
+            return None
+        readings = session.baseline.readings.tensors
+        if any(name in readings and readings[name].digest != digest for name, digest in found.tensors.items()):
+            if known is None:
                 self.notes.append(f"{path} is not about the weights beside it: the chain begins anew")
-        return None if self.tip.certificate is None else self.tip.certificate.digest
+            return None
+        self.tip.certificate = found
+        return found.digest
 
     def _end_session(self, *, is_last: bool) -> None:
         session, self.session = self.session, None
@@ -259,6 +262,7 @@ class _Run:
             trained = trainer.train(job)
         row = self._settled(step, judged, None)
         if judged.applied == "kept":
+            self.moved = True
             self.sizes.as_stored()
         return _with_training(row, trained)
 

@@ -268,3 +268,24 @@ def test_without_text_outputs_decide_and_the_run_says_so(mine, tmp_path):
     assert "--set data.retain=FILE" in result.notes[0]
     verdicts = Certificate.load(result.out / "certificate.json").predicate["steps"][0]["verdicts"]
     assert {one["guard"]: one["outcome"] for one in verdicts}["loss"] == str(Outcome.NOT_MEASURED)
+
+
+def test_a_training_that_is_kept_begins_a_session_of_its_own(mine, tmp_path):
+    path = tmp_path / "two.yaml"
+    path.write_text(
+        f"model: {mine / 'base'}\ndata: {{retain: {mine / 'retain.txt'}, train: {mine / 'train.txt'}}}\n"
+        "training: {window: 32, batch_size: 4, learning_rate: 1.0e-4}\ncadence: {every: 4}\nchain: false\nedits:\n"
+        "  - {train: full, name: tuned, steps: 4, save: false}\n"
+        "  - {edit: rtn, name: eight, bits: 8}\n"
+        "  - {external: cast, name: bf16, dtype: bfloat16}\n"
+    )
+    result = run(load_recipe(path), tmp_path / "out")
+    assert result.code == 0, result.steps
+    first, second = (Certificate.load(result.out / f"certificate{n}.json").predicate for n in ("-1", ""))
+    assert [step["name"] for step in first["steps"]] == ["tuned"]
+    assert [step["kind"] for step in second["steps"]] == ["quantize", "cast"]
+    assert second["baseline"]["model_digest"] == first["steps"][0]["record"]["digest_after"]
+    assert second["parent"] is None, "no certificate was made of the trained model"
+    assert [step.model for step in result.steps] == [None, "models/eight", "models/bf16"]
+    sizes = [step.size for step in result.steps]
+    assert sizes[0] == result.base_size > sizes[2] == result.base_size // 2 > sizes[1]
