@@ -19,6 +19,7 @@ from worlds import run_world
 from weightproof import attach
 from weightproof.errors import InputError
 from weightproof_callbacks.trainer import GuardCallback
+from weightproof_callbacks.training_state import ReplayableLoader
 
 EVERY, FAULT_AT, STEPS = 5, 12, 20
 
@@ -75,6 +76,48 @@ def test_a_loop_is_taken_back_on_every_process_and_equals_its_twin(fault, victim
     """A gradient that is NaN on one process alone, after averaging: its copy is left behind, and found."""
     for found in run_world(loop_and_twin, 2, fault, victims):
         assert found == ([(15, 10)], [])
+
+
+def goes_on_from_disk(rank, size, folder):
+    """Trains to step 13, is gone without a word, and begins again; 8 shuffled batches a pass."""
+
+    def run(begins, ends, folder):
+        fresh_accelerate()
+        accelerator = Accelerator(cpu=True)
+        model = tiny_llama(dropout=0.1)
+        inner = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1.0 / (1.0 + 0.02 * step))
+        data = DataLoader(Chains(8 * ROWS, seed=1), batch_size=ROWS // size, shuffle=True)
+        model, optimizer, data, schedule = accelerator.prepare(model, inner, data, schedule)
+        torch.manual_seed(rank + (100 if begins else 0))  # wherever the generators of the new process stand
+        data, guard = ReplayableLoader(data), None
+        if folder is not None:
+            guard = attach(accelerator, model, optimizer, every=EVERY, snapshot_dir=folder, loader=data)
+            assert guard.step == begins
+        step, seen = begins, []
+        while step < ends:
+            for batch in data:
+                seen.append(batch["input_ids"].sum().item())
+                accelerator.backward(model(**batch).loss)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                step += 1
+                if step == ends:
+                    break
+        state = whole_state(accelerator.unwrap_model(model), optimizer, schedule)
+        if guard is not None:
+            guard._release()  # nothing is judged, saved or said
+        return seen, state
+
+    twin_seen, twin = run(0, 20, None)
+    run(0, 13, folder)
+    seen, found = run(10, 20, folder)
+    return seen == twin_seen[10:], differences(found, twin)
+
+
+def test_a_loop_of_two_processes_goes_on_from_disk_as_if_it_had_never_been_killed(tmp_path):
+    assert run_world(goes_on_from_disk, 2, tmp_path) == [(True, [])] * 2
 
 
 # ---- Trainer --------------------------------------------------------------------------------------------------------
