@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate.scheduler import AcceleratedScheduler
 
 __all__ = ["StepPhase"]
@@ -86,21 +85,14 @@ class StepPhase:
 
     def _update_scaler(self, *, by: int) -> None:
         """Make up for the update of a sound step, or take back beforehand the one that is to come."""
-        tracker, scale = getattr(self._scaler, "_growth_tracker", None), getattr(self._scaler, "_scale", None)
-        if self._scaler is None or tracker is None or scale is None:
-            return  # it has scaled nothing so far, and begins with its first loss
-        if by < 0:
-            tracker.sub_(1)
+        if self._scaler is None:
             return
-        update: Any = torch._amp_update_scale_  # pyright: ignore[reportPrivateImportUsage] - what the scaler itself calls
-        update(
-            scale,
-            tracker,
-            torch.zeros_like(scale),
-            self._scaler.get_growth_factor(),
-            self._scaler.get_backoff_factor(),
-            self._scaler.get_growth_interval(),
-        )
+        state = self._scaler.state_dict()
+        state["_growth_tracker"] += by
+        if state["_growth_tracker"] == state["growth_interval"]:
+            state["scale"] *= state["growth_factor"]
+            state["_growth_tracker"] = 0
+        self._scaler.load_state_dict(state)
 
     def _advance(self) -> None:
         gradients = self._scheduler.gradient_state if self._scheduler is not None else None
