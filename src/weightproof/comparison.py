@@ -95,6 +95,7 @@ def compare_folders(  # noqa: PLR0913 - two folders, and how to look at them
     old, new = open_checkpoint(Path(base)), open_checkpoint(Path(subject))
     _require_one_model(old, new)
     base_files, files = file_digests(old.folder), file_digests(new.folder)
+    _require_expected(new, declared)
     before = read_state_of(old, progress=progress)
     require_finite(before.readings.tensors, f"the base {old.folder}", "repair or download it again")
     tensors = tensor_readings(new, progress=progress)
@@ -179,9 +180,10 @@ def _contract_outside(
         return ()
     in_matrices = {matrix.tensor_name for matrix in new.matrices}
     then = {stored.name: stored for stored in old.tensors}
+    asked = changed | kinds.expected_names(kind) & then.keys()
     found: list[ContractReading] = []
     for stored in new.tensors:
-        if stored.name in changed and stored.name not in in_matrices and then[stored.name].shape == stored.shape:
+        if stored.name in asked and stored.name not in in_matrices and then[stored.name].shape == stored.shape:
             found += kinds.measure_outside(kind, stored.name, _values(then[stored.name]), _values(stored))
     return tuple(found)
 
@@ -191,6 +193,16 @@ def _values(stored: StoredTensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------- two versions of one model
+
+
+def _require_expected(new: Checkpoint, kind: kinds.Kind) -> None:
+    """What the kind says must change is there at all."""
+    known = {matrix.name for matrix in new.matrices} | {stored.name for stored in new.tensors}
+    if missing := sorted(kinds.expected_names(kind) - known):
+        raise InputError(
+            f"the declared kind changes {missing[0]}, which is not in {new.folder} ({len(missing)} names are missing): "
+            "it is an adapter of another model, or the tensor is stored under the name of one that it is tied to"
+        )
 
 
 def _require_one_model(old: Checkpoint, new: Checkpoint) -> None:

@@ -202,18 +202,22 @@ def _quantized(before: Traces, model: nn.Module) -> Inferred | None:
 
 
 def _cast(model: nn.Module, snapshot: Snapshot, changed: Sequence[str]) -> Inferred | None:
-    """Every changed tensor is a cast of what it was: to the dtype that it has now, or to a narrower one and back."""
+    """Every changed tensor is a cast of what it was: to the dtype that it has now, or to a narrower one and back.
+
+    One tensor at a time: the originals may lie on disk, and the first one that is something else settles it.
+    """
     present = {name: one.tensor for one in iter_tensors(model) for name in (one.name, *one.tied_names)}
     if not changed or any(name not in present or name not in snapshot.names for name in changed):
         return None
-    pairs = [(snapshot.original(name), local_of(present[name])) for name in changed]
-    if any(not then.is_floating_point() or not now.is_floating_point() for then, now in pairs):
-        return None
-    targets = {now.dtype for then, now in pairs if now.dtype != then.dtype}
-    if len(targets) > 1:
-        return None
-    for dtype in targets or _ROUNDED_TO:
-        if all(same_bits(then.to(now.device).to(dtype).to(now.dtype), now) for then, now in pairs):
-            told = "every changed tensor is the cast of what it was, bit for bit"
-            return Inferred(Cast(dtype), told)
-    return None
+    left: set[torch.dtype] | None = None
+    for name in changed:
+        then, now = snapshot.original(name), local_of(present[name])
+        if then.shape != now.shape or not then.is_floating_point() or not now.is_floating_point():
+            return None
+        asked = set(_ROUNDED_TO) if now.dtype == then.dtype else {now.dtype}
+        asked = asked if left is None else asked & left
+        left = {one for one in asked if same_bits(then.to(now.device).to(one).to(now.dtype), now)}
+        if not left:
+            return None
+    dtype = min(left or (), key=str)
+    return Inferred(Cast(dtype), "every changed tensor is the cast of what it was, bit for bit")

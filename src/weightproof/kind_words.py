@@ -10,7 +10,8 @@ from weightproof.errors import InputError
 if TYPE_CHECKING:
     from weightproof.kinds import Kind
 
-KINDS = "int8, int4, quantize:bits=4,granularity=group,group_size=64, cast:bfloat16, prune:0.5, preserving, unknown"
+KINDS = "int8, int4, quantize:bits=4,granularity=group,group_size=64, cast:bfloat16, prune:0.5, preserving, "
+KINDS += "lora_merge:FOLDER (of the adapter), unknown"
 _INT = re.compile(r"int(\d{1,2})")
 
 
@@ -28,7 +29,13 @@ def kind_from_words(text: str, label: str = "kind") -> Kind:
         >>> kind_from_words("int8")
         Quantize(bits=8, granularity='channel', group_size=None)
     """
-    from weightproof.kinds import Cast, Prune, Quantize, parse_kind  # heavy: `--help` asks for the words alone
+    from weightproof.kinds import (
+        Cast,
+        LoraMerge,
+        Prune,
+        Quantize,
+        parse_kind,
+    )  # heavy: `--help` asks for the words alone
 
     name, _, rest = text.partition(":")
     try:
@@ -40,6 +47,8 @@ def kind_from_words(text: str, label: str = "kind") -> Kind:
             return Cast(rest)
         if name == "prune":
             return Prune(float(rest))
+        if name == "lora_merge" and rest:
+            return LoraMerge(rest)
         if not rest:
             return parse_kind(name)
     except (TypeError, ValueError) as error:

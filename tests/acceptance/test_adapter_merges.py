@@ -16,6 +16,10 @@ from trained_models import load
 
 from weightproof import GuardSession, edits, kinds
 from weightproof.adapters import read_adapter
+from weightproof.comparison import compare_folders
+from weightproof.judging import judge_all
+from weightproof.kind_words import kind_from_words
+from weightproof.policy import load_policy
 from weightproof.snapshot import write_matrix
 from weightproof.steps import Step
 from weightproof.tensor_store import model_digest, tensor_digest
@@ -218,3 +222,19 @@ def test_a_base_model_takes_a_merge_from_a_folder_and_refuses_that_of_another_ba
         kinds.LoraMerge(folder).bound(base)
     with pytest.raises(Exception, match="GPT2LMHeadModel does not have"):
         kinds.LoraMerge(folder).bound(load("gpt2").model)
+
+
+def test_folders_of_a_base_and_its_merge_are_certified_as_that_merge(tmp_path):
+    load("llama").model.save_pretrained(tmp_path / "base")
+    load_adapted("llama").merge_and_unload().save_pretrained(tmp_path / "merged")
+    wrong = load_adapted("llama")
+    with_scaling(2.0)(wrong)
+    wrong.unload().save_pretrained(tmp_path / "wrong")
+    kind = kind_from_words(f"lora_merge:{adapter_folder('llama')}")
+    for subject, outcome in (("merged", Outcome.PASS), ("wrong", Outcome.FAIL), ("base", Outcome.FAIL)):
+        compared = compare_folders(tmp_path / "base", tmp_path / subject, load_policy("balanced"), kind=kind)
+        verdict = judge_all(load_policy("balanced"), compared.judged)["invariants"]
+        assert verdict.outcome is outcome, verdict.reason
+    load("gpt2").model.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(Exception, match="an adapter of another model"):
+        compare_folders(tmp_path / "gpt2", tmp_path / "gpt2", load_policy("balanced"), kind=kind)
