@@ -15,6 +15,7 @@ from weightproof.edits import RTN
 from weightproof.errors import InputError
 from weightproof.planner import Choice, MixedPlan, ModelSize, Option
 from weightproof.planner.sizes import Grid
+from weightproof.policy import load_policy
 from weightproof.probes import digest_of, read_tensors
 from weightproof.recipe import load_recipe
 from weightproof.weights import iter_weight_matrices
@@ -223,6 +224,17 @@ def test_rounds_go_on_until_the_interval_accepts(session, found):
     assert digest(session.model) == before
 
 
+def test_the_policy_of_a_budget_decides_by_its_interval_in_every_tier():
+    for tier in ("conservative", "balanced", "aggressive"):
+        policy = planner.budget_policy(tier, BUDGET, has_loss=True)
+        assert policy.limits["loss"]["tau"] == BUDGET
+        assert policy.actions["loss_undecided"] == "ROLLBACK"
+        assert {"invariants", "loss"} <= set(policy.required)
+        blind = planner.budget_policy(tier, BUDGET, has_loss=False)
+        assert blind.limits["divergence"]["kl"] == math.log(BUDGET)
+        assert {"invariants", "divergence"} <= set(blind.required)
+
+
 def test_a_session_that_would_accept_more_is_refused(found):
     model = trained_models.load("llama").model
     windows = trained_models.calibration_windows("llama", 8)
@@ -234,6 +246,12 @@ def test_a_session_that_would_accept_more_is_refused(found):
         pytest.raises(InputError, match="cannot decide on a perplexity ratio"),
     ):
         planner.carry_out(short, found)
+    keeps = load_policy("aggressive").override({"loss": {"tau": BUDGET}})
+    with (
+        closing(GuardSession(model, policy=keeps, retain=windows)) as undecided,
+        pytest.raises(InputError, match="keeps what its loss guard cannot decide"),
+    ):
+        planner.carry_out(undecided, found)
     with closing(GuardSession(model)) as blind, pytest.raises(InputError, match="without retain data"):
         planner.carry_out(blind, replace(found, budget=1.001))
 

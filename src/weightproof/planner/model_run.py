@@ -193,6 +193,7 @@ def recipe_content(request: PlanRequest, carried: Carried, folder: Path) -> dict
         "data": {} if request.retain is None else {"retain": str(request.retain.resolve())},
         "policy": str(Path(request.policy).resolve()) if has_file else request.policy,
         "guards": limits,
+        "required": list(request.resolved_policy().required),
         "edits": [{"edit": "mixed", "name": "mixed", **edit, "expect": "KEEP" if carried.accepted else "ROLLBACK"}],
     }
     return {key: value for key, value in content.items() if value != {}}

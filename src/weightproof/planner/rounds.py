@@ -21,7 +21,7 @@ from weightproof.planner.mixed_plan import WIDTHS, MixedPlan, plan
 from weightproof.policy import Policy, load_policy
 from weightproof.session import GuardSession
 from weightproof.steps import Step
-from weightproof.types import Action
+from weightproof.types import Action, Outcome
 
 MOST_ROUNDS = 24
 # What a wider choice may cure; anything else (a broken contract, too little data) it does not.
@@ -96,15 +96,18 @@ def budget_policy(policy: str | Policy, budget: float, *, has_loss: bool) -> Pol
     """A policy under which the budget decides.
 
     With retain data `tau` of the loss guard is the budget; without, log(budget) is the limit of the KL on random
-    tokens, in place of the perplexity that nobody can measure.
+    tokens, in place of the perplexity that nobody can measure. Either guard is required, and a loss that is undecided
+    keeps nothing, in any tier.
 
     Args:
         policy: A tier, a policy file or a policy.
         budget: Perplexity ratio.
         has_loss: Whether the session is given retain data.
     """
+    found, deciding = load_policy(policy), "loss" if has_loss else "divergence"
     limits = {"loss": {"tau": budget}} if has_loss else {"divergence": {"kl": math.log(budget)}}
-    return load_policy(policy).override(limits)
+    required = tuple(dict.fromkeys((*found.required, deciding)))
+    return found.override(limits, {"loss_undecided": "ROLLBACK"}, required=required)
 
 
 def carry_out(
@@ -126,7 +129,7 @@ def carry_out(
             data is too little to decide on a ratio.
         RestoreError: If a rejected attempt could not be taken back.
     """
-    has_loss = _require_policy(session, found)
+    _require_policy(session, found)
     rounds: list[Round] = []
     while True:
         step = session.apply(found.edit)
@@ -137,7 +140,7 @@ def carry_out(
         stopped = decision.action is not Action.ROLLBACK or decision.situation not in _CURABLE
         wider = None if stopped or len(rounds) == MOST_ROUNDS else found.raised(_next_target(rounds[-1], found))
         if wider is None:
-            return Carried(found, step, tuple(rounds), "loss" if has_loss else "KL on random tokens")
+            return Carried(found, step, tuple(rounds), _decided_by(step))
         found = wider
 
 
@@ -168,8 +171,15 @@ def within_budget(  # noqa: PLR0913 - what a recipe can say
     return carry_out(session, found)
 
 
-def _require_policy(session: GuardSession, found: MixedPlan) -> bool:
-    """Whether a loss decides; refuses a session that would accept what the budget forbids."""
+def _decided_by(step: Step) -> str:
+    measured = {verdict.guard for verdict in step.verdicts if verdict.outcome is not Outcome.NOT_MEASURED}
+    if "loss" in measured:
+        return "loss"
+    return "KL on random tokens" if "divergence" in measured else "no output was measured"
+
+
+def _require_policy(session: GuardSession, found: MixedPlan) -> None:
+    """Refuse a session that would accept what the budget forbids."""
     advice = (
         f"make the session with policy=planner.budget_policy(..., {found.budget:g}, has_loss=...), or say so under "
         "guards: in a recipe"
@@ -185,7 +195,9 @@ def _require_policy(session: GuardSession, found: MixedPlan) -> bool:
                 f"without retain data the KL on random tokens stands in for the budget, and the session accepts "
                 f"{kl:.4g} nats per token where the budget allows {found.allowed:.4g}: {advice}"
             )
-        return False
+        return
+    if session.policy.actions["loss_undecided"] != "ROLLBACK":
+        raise InputError(f"the session's policy keeps what its loss guard cannot decide: {advice}")
     if limits.tau > found.budget:
         raise InputError(
             f"the session accepts a perplexity ratio of {limits.tau:g}, more than the budget {found.budget:g}: {advice}"
@@ -196,7 +208,6 @@ def _require_policy(session: GuardSession, found: MixedPlan) -> bool:
             f"the retain data cannot decide on a perplexity ratio ({short}): give more of it, or none, and the KL on "
             "random tokens stands in for it"
         )
-    return True
 
 
 def _round(step: Step, found: MixedPlan) -> Round:
