@@ -45,9 +45,10 @@ class Grid:
         """Packed codes, a scale of 16 bits a group and, where the grid is not symmetric, a zero point of `bits` bits.
 
         Example:
-            >>> from weightproof.types import WeightMatrix
-            >>> Grid("group", 64).num_bytes(WeightMatrix("w", "ffn", 128, 256, None), 4) / (128 * 256)
-            0.53125
+            >>> from weightproof.weights import iter_weight_matrices
+            >>> (matrix,) = iter_weight_matrices(nn.Linear(256, 128))
+            >>> 8 * Grid("group", 64).num_bytes(matrix, 4) / (128 * 256)
+            4.25
         """
         per_group = SCALE_BITS + (0 if self.symmetric else bits)
         return -(-(matrix.d_out * matrix.d_in * bits + self.num_groups(matrix) * per_group) // 8)
