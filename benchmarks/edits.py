@@ -70,7 +70,7 @@ def rows(subject: WeightMatrix) -> dict[str, tuple[str, Callable[[], object]]]:
         "torch.linalg.svd": lambda: torch.linalg.svd(weight, full_matrices=False),
         "GPTQ: second moments of 4096 tokens": lambda: inputs.T @ inputs,
         "GPTQ: inverse of the second moments": lambda: inverse_factor(moments.double(), 0.01),
-        "GPTQ 4 bits, channel": lambda: GPTQ(4, hessians={NAME: moments}).plan(subject),
+        "GPTQ 4 bits, channel": lambda: GPTQ(4).knowing(hessians={NAME: moments}).plan(subject),
     }
     return {name: ("fast", work) for name, work in fast.items()} | {name: ("slow", work) for name, work in slow.items()}
 

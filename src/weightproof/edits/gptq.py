@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class GPTQ(Selection):
         num_windows: How many windows of `data` to take.
         include: See `weightproof.edits.selection.Selection`.
         exclude: Globs that win over `include`.
-        hessians: What `prepare` found.
+        hessians: What `prepare` found; no parameter.
 
     Raises:
         InputError: If a parameter is out of range.
@@ -120,7 +120,7 @@ class GPTQ(Selection):
     act_order: bool = False
     data: Any = field(default=None, repr=False, kw_only=True)
     num_windows: int = field(default=32, kw_only=True)
-    hessians: Mapping[str, Tensor] | None = field(default=None, repr=False, kw_only=True)
+    hessians: Mapping[str, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Validate the parameters."""
@@ -160,11 +160,11 @@ class GPTQ(Selection):
         if not chosen:
             return self
         windows = self._windows(session)
-        return replace(self, hessians=input_hessians(session.model, chosen, windows, session.processes))
+        return self.knowing(hessians=input_hessians(session.model, chosen, windows, session.processes))
 
     def light(self) -> GPTQ:
         """This edit without the second moments: what a session keeps of it once it was judged."""
-        return replace(self, hessians=None)
+        return self.knowing(hessians=None)
 
     def _windows(self, session: Any) -> tuple[Windows, ...]:
         if self.data is not None:

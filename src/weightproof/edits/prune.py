@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ class Prune(Selection):
             found by `prepare`, and only all of them together reach it.
         include: See `weightproof.edits.selection.Selection`.
         exclude: Globs that win over `include`.
-        cut: What `prepare` found for the scope "global".
+        cut: What `prepare` found for the scope "global"; no parameter.
 
     Raises:
         InputError: If a parameter is out of range, or pattern and sparsity contradict each other.
@@ -62,7 +62,7 @@ class Prune(Selection):
     sparsity: float | None = None
     pattern: str = "unstructured"
     scope: str = "matrix"
-    cut: GlobalCut | None = field(default=None, repr=False, kw_only=True)
+    cut: GlobalCut | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Validate the parameters; N:M fixes the sparsity."""
@@ -147,7 +147,7 @@ class Prune(Selection):
             self._require_width(matrix)
         if self.scope != "global" or not chosen:
             return self
-        return replace(self, cut=_global_cut(chosen, self.share, session.processes))
+        return self.knowing(cut=_global_cut(chosen, self.share, session.processes))
 
     def _require_width(self, matrix: WeightMatrix) -> None:
         if self.group is not None and matrix.d_in % self.group[1]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from weightproof.errors import InputError
 from weightproof.types import WeightMatrix
@@ -60,6 +61,13 @@ class Selection:
     def concerns(self, matrix: WeightMatrix) -> bool:
         """Whether the edit has anything to do with `matrix`; edits that carry values of their own narrow it."""
         return True
+
+    def knowing(self, **found: object) -> Self:
+        """A copy that knows what was found in the model: fields that are no parameters of the edit."""
+        known = copy.copy(self)
+        for field, value in found.items():
+            object.__setattr__(known, field, value)
+        return known
 
     def _eligible(self, matrix: WeightMatrix) -> bool:
         return matrix.refusal is None and self.concerns(matrix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from weightproof import kinds
 from weightproof.checkpoints import StoredTensor, open_checkpoint
+from weightproof.edits.magnitudes import digit_counts, dropped, kth_smallest
 from weightproof.edits.selection import VECTOR_FAMILY, Selection
 from weightproof.errors import InputError
 from weightproof.tensor_store import tensor_digest
@@ -28,12 +30,15 @@ class TaskArithmetic(Selection):
 
     A task is a fine-tuned model's folder, read one tensor at a time, or its deltas by name. Folders change every
     tensor of the model: matrices of all families, biases and norms, as far as `include` and `exclude` let them;
-    deltas change the tensors that they name. A negative weight takes a task away.
+    deltas change the tensors that they name. A negative weight takes a task away. With `density` the tasks are joined
+    as TIES does (arXiv:2306.01708): of each delta only its largest magnitudes, tensor by tensor; where the sum of
+    them is positive the mean of the positive ones, else of the negative ones.
 
     Attributes:
         tasks: A folder, a mapping of matrix or tensor name -> delta (d_out, d_in) or (n,), or several of either.
-        weight: One factor for all tasks, or one for each.
+        weight: One factor for all tasks, or one for each (with `density` one for all).
         base: Folder of the model that the tasks were fine-tuned from; None: the guarded model as it is.
+        density: Share of each delta that TIES keeps, above 0 and at most 1; None: all is added up.
         include: Globs on names or families, over every tensor of the tasks.
         exclude: Globs that win over `include`.
 
@@ -48,6 +53,7 @@ class TaskArithmetic(Selection):
     tasks: Task | Sequence[Task]
     weight: float | Sequence[float] = 1.0
     base: Path | str | None = None
+    density: float | None = None
     sources: tuple[Mapping[str, Tensor] | Folder, ...] = field(init=False, repr=False)
     weights: tuple[float, ...] = field(init=False, repr=False)
     origin: Folder | None = field(init=False, repr=False)
@@ -63,12 +69,15 @@ class TaskArithmetic(Selection):
             raise InputError("tasks is empty: give a model folder, or a mapping of tensor name -> delta")
         object.__setattr__(self, "sources", tuple(_source(task) for task in tasks))
         object.__setattr__(self, "weights", _weights(self.weight, len(tasks)))
+        if self.density is not None:
+            _require_density(self.density, self.weights)
         object.__setattr__(self, "origin", None if self.base is None else Folder(Path(self.base)))
 
     @property
     def name(self) -> str:
-        """`task-arithmetic-<weights>`."""
-        return f"task-arithmetic-{'+'.join(f'{weight:g}' for weight in dict.fromkeys(self.weights))}"
+        """`task-arithmetic-<weights>`, or `ties-...` with a density."""
+        method = "task-arithmetic" if self.density is None else "ties"
+        return f"{method}-{'+'.join(f'{weight:g}' for weight in dict.fromkeys(self.weights))}"
 
     @property
     def kind(self) -> kinds.Plain:
@@ -81,6 +90,7 @@ class TaskArithmetic(Selection):
             "tasks": [str(one.path) if isinstance(one, Folder) else _digests(one) for one in self.sources],
             "weight": list(self.weights),
             "base": None if self.base is None else str(self.base),
+            "density": self.density,
             **self.selection_params(),
         }
 
@@ -120,12 +130,13 @@ class TaskArithmetic(Selection):
         before = matrix.load()
         work = before.to(torch.float64 if before.dtype == torch.float64 else torch.float32)
         origin = work if self.origin is None else self.origin.read(matrix).to(work)
+        deltas = [delta for source in self.sources if (delta := _delta(source, matrix, work, origin)) is not None]
+        if self.density is not None:
+            return (work + self.weights[0] * _elected(deltas, self.density)).to(before.dtype)
+        factors = [weight for source, weight in zip(self.sources, self.weights, strict=True) if _has(source, matrix)]
         total = work.clone()
-        for source, weight in zip(self.sources, self.weights, strict=True):
-            if isinstance(source, Folder):
-                total = total + weight * (source.read(matrix).to(work) - origin)
-            elif (delta := _delta_of(source, matrix)) is not None:
-                total = total + weight * delta.reshape(work.shape).to(work)
+        for factor, delta in zip(factors, deltas, strict=True):
+            total = total + factor * delta
         return total.to(before.dtype)
 
 
@@ -209,6 +220,37 @@ def _has(source: Mapping[str, Tensor] | Folder, matrix: WeightMatrix) -> bool:
 
 def _delta_of(source: Mapping[str, Tensor], matrix: WeightMatrix) -> Tensor | None:
     return next((source[name] for name in _names(matrix) if name in source), None)
+
+
+def _delta(source: Mapping[str, Tensor] | Folder, matrix: WeightMatrix, work: Tensor, origin: Tensor) -> Tensor | None:
+    """What one task changes of a matrix, in the working dtype."""
+    if isinstance(source, Folder):
+        return source.read(matrix).to(work) - origin
+    delta = _delta_of(source, matrix)
+    return None if delta is None else delta.reshape(work.shape).to(work)
+
+
+def _elected(deltas: Sequence[Tensor], density: float) -> Tensor:
+    """TIES: trim each delta, elect a sign for each element, average what agrees with it."""
+    kept = torch.stack([_trimmed(delta, density) for delta in deltas])
+    agrees = kept * kept.sum(0).sign() > 0
+    return torch.where(agrees, kept, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def _trimmed(delta: Tensor, density: float) -> Tensor:
+    """A delta with its smallest magnitudes set to 0, but for one element at least."""
+    drop = delta.numel() - max(1, math.floor(density * delta.numel() + 0.5))
+    if not drop:
+        return delta
+    threshold, ties = kth_smallest(drop, delta.dtype, partial(digit_counts, delta, delta.dtype))
+    return torch.where(dropped(delta, delta.dtype, threshold, ties), 0.0, delta)
+
+
+def _require_density(density: object, weights: Sequence[float]) -> None:
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise InputError(f"density must be a share above 0 and at most 1 (not percent), not {density!r}")
+    if len(set(weights)) > 1:
+        raise InputError("with density= the tasks are averaged: give one weight for all of them")
 
 
 def _digests(source: Mapping[str, Tensor]) -> dict[str, str]:

@@ -41,8 +41,7 @@ def moments(x):
 
 
 def knowing(edit, hessian, name=NAME):
-    return GPTQ(edit.bits, edit.granularity, edit.group_size, edit.symmetric, edit.damping, edit.act_order,
-                hessians={name: hessian})  # fmt: skip
+    return edit.knowing(hessians={name: hessian})
 
 
 GRIDS = [("channel", None), ("tensor", None), ("group", 8)]

@@ -48,6 +48,37 @@ def test_one_delta_changes_what_it_names_and_nothing_else():
         assert torch.equal(parameter, wanted), name
 
 
+def literal_ties(weight, deltas, density, factor):
+    """TIES, element by element, in float64."""
+    trimmed = []
+    for delta in deltas:
+        flat = [float(value) for value in delta.double().flatten()]
+        keep = max(1, int(density * len(flat) + 0.5))
+        ranked = sorted(range(len(flat)), key=lambda i: (abs(flat[i]), i))[len(flat) - keep :]
+        trimmed.append([flat[i] if i in set(ranked) else 0.0 for i in range(len(flat))])
+    merged = []
+    for values in zip(*trimmed, strict=True):
+        sign = sum(values)
+        agreeing = [value for value in values if value * sign > 0]
+        merged.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    return weight.double() + factor * torch.tensor(merged, dtype=torch.float64).view(weight.shape)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "names", [("random", "spiked", "heavy tails"), ("ties", "ties"), ("random",), ("zero", "ties")]
+)
+def test_ties_equals_its_definition(names, density):
+    weight = case("low rank")
+    deltas = [case(name).roll(place, dims=1) * (-1) ** place for place, name in enumerate(names)]
+    edit = TaskArithmetic([{NAME: delta} for delta in deltas], weight=0.4, density=density)
+    wanted = literal_ties(weight, deltas, density, 0.4)
+    assert torch.allclose(
+        edit.plan(matrix_of(weight)).double(), wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max())
+    )
+    assert edit.name == "ties-0.4"
+
+
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +168,8 @@ BAD = [
     ({"tasks": {NAME: torch.ones(2, 3)}, "weight": [1, 2]}, "one for each of the 1 tasks"),
     ({"tasks": {NAME: torch.ones(2, 3)}, "weight": float("nan")}, "finite number"),
     ({"tasks": "no/such/folder"}, "no/such/folder"),
+    ({"tasks": {NAME: torch.ones(2, 3)}, "density": 1.5}, "density must be a share"),
+    ({"tasks": [{NAME: torch.ones(2, 3)}] * 2, "density": 0.5, "weight": [1, 2]}, "one weight for all"),
 ]
 
 
