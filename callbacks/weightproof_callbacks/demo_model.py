@@ -16,6 +16,8 @@ from weightproof.loading import DemoModel
 
 FOLDER, RETAIN, TRAIN = "demo", "retain.txt", "train.txt"
 _TRAIN_BYTES = 2_000_000
+# Three times the windows that the loss guard needs at least; more would only take longer.
+_RETAIN_BYTES = 240_000
 # Sections of the demo's recipe that shape the model and its texts.
 _SECTIONS = ("corpus", "tokenizer", "model", "training", "heldout")
 
@@ -52,7 +54,7 @@ def _digest(recipe: Mapping[str, Any]) -> str:
     shaping = {name: recipe[name] for name in _SECTIONS}
     content = {
         **shaping,
-        "files": [FOLDER, RETAIN, TRAIN, _TRAIN_BYTES],
+        "files": [FOLDER, RETAIN, TRAIN, _TRAIN_BYTES, _RETAIN_BYTES],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -90,6 +92,7 @@ def _train(recipe: Mapping[str, Any], folder: Path) -> None:
     with quiet():
         model.eval().save_pretrained(folder / FOLDER)
     tokenizer.save_pretrained(folder / FOLDER)
-    heldout = corpus.beginning(list(texts.heldout.values()), recipe["heldout"]["text_bytes"])
+    retain_bytes = min(_RETAIN_BYTES, recipe["heldout"]["text_bytes"])
+    heldout = corpus.beginning(list(texts.heldout.values()), retain_bytes)
     (folder / RETAIN).write_text(heldout, encoding="utf-8")
     (folder / TRAIN).write_text(corpus.beginning(train, _TRAIN_BYTES), encoding="utf-8")
