@@ -3,70 +3,74 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 import torch
 from tests.support.twins import FAULTS, differences
-from tests.trainer.test_rolling import Fault, Replayable, Seen, run
+from tests.trainer.test_rolling import Fault, InOrder, Replayable, Seen, run
 
 from weightproof import GuardCallback
 from weightproof_callbacks.generator_record import GENERATORS_FILE
 
-SAVE = {"save_strategy": "steps", "save_steps": 8}
+SETTINGS = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 8}
+LONG, SHORT = 512, 128  # rows: after 8 steps a run is in the middle of a pass, or where one begins
 
 
-def ends(folder, kind, caplog, *, lose, rows, resume=True):
-    """The state after 16 steps of a run that was saved after 8, and what was said when it resumed."""
-    settings = (
-        {"kind": kind, "rows": rows, "steps": 16, **SAVE} if kind is not None else {"rows": rows, "steps": 16, **SAVE}
-    )
-    whole = Seen(16)
-    run(folder / "whole", [GuardCallback(every=4), whole], **settings)
-    checkpoint = folder / "whole" / "checkpoint-8"
-    assert (checkpoint / GENERATORS_FILE).is_file()
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """By rows: a run of 16 steps that nobody disturbed (its end), and its checkpoint after 8."""
+    found = {}
+    for rows in (LONG, SHORT):
+        folder, seen = tmp_path_factory.mktemp(f"whole-{rows}"), Seen(16)
+        run(folder, [GuardCallback(every=4), seen], steps=16, rows=rows, **SETTINGS)
+        assert (folder / "checkpoint-8" / GENERATORS_FILE).is_file()
+        found[rows] = seen.states[16], folder / "checkpoint-8"
+    return found
+
+
+def resumed(checkpoint, folder, callbacks, *, kind, rows, lose):
+    """Go on to step 16 in a process that stands elsewhere."""
+    copied = shutil.copytree(checkpoint, folder / "checkpoint-8")
     if lose:
-        (checkpoint / "rng_state.pth").unlink()
+        (copied / "rng_state.pth").unlink()
     torch.manual_seed(99)
-    seen = Seen(16)
-    caplog.clear()
+    run(folder, callbacks, steps=16, kind=kind, rows=rows, resume=str(copied), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "lose"),
+    [
+        (Replayable, LONG, False),
+        (Replayable, LONG, True),
+        (Replayable, SHORT, True),
+        (InOrder, LONG, True),
+        (InOrder, SHORT, False),  # the loader has drawn since: nothing is compared, and nothing said
+    ],
+)
+def test_a_trainer_resumes_with_its_generators(saved, tmp_path, caplog, kind, rows, lose):
+    (whole, checkpoint), seen = saved[rows], Seen(16)
     with caplog.at_level(logging.WARNING, "weightproof"):
-        run(folder / "whole", [GuardCallback(every=4), seen], resume=str(checkpoint), **settings)
-    return whole.states[16], seen.states[16], caplog.text
+        resumed(checkpoint, tmp_path, [GuardCallback(every=4), seen], kind=kind, rows=rows, lose=lose)
+    assert differences(seen.states[16], whole) == []
+    assert ("did not restore the random generators" in caplog.text) == lose
 
 
-@pytest.mark.parametrize("rows", [512, 128])  # in the middle of a pass, and where one begins
-@pytest.mark.parametrize("lose", [False, True])
-def test_a_guarded_trainer_resumes_with_its_generators(tmp_path, caplog, rows, lose):
-    whole, found, said = ends(tmp_path, Replayable, caplog, lose=lose, rows=rows)
-    assert differences(found, whole) == []
-    assert ("did not restore the random generators" in said) == lose
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """A run that was never given the batches of its steps 9 to 12."""
+    seen = Seen(12)
+    run(tmp_path_factory.mktemp("twin"), [seen], steps=12, rows=LONG, without=range(8, 12), **SETTINGS)
+    return seen.states[12]
 
 
-@pytest.mark.parametrize("lose", [False, True])
-def test_a_plain_trainer_does_in_the_middle_of_a_pass(tmp_path, caplog, lose):
-    whole, found, said = ends(tmp_path, None, caplog, lose=lose, rows=512)
-    assert differences(found, whole) == []
-    assert ("did not restore the random generators" in said) == lose
-
-
-def test_a_plain_trainer_says_nothing_where_a_pass_begins_and_the_loader_has_drawn(tmp_path, caplog):
-    whole, found, said = ends(tmp_path, None, caplog, lose=False, rows=128)
-    assert differences(found, whole) == []
-    assert "generators" not in said
-
-
-@pytest.mark.parametrize("kind", [None, Replayable])
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_a_rollback_to_where_a_run_was_resumed_has_the_generators_of_the_checkpoint(tmp_path, kind, on_disk):
-    settings = {"rows": 512, **SAVE} | ({} if kind is None else {"kind": kind})
-    run(tmp_path, [GuardCallback(every=4)], steps=8, lr_scheduler_type="constant", **settings)
-    torch.manual_seed(99)
-    seen, guard = Seen(16), GuardCallback(every=4, snapshot_dir=tmp_path / "states" if on_disk else None)
+@pytest.mark.parametrize(("kind", "on_disk"), [(InOrder, True), (Replayable, False)])
+def test_a_rollback_to_where_a_run_was_resumed_has_the_generators_of_the_checkpoint(
+    saved, twin, tmp_path, kind, on_disk
+):
+    guard, seen = GuardCallback(every=4, snapshot_dir=tmp_path / "states" if on_disk else None), Seen(16)
     callbacks = [Fault(FAULTS["weight-noise"], 9), guard, seen]
-    run(tmp_path, callbacks, steps=16, resume=str(tmp_path / "checkpoint-8"), lr_scheduler_type="constant", **settings)
-    assert [(step.step, step.record.params["back_to_step"]) for step in guard.history if step.applied != "kept"] == [
-        (12, 8)
-    ]
-    twin = Seen(12)
-    run(tmp_path / "twin", [twin], steps=12, without=range(8, 12), lr_scheduler_type="constant", **settings)
-    assert differences(seen.states[16], twin.states[12]) == []
+    resumed(saved[LONG][1], tmp_path, callbacks, kind=kind, rows=LONG, lose=False)
+    rejected = [(step.step, step.record.params["back_to_step"]) for step in guard.history if step.applied != "kept"]
+    assert rejected == [(12, 8)]
+    assert differences(seen.states[16], twin) == []
