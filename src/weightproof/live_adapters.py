@@ -94,10 +94,16 @@ def layer_deltas(path: str, layer: Any, adapter_name: str) -> list[AdapterDelta]
             f"{module} is adapted by the variant {type(variant).__name__}, which is not understood here. Merge it "
             "inside session.edit(): outputs decide then"
         )
+    if not isinstance(layer.lora_A, nn.ModuleDict):
+        raise InputError(
+            f"{module} is adapted by {type(layer).__name__}, which is not plain LoRA. Merge it inside session.edit(): "
+            "outputs decide then"
+        )
     if adapter_name not in layer.lora_A:
         a, b = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
         return [AdapterDelta(f"{module}.weight", _copy(module, b).T, _copy(module, a).T, scaling)]
-    a, b = _copy(module, layer.lora_A[adapter_name].weight), _copy(module, layer.lora_B[adapter_name].weight)
+    factors: Any = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    a, b = (_copy(module, factor.weight) for factor in factors)
     if hasattr(layer, "parameter_name"):
         return _stacked(f"{module}.{layer.parameter_name}", layer, a, b, adapter_name)
     if a.ndim > 2:

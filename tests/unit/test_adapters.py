@@ -18,7 +18,7 @@ from torch import nn
 from trained_adapters import adapted, configuration
 from trained_models import untrained
 
-from weightproof import InputError, kinds
+from weightproof import GuardSession, InputError, kinds
 from weightproof.adapter_deltas import Adapter, AdapterDelta, combine
 from weightproof.adapters import adapter_names, is_adapted, read_adapter, record_base, require_fits
 from weightproof.tensor_store import tensor_digest
@@ -241,6 +241,28 @@ def test_a_model_without_the_adapter_is_refused_in_words():
     with pytest.raises(InputError, match="no LoRA adapter 'x': it has default"):
         read_adapter(trained(untrained("llama"), configuration("llama")), "x")
     assert not is_adapted(untrained("llama"))
+
+
+def test_layers_of_other_methods_are_refused_by_name_and_do_not_stop_an_edit():
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4, target_r=2)
+    model = adapted(untrained("llama"), config)
+    with pytest.raises(InputError, match="SVDLinear, which is not plain LoRA"):
+        read_adapter(model)
+    session = GuardSession(model)
+    with session.edit("merged", on_violation="monitor") as step:
+        model.merge_adapter()
+    assert step.kind.name == "unknown"
+
+
+def test_variants_that_merge_differently_are_refused_by_name():
+    model = trained(untrained("llama"), configuration("llama"))
+
+    class OddVariant:
+        pass
+
+    model.base_model.model.model.layers[0].self_attn.q_proj.lora_variant["default"] = OddVariant()
+    with pytest.raises(InputError, match=r"q_proj is adapted by the variant OddVariant"):
+        read_adapter(model)
 
 
 def test_factors_that_do_not_belong_together_are_refused():
