@@ -35,6 +35,7 @@ from weightproof.edits import VECTOR_FAMILY
 from weightproof.errors import InputError
 from weightproof.guard_state import STATE_FILE, GuardState
 from weightproof.guarded_model import GuardedModel
+from weightproof.placements import settle
 from weightproof.plans import carried_out, prepared, rewrite, selected
 from weightproof.policy import Policy, load_policy
 from weightproof.probes import State
@@ -249,6 +250,7 @@ class GuardSession:
             InputError: If the edit selects no matrix of this model, or one that it cannot change.
         """
         with self.processes.together("selecting the matrices of an edit"):
+            settle(self.model)  # what a forward pass left gathered goes away, and what was read through it
             edit = prepared(edit, self)
             chosen = selected(self.model, edit)
         targets = sorted({matrix.tensor_name for matrix in chosen})

@@ -118,10 +118,12 @@ def guarded(rank, size, stored):
     plain = copy.deepcopy(base)
     single = comparison_with_one_process(plain, retain)
     facts = []
-    for edit in (edits.Prune(0.1, scope="global"), edits.GPTQ(4, "group", 16)):
+    for edit in (edits.Prune(0.1, scope="global", include=("*", "head")), edits.GPTQ(4, "group", 16)):
         model = copy.deepcopy(base)
         model = DistributedDataParallel(model) if stored == "ddp" else shard_blocks(model)
         session = GuardSession(model, retain=retain, timeout=60)
+        with torch.no_grad():
+            model(input_ids=retain[0]["input_ids"][:1])  # FSDP2 leaves the root's weights whole after this
         step = session.apply(edit, on_violation="monitor")
         invariants = next(one for one in step.verdicts if one.guard == "invariants")
         ours = whole_values(unwrap(model), session.processes)
