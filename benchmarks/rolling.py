@@ -23,9 +23,11 @@ from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from weightproof import attach
+from weightproof.snapshot import Snapshot
 from weightproof_callbacks.gradient_watch import gradient_norm
 
 EVERY = 50
+RATE = 1e-4
 # Tokens of a step: small for a CPU; every share falls with more of them.
 ROWS, LENGTH = 16, 128
 
@@ -68,7 +70,7 @@ def measure(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
     model = build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     model, optimizer = accelerator.prepare(model, optimizer)
     ids = torch.randint(0, 4096, (rows, LENGTH))
 
@@ -79,6 +81,16 @@ def measure(name: str) -> dict[str, Any]:
         forward_and_backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    def window() -> None:
+        """Move the weights as far as the steps between two checks would: what is read depends on it."""
+        rate(EVERY * RATE)
+        step()
+        rate(RATE)
+
+    def rate(value: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = value
 
     step()
     step_seconds = median(timed(step) for _ in range(count))
@@ -94,8 +106,8 @@ def measure(name: str) -> dict[str, Any]:
     for rollback in ("weights", "full"):
         guard = attach(accelerator, model, optimizer, every=10**9, rollback=rollback)
         seconds, kept_seconds = [], []
-        for _ in range(3):
-            step()
+        for _ in range(4):
+            window()
             before = guard.session.cost.snapshot_seconds
             state: list[float] = []
             capture = guard.session.rolling.capture
@@ -110,6 +122,7 @@ def measure(name: str) -> dict[str, Any]:
             "share_of_a_step_percent": round(1e2 * median(seconds) / (EVERY * step_seconds), 3),
             "screen_share_percent": round(1e2 * (median(seconds) - median(kept_seconds)) / (EVERY * step_seconds), 3),
             "good_state_share_percent": round(1e2 * median(kept_seconds) / (EVERY * step_seconds), 3),
+            **copies(guard, accelerator.unwrap_model(model)),
         }
         guard.detach()
     return {
@@ -121,6 +134,29 @@ def measure(name: str) -> dict[str, Any]:
         "copy_of_the_weights_ms": round(1e3 * copy_seconds, 2),
         "weights_MiB": round(weight_bytes / 2**20, 1),
         "rollback": checks,
+    }
+
+
+def copies(guard: Any, model: torch.nn.Module) -> dict[str, float]:
+    """How fast the copies of a good state are made, in relation to plain copies of as many bytes into fresh memory."""
+
+    def good_state() -> None:
+        kept.append(Snapshot.capture(model))
+        training = guard.session.rolling.capture()
+        sizes.append(kept.pop().nbytes + training.nbytes)
+
+    kept: list[Snapshot] = []
+    sizes: list[int] = []
+    seconds, plain = [], []
+    for _ in range(5):  # in turn, and the fastest of each: others use the machine, too
+        seconds.append(timed(good_state))
+        source = torch.ones(sizes[-1], dtype=torch.uint8)
+        plain.append(timed(source.clone))
+        del source
+    return {
+        "copies_GB_per_s": round(sizes[-1] / min(seconds) / 1e9, 2),
+        "memcpy_GB_per_s": round(sizes[-1] / min(plain) / 1e9, 2),
+        "times_memcpy": round(min(seconds) / min(plain), 2),
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,6 +36,7 @@ from weightproof.policy import Policy, with_digests
 from weightproof.preserving import NAME as PRESERVING
 from weightproof.preserving import preserving_readings
 from weightproof.probes import State
+from weightproof.readers import packed_weights
 from weightproof.registry import load_plugin, plugins
 from weightproof.snapshot import Snapshot
 from weightproof.training_turns import TrainingTurns
@@ -46,6 +47,7 @@ from weightproof.types import (
     Decision,
     DivergenceReading,
     LossReading,
+    MatrixReading,
     Outcome,
     Readings,
     Verdict,
@@ -230,12 +232,14 @@ class Assessor:
 
     def assess(self, snapshot: Snapshot, current: State, baseline: Baseline, subject: Subject, step: int) -> Assessment:
         """Read the changed model and judge it against `baseline`; the same on every process."""
+        if packed_weights(self.model):
+            self.forward_digest()  # some backends arrange their codes anew at the first forward pass
         found = Differences.of(snapshot, self.processes)
         matrices, turns = current.readings.matrices, self._turns if subject.window is not None else None
         scope = ChangeScope(
             norm_band=self._norm_band,
             count_slack=self._count_slack,
-            bulk_names=None if subject.kind.name != "train" else self._turns.bulk_names(matrices),
+            bulk_names=self._bulk_names(matrices, subject),
             norm_names=None if turns is None else turns.norm_names(matrices),
             coarse_band=self._coarse_band,
             touched=found.names,
@@ -325,6 +329,12 @@ class Assessor:
     def _norm_band(self, family: str) -> float:
         limits = self.limits.get("spectral")
         return 0.1 if limits is None else for_family(limits.kappa, family)
+
+    def _bulk_names(self, matrices: Mapping[str, MatrixReading], subject: Subject) -> Sequence[str] | None:
+        """All matrices after an edit; in training a share, so that a check stays cheap."""
+        if subject.kind.name != "train":
+            return None
+        return self._turns.bulk_names(matrices, is_window=subject.window is not None)
 
     @property
     def _coarse_band(self) -> float:

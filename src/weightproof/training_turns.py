@@ -16,8 +16,8 @@ __all__ = ["TrainingTurns"]
 
 # Exact spectra refreshed in one window: about half a second of one core.
 _FLOPS = 2e10
-# Checks in which every norm is read once as closely as after an edit.
-_NORM_TURNS = 8
+# Checks in which every norm is read once as closely as after an edit, and the spikes of every small matrix.
+_TURNS = 8
 
 
 class TrainingTurns:
@@ -26,12 +26,18 @@ class TrainingTurns:
     def __init__(self) -> None:
         self._next_bulk = self._next_norm = self._next_outputs = 0
 
-    def bulk_names(self, matrices: Mapping[str, MatrixReading]) -> list[str]:
-        """Matrices whose spikes are counted in this window: few large ones, or many small ones."""
+    def bulk_names(self, matrices: Mapping[str, MatrixReading], *, is_window: bool) -> list[str]:
+        """Matrices whose spikes are counted now: few large ones, or many small ones.
+
+        Args:
+            matrices: All matrices.
+            is_window: Whether there will be further windows: each counts a share then, however small they are.
+        """
         names = sorted(matrices)
+        most = math.ceil(len(names) / _TURNS) if is_window else len(names)
         chosen: list[str] = []
         budget = _FLOPS
-        while budget > 0 and len(chosen) < len(names):
+        while budget > 0 and len(chosen) < most:
             name = names[self._next_bulk % len(names)]
             self._next_bulk += 1
             small, large = sorted((matrices[name].d_out, matrices[name].d_in))
@@ -42,7 +48,7 @@ class TrainingTurns:
     def norm_names(self, matrices: Mapping[str, MatrixReading]) -> frozenset[str]:
         """Matrices whose norms are read closely in this window; of the others it is known that none grew grossly."""
         names = sorted(matrices)
-        count = math.ceil(len(names) / _NORM_TURNS)
+        count = math.ceil(len(names) / _TURNS)
         chosen = frozenset(names[(self._next_norm + i) % len(names)] for i in range(count))
         self._next_norm += count
         return chosen
