@@ -49,8 +49,8 @@ def plan(  # noqa: PLR0913, PLR0917 - one option a line
     widths = parse_widths(bits)
     if save_model and out is None:
         raise InputError("--save-model writes into the folder of the results: name one with --out")
-    from weightproof.planner.model_run import Listener, PlanRequest, plan_model
     from weightproof.planner.mixed_plan import check_request
+    from weightproof.planner.model_run import Listener, PlanRequest, plan_model
     from weightproof.planner.sizes import Grid
 
     if group_size is not None and granularity == "channel":
@@ -186,7 +186,10 @@ def _show_result(console: Console | None, result: PlannedModel) -> None:
 def _totals(carried: Carried) -> list[str]:
     """Sizes, and what was predicted and measured."""
     found, last = carried.plan, carried.rounds[-1]
-    sizes = [f"{_bytes(found.size)} in all, {found.size / found.size_of.half:.1%} of 16 bits"]
+    whole = found.size_of
+    sizes = [f"{_bytes(found.size)} in all, {found.size / whole.stored:.1%} of the model as it is"]
+    if whole.half != whole.stored:
+        sizes.append(f"{found.size / whole.half:.1%} of it in 16 bits")
     for width in sorted({option.bits for choice in found.choices for option in choice.options}):
         uniform = found.uniform_size(width)
         if uniform is not None:
