@@ -68,7 +68,9 @@ def _torchao(config: Any) -> Callable[[nn.Module], object]:
     return lambda model: quantize_(model, config, filter_fn=_in_block)
 
 
-def _bnb_4bit(nested: bool, kind: str) -> Callable[[nn.Module], object]:
+def _bnb_4bit(nested: bool, kind: str, *, inference: bool = False) -> Callable[[nn.Module], object]:
+    """`inference`: in eval mode, where the first forward pass may arrange the codes anew for the CPU."""
+
     def make(layer: nn.Linear) -> nn.Module:
         fresh = bnb.nn.Linear4bit(
             layer.in_features,
@@ -79,7 +81,7 @@ def _bnb_4bit(nested: bool, kind: str) -> Callable[[nn.Module], object]:
             compute_dtype=torch.float32,
         )
         fresh.load_state_dict(layer.state_dict())
-        return fresh.to("cpu")
+        return fresh.to("cpu").train(not inference)
 
     return lambda model: _replace(model, make)
 
@@ -147,6 +149,12 @@ BACKENDS = {
     ),
     "bitsandbytes int8": Backend("bitsandbytes-8bit", _bnb_8bit, CHANNEL, 0.02),
     "bitsandbytes nf4": Backend("bitsandbytes-4bit", _bnb_4bit(False, "nf4")),
+    "bitsandbytes nf4 at inference": Backend(
+        "bitsandbytes-4bit", _bnb_4bit(False, "nf4", inference=True), tolerance=0.02
+    ),
+    "bitsandbytes fp4 nested at inference": Backend(
+        "bitsandbytes-4bit", _bnb_4bit(True, "fp4", inference=True), tolerance=0.02
+    ),
     "bitsandbytes fp4 nested": Backend("bitsandbytes-4bit", _bnb_4bit(True, "fp4")),
     "quanto int8": Backend("quanto", _quanto(qint8), CHANNEL),
     "quanto int4": Backend("quanto", _quanto(qint4)),

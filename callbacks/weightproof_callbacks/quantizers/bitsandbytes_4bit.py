@@ -1,4 +1,9 @@
-"""bitsandbytes, 4 bits: a Params4bit of packed codes, with their scales in an object of its own, `quant_state`."""
+"""bitsandbytes, 4 bits: a Params4bit of packed codes, with their scales in an object of its own, `quant_state`.
+
+Where the CPU has dot products of bfloat16, the first forward pass in eval mode arranges the codes anew and rounds the
+scales to bfloat16 (`packing_format_for_cpu`). `dequantize_4bit` of bitsandbytes does not know that layout: it is
+unpacked here.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from weightproof.readers import PackedWeight, Reading, plain_copy
@@ -14,6 +20,8 @@ from weightproof_callbacks.quantizers.packages import missing
 from weightproof_callbacks.quantizers.subclasses import parameter
 
 _STATE = ("absmax", "code", "offset")
+# Rows whose codes lie side by side in the layout for the CPU.
+_CPU_ROWS = 32
 
 
 class Bitsandbytes4bitReader:
@@ -57,9 +65,21 @@ def _held(state: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def _dequantized(state: Any, codes: Tensor) -> Tensor:
+    if getattr(state, "packing_format_for_cpu", False):
+        return _from_cpu_layout(state, codes)
     import bitsandbytes.functional  # pyright: ignore[reportMissingImports] - the module that is read comes from it
 
     return plain_copy(bitsandbytes.functional.dequantize_4bit(codes.detach(), state), state.dtype)
+
+
+def _from_cpu_layout(state: Any, packed: Tensor) -> Tensor:
+    """code[index] * absmax: 64 indices are 32 bytes, the low halves first, of 32 rows times two columns."""
+    d_out, d_in = state.shape
+    lines = packed.detach().reshape(-1, _CPU_ROWS)
+    indices = torch.cat([lines & 0xF, lines >> 4], dim=1).view(d_out // _CPU_ROWS, d_in // 2, _CPU_ROWS, 2)
+    indices = indices.transpose(1, 2).reshape(d_out, d_in)
+    scales = state.absmax.detach().float().T.repeat_interleave(state.blocksize, dim=1)
+    return (state.code.detach().float()[indices.long()] * scales).to(state.dtype)
 
 
 def _rebuilt(state: Any, tensors: Mapping[str, Tensor]) -> Tensor:
