@@ -36,13 +36,11 @@ from weightproof.kind_words import kind_from_words
 from weightproof.policy import Policy, load_policy
 from weightproof.recipe_fields import Fields, nearest
 from weightproof.recipe_plugins import build, checked_params, references, require_plugin
-from weightproof.recipe_source import RecipeText, find_recipe, read_recipe
+from weightproof.recipe_source import DEMO, RecipeText, find_recipe, read_recipe
 from weightproof.registry import load_plugin, plugins
 
-__all__ = ["Cadence", "Data", "Recipe", "RecipeStep", "load_recipe", "parse_recipe"]
+__all__ = ["DEMO", "Cadence", "Data", "Recipe", "RecipeStep", "load_recipe", "parse_recipe"]
 
-DEMO = "demo"
-"""Stands for the small demo model, and for its text."""
 EXPECTED = ("KEEP", "ROLLBACK", "any")
 GROUPS: Mapping[str, str] = {
     "edit": "weightproof.edits",

@@ -29,8 +29,8 @@ from weightproof.losses import LossData
 from weightproof.model_pair import Data
 from weightproof.probes import digest_of, read_tensors
 from weightproof.publisher import CERTIFICATE, REPORT
-from weightproof.recipe import GROUPS, Recipe, RecipeStep
-from weightproof.recipe_model import Source, find_source, require_steps_fit
+from weightproof.recipe import DEMO, GROUPS, Recipe, RecipeStep
+from weightproof.recipe_model import ROLES, Source, find_source, require_steps_fit
 from weightproof.recipe_output import RECIPE, SUMMARY, check_place, output_folder
 from weightproof.recipe_plugins import require_plugin
 from weightproof.recipe_result import NOT_RUN, RecipeResult, Sizes, StepResult, row_of
@@ -79,10 +79,26 @@ def run(  # noqa: PLR0913 - a recipe, and where and how
         finally:
             runner.close()
         result = runner.result(place)
-        content = {**recipe.content, "model": recipe.model if model is None else model}
-        write_atomically(scratch / RECIPE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+        write_atomically(scratch / RECIPE, _as_run(recipe, source, model).encode())
         write_atomically(scratch / SUMMARY, (json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n").encode())
     return result
+
+
+def _as_run(recipe: Recipe, source: Source, model: str | None) -> str:
+    """The recipe with its files by their whole paths, so that it can be run again from its new place."""
+    wanted = recipe.model if model is None else model
+    is_local = wanted != DEMO and (recipe.path(wanted).is_dir() or Path(wanted).expanduser().is_dir())
+    content = {**recipe.content, "model": str(source.folder.absolute()) if is_local else wanted}
+    written = {role: getattr(recipe.data, role) for role in ROLES}
+    content["data"] = {
+        role: DEMO if value == DEMO else str(source.texts[role].absolute())
+        for role, value in written.items()
+        if value is not None
+    }
+    policy = str(content.get("policy", ""))
+    if policy.endswith((".yaml", ".yml")):
+        content["policy"] = str((recipe.folder / policy).absolute())
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 @dataclass

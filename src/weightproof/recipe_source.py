@@ -16,6 +16,8 @@ from weightproof.recipe_fields import Fields, nearest
 from weightproof.registry import load_plugin, plugins
 
 GROUP = "weightproof.recipes"
+DEMO = "demo"
+"""Stands for the small demo model, and for its text."""
 SUFFIXES = (".yaml", ".yml")
 _PART = re.compile(r"([A-Za-z_][\w-]*)|\[(\d+)\]|(?<=\.)(\d+)")
 
@@ -117,10 +119,18 @@ def read_recipe(found: Found, sets: Sequence[str] = (), *, fast: bool = False) -
             key, given, value = one.partition("=")
             if not given or not key.strip():
                 raise InputError(f"--set {one}: write it as key=value, such as edits[0].bits=4")
-            _put(content, key.strip(), parse_yaml(value, f"--set {key}"), f"--set {key}")
+            _put(content, key.strip(), _from_here(key.strip(), parse_yaml(value, f"--set {key}")), f"--set {key}")
     except InputError as error:
         raise InputError(f"{found.origin}: {error}") from error
     return RecipeText(content, found.name, found.folder, found.origin, fast)
+
+
+def _from_here(key: str, value: Any) -> Any:
+    """A file that is named on the command line lies where the caller is, not where the recipe lies."""
+    is_path = key.startswith("data.") or (key == "policy" and str(value).endswith(SUFFIXES))
+    is_path = is_path or (key == "model" and Path(str(value)).expanduser().is_dir())
+    names_demo = key != "policy" and value == DEMO
+    return str(Path(value).expanduser().absolute()) if is_path and isinstance(value, str) and not names_demo else value
 
 
 def _put(content: dict[str, Any], key: str, value: Any, where: str) -> None:

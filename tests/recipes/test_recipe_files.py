@@ -70,7 +70,7 @@ def test_values_are_replaced_by_fast_then_by_set(written):
     recipe = written(GOOD, fast=True, sets=["edits[1].bits=3", "data.target=more.txt", "trackers=[jsonl]"])
     assert recipe.steps[0].make() == RTN(6)
     assert recipe.steps[1].make().bits == 3
-    assert recipe.data.target == "more.txt"
+    assert recipe.path(recipe.data.target) == Path("more.txt").absolute(), "named from here, not from the recipe"
     assert recipe.cadence.every == 2
     assert recipe.content["edits"][0]["bits"] == 6
 
