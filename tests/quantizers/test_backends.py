@@ -242,3 +242,40 @@ def test_stacked_experts_that_a_backend_leaves_alone_are_named(backend_name):
         for item in warned
     )
     session.close()
+
+
+def test_adapters_are_trained_over_a_4_bit_base_under_guard():
+    """QLoRA: windows of training are kept, a base that was damaged on the way comes back with the adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    base = load("llama")
+    BACKENDS["bitsandbytes nf4 at inference"].apply(base)
+    base.is_loaded_in_4bit = True
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3)
+    windows = trained_models.calibration_windows("llama")
+    session = GuardSession(model, retain=windows)
+    session.watch()
+
+    def train() -> list[float]:
+        losses = []
+        for window in windows:
+            loss = trained_models.nll("llama", model, window)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    kept = session.check_window(step=2, raw_losses=train())
+    assert (kept.decision.action, kept.applied) == (Action.KEEP, "kept"), kept.decision.reason
+    good = digests(model)
+    losses = train()
+    with torch.no_grad():
+        scale = next(named for named in iter_tensors(model) if named.name.endswith("mlp.down_proj.weight.absmax"))
+        scale.tensor.mul_(float("nan"))
+    broken = session.check_window(step=4, raw_losses=losses)
+    assert broken.applied == "restored"
+    assert digests(model) == good
+    session.close()
