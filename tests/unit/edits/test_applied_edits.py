@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import trained_models
+from architectures import build
 from sharded_models import ToyModel
 
 from weightproof import edits
@@ -114,3 +115,33 @@ def test_a_step_keeps_the_edit_as_it_was_carried_out_but_not_what_it_weighs(fres
     assert step.edit.hessians is None
     assert not step.kind.hessians
     assert step.record.params["method"] == "gptq"
+
+
+EVERY_KIND = [
+    edits.RTN(6, "group", 16, symmetric=False),
+    edits.Prune(0.1),
+    edits.Prune(0.1, scope="global"),
+    edits.SVD(rank=3),
+    edits.GPTQ(6, exclude=("expert",)),
+]
+
+
+@pytest.mark.parametrize("edit", EVERY_KIND, ids=names)
+@pytest.mark.parametrize("architecture", ["mixtral", "t5", "whisper", "vit"])
+def test_stacks_of_experts_and_half_precision_keep_their_contract(architecture, edit):
+    torch.manual_seed(0)
+    session = GuardSession(build(architecture).to(torch.bfloat16))
+    step = session.apply(edit, on_violation="monitor")
+    session.close()
+    invariants = next(one for one in step.verdicts if one.guard == "invariants")
+    assert invariants.outcome is Outcome.PASS, invariants.reason
+    contracts = [one for one in invariants.measurements if one.statistic.startswith("contract_")]
+    assert {one.family for one in contracts} & {"attn", "ffn", "expert"}
+
+
+def test_a_weight_that_its_model_uses_past_its_module_is_refused_by_name():
+    session = GuardSession(build("mamba"))
+    with pytest.raises(InputError, match=r"reaches .*dt_proj\.weight.* uses it without calling its module"):
+        session.apply(edits.GPTQ(6))
+    assert session.apply(edits.GPTQ(6, exclude=("*dt_proj*",)), on_violation="monitor").edit is not None
+    session.close()
