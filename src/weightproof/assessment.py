@@ -257,7 +257,7 @@ class Assessor:
         if outputs is None:
             unmeasured["divergence"] = unmeasured["outputs"] = unmeasured["second_moments"] = self.no_outputs
         record = record_of(subject, current.readings, change, found, model=self.model, processes=self.processes)
-        if subject.kind.name == PRESERVING:
+        if subject.kind.name == PRESERVING and subject.contract is None:
             record = replace(record, contract=(*record.contract, *self._preserved(current.readings, read)))
         readings = replace(
             read,

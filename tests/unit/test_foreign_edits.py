@@ -153,6 +153,10 @@ def test_replaced_modules_are_named_and_the_worst_of_them_goes_back_alone():
     assert (step.decision.action, step.applied) == (Action.KEEP, "kept"), step.decision.reason
     assert step.record.replaced_modules == ("model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj")
     assert step.record.reverted == ("model.layers.1.mlp.down_proj.weight",)
+    rows = [item for verdict in step.verdicts for item in verdict.measurements]
+    (named,) = [item for item in rows if item.statistic == "num_replaced_modules"]
+    assert named.value == 2.0
+    assert "model.layers.0.mlp.down_proj, model.layers.2.mlp.down_proj" in named.reason
     now = [layer.mlp.down_proj for layer in model.model.layers]
     assert [mine is original for mine, original in zip(now, originals, strict=True)] == [False, True, False]
     for name, tensor in model.state_dict().items():

@@ -17,7 +17,7 @@ No number here is a tuned limit: each is exact. In the order in which they are r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -30,6 +30,9 @@ from weightproof.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is
 from weightproof.types import EditRecord, Measurement, Outcome, Readings, Verdict
 
 WITH_CONTRACT = frozenset({"cast", "quantize", "prune", "lora_merge", "low_rank"})
+
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,11 @@ def _judge_edit(before: Readings, after: Readings) -> Iterator[Measurement]:
         return
     changed = changed_tensors(before, after, edit)
     yield Measurement("invariants", "model", "num_changed_tensors", float(len(changed)), None, None)
+    if edit.replaced_modules:
+        yield Measurement(
+            "invariants", "model", "num_replaced_modules", float(len(edit.replaced_modules)), None, None,
+            reason=f"another object, or another class: {_few(edit.replaced_modules)}",
+        )  # fmt: skip
     if edit.stray_names:
         shown = ", ".join(edit.stray_names[:3])
         reason = f"changed outside of any guarded edit before this one began, and judged with it: {shown}"
@@ -195,6 +203,11 @@ def _judge_edit(before: Readings, after: Readings) -> Iterator[Measurement]:
     for target in edit.targets:
         if not any(scope.covers(name, (target,)) for name in changed):
             yield _unmet(target, exists=any(scope.covers(name, (target,)) for name in known))
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(name or "the model itself" for name in names[:_SHOWN]) + more
 
 
 def _is_no_op(before: Readings, after: Readings, edit: EditRecord, changed: Collection[str]) -> bool:

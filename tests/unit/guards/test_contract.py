@@ -93,18 +93,23 @@ def window(deltas: dict[str, float | None], **changes: object) -> list[Measureme
     return judged(readings)
 
 
-def test_a_window_reports_the_matrix_that_moved_farthest_and_fails_those_that_moved_too_far():
+def test_a_window_counts_the_matrices_that_moved_too_far_and_fails_each():
     (item,) = window({UP: 0.3, Q: 0.5})
-    assert (item.target, item.value, item.limit, item.outcome) == (Q, 0.5, MAX_RELATIVE_DELTA, Outcome.PASS)
-    far = window({UP: 10.0, Q: 99.0, "embed": 0.1})
-    assert [(item.target, item.outcome) for item in far] == [(UP, Outcome.FAIL), (Q, Outcome.FAIL)]
+    assert (item.statistic, item.value, item.outcome) == ("num_matrices_moved_far", 0.0, Outcome.PASS)
+    count, *far = window({UP: 10.00004, Q: 99.0, "embed": 0.1})
+    assert count.value == 2.0
+    assert [(item.target, item.value, item.limit) for item in far] == [
+        (UP, 10.0, MAX_RELATIVE_DELTA),
+        (Q, 99.0, MAX_RELATIVE_DELTA),
+    ]
+    assert {item.outcome for item in far} == {Outcome.FAIL}
 
 
 def test_what_has_no_learned_spectrum_and_what_warms_up_is_not_judged():
     assert window({UP: 50.0}, untrained=frozenset({UP})) == []
     assert window({f"{UP}.lora_B.default": 50.0, Q: None}) == []
     assert window({UP: 50.0}, in_warmup=True) == []
-    (item,) = window({UP: 50.0}, in_warmup=True, loss_spike=True)
+    _, item = window({UP: 50.0}, in_warmup=True, loss_spike=True)
     assert item.outcome is Outcome.FAIL
 
 
@@ -126,8 +131,8 @@ def test_healthy_training_stays_far_below_the_limit(with_adapter):
         if index % 25 == 24:
             step = session.check_window(step=index + 1, in_warmup=False)
             assert step.applied == "kept", step.decision.reason
-            rows = [item for verdict in step.verdicts for item in verdict.measurements]
-            seen += [row.value for row in rows if row.statistic == "contract_relative_delta"]
+            trained = step.record.relative_delta.keys() - step.judged.before.untrained
+            seen += [step.record.relative_delta[name] for name in trained if ".lora_" not in name]
     assert with_adapter or seen
     assert all(value < MAX_RELATIVE_DELTA / 5 for value in seen)
 
