@@ -64,8 +64,8 @@ def input_hessians(
             found[matrix.name] = total * (2.0 / int(count))
     if unreached:
         raise InputError(
-            f"no calibration window reaches {', '.join(unreached[:3])} ({len(unreached)} matrices), or the model uses it "
-            "without calling its module: give more windows, or leave it out with exclude="
+            f"no calibration window reaches {', '.join(unreached[:3])} ({len(unreached)} matrices), or the model uses "
+            "it without calling its module: give more windows, or leave it out with exclude="
         )
     return found
 

@@ -141,7 +141,7 @@ def test_stacks_of_experts_and_half_precision_keep_their_contract(architecture, 
 
 def test_a_weight_that_its_model_uses_past_its_module_is_refused_by_name():
     session = GuardSession(build("mamba"))
-    with pytest.raises(InputError, match=r"reaches .*dt_proj\.weight.* uses it without calling its module"):
+    with pytest.raises(InputError, match=r"reaches .*dt_proj\.weight.* it without calling its module"):
         session.apply(edits.GPTQ(6))
     assert session.apply(edits.GPTQ(6, exclude=("*dt_proj*",)), on_violation="monitor").edit is not None
     session.close()
