@@ -40,12 +40,14 @@ def prepared(edit: Any, session: Any) -> Any:
 
 
 def carried_out(step: Step, edit: Any) -> Step:
-    """Note the edit in its step, without what it only needed to plan (`light`): a session keeps its steps."""
-    light = getattr(edit, "light", None)
-    step.edit = edit if light is None else light()
-    if light is not None:
-        step.kind = step.edit.kind
+    """Note the edit in its step, both without what was only needed to plan and to judge: a session keeps its steps."""
+    step.edit, step.kind = _light(edit), _light(step.kind)
     return step
+
+
+def _light(thing: Any) -> Any:
+    light = getattr(thing, "light", None)
+    return thing if light is None else light()
 
 
 def selected(model: nn.Module, edit: Any) -> list[WeightMatrix]:

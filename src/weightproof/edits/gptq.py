@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ class Compensated(Quantize):
     def params(self) -> dict[str, Any]:
         """The grid, and that errors were spread: a certificate's verifier cannot know the inputs."""
         return {**super().params(), "symmetric": self.symmetric, "method": "gptq"}
+
+    def light(self) -> Compensated:
+        """The same grid without the second moments."""
+        return replace(self, hessians={})
 
     def measure(self, name: str, before: Tensor, after: Tensor) -> tuple[ContractReading, ...]:
         """Levels per group, weights off the grid, output error over that of RTN; and, not rigorous, relative error."""

@@ -85,6 +85,10 @@ class LoraMerge(Selection):
         require_fits(self.content, session.model, same_base=self.same_base)
         return self
 
+    def light(self) -> LoraMerge:
+        """This edit without the live model that its adapter was read from."""
+        return self.knowing(adapter=self.content)
+
     def concerns(self, matrix: WeightMatrix) -> bool:
         """Whether the adapter changes this matrix."""
         return self._named(matrix) is not None

@@ -154,6 +154,7 @@ def test_a_guarded_merge_keeps_its_contract(name, variant, tmp_path):
     merges = [one for one in verdict.measurements if one.statistic == "contract_merge_error"]
     assert {one.target for one in merges} >= set(read_adapter(tmp_path).deltas)
     assert step.record.kind == "lora_merge"
+    assert isinstance(step.edit.adapter, Adapter)
 
 
 def test_patterns_leave_parts_of_the_adapter_out(tmp_path):
