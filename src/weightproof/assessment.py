@@ -109,7 +109,7 @@ class Assessor:
         calibration = None if retain is None else self._calibration_windows(retain)
         self._random, self._calibration = random, calibration
         self._stale = True
-        self._turns = TrainingTurns()
+        self.turns = TrainingTurns()
 
     def _calibration_windows(self, retain: Any) -> Windows:
         """The first windows of the retain data, also where that was read to its end already, or is a file."""
@@ -235,7 +235,7 @@ class Assessor:
         if packed_weights(self.model):
             self.forward_digest()  # some backends arrange their codes anew at the first forward pass
         found = Differences.of(snapshot, self.processes)
-        matrices, turns = current.readings.matrices, self._turns if subject.window is not None else None
+        matrices, turns = current.readings.matrices, self.turns if subject.window is not None else None
         scope = ChangeScope(
             norm_band=self._norm_band,
             count_slack=self._count_slack,
@@ -334,7 +334,7 @@ class Assessor:
         """All matrices after an edit; in training a share, so that a check stays cheap."""
         if subject.kind.name != "train":
             return None
-        return self._turns.bulk_names(matrices, is_window=subject.window is not None)
+        return self.turns.bulk_names(matrices, is_window=subject.window is not None)
 
     @property
     def _coarse_band(self) -> float:

@@ -146,8 +146,7 @@ def measure_divergence(
         model: The model; of a sharded one, every process calls this.
         cache: This process's share of the outputs, as `capture_outputs` gave it.
         processes: Those for which it was captured.
-        turn: Run one batch on each process only, those whose turn it is; None: all. Windows of which none is run
-            have no reading. Such readings differ with the number of processes.
+        turn: Run only the one batch whose turn it is; None: all. Windows of which none is run have no reading.
 
     Raises:
         InputError: If the model's forward fails now, or its outputs have another shape; on every

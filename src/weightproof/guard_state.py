@@ -33,6 +33,7 @@ class GuardState:
         outputs_stale: Whether training moved the model since its outputs were captured.
         steps: Every judged step, as the certificate carries it.
         policy_digest: Of the policy that judged them.
+        turns: Whose turn it is to be read in windows of training (`TrainingTurns.state`).
     """
 
     baseline: Baseline
@@ -41,6 +42,7 @@ class GuardState:
     outputs_stale: bool
     steps: tuple[Any, ...]
     policy_digest: str
+    turns: tuple[int, ...] = (0, 0, 0)
 
     def save(self, folder: Path) -> None:
         """Write the files; the JSON file, which refers to the others and carries its own digest, comes last."""
@@ -53,6 +55,7 @@ class GuardState:
             "moved": moved,
             "outputs_stale": self.outputs_stale,
             "steps": list(self.steps),
+            "turns": list(self.turns),
         }
         self.baseline.save(folder)
         if moved:
@@ -84,6 +87,7 @@ class GuardState:
                 outputs_stale=content["outputs_stale"],
                 steps=tuple(content["steps"]),
                 policy_digest=content["policy_digest"],
+                turns=tuple(content["turns"]),
             )
             is_as_written = bool(content["digest"]) and open_sealed(text) is not None
             is_of_these_files = content["model_digest"] == current.readings.model_digest

@@ -7,7 +7,6 @@ batches, so that sums over them have the same bits on every process and for ever
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -87,7 +86,7 @@ def read_batches(  # noqa: PLR0913 - keyword-only options
             result is sent to all processes: keep it small.
         operation: What the passes are for, in errors.
         with_taps: Whether block outputs are summed up on the way; else the tap sums are empty.
-        turn: Read one batch on each process only: those whose turn it is, after as many turns the first again.
+        turn: Read one batch only, the same for any number of processes; after as many turns the first again.
 
     Returns:
         The results of all batches that were read, in their order; and those of batches that were not the process's own.
@@ -100,8 +99,8 @@ def read_batches(  # noqa: PLR0913 - keyword-only options
     places = [Place(index, batch) for index, one in enumerate(windows) for batch in range(len(one.batches))]
     chosen = range(len(places))
     if turn is not None:
-        first = turn % math.ceil(len(places) / processes.size) * processes.size
-        chosen = chosen[first : first + processes.size]
+        first = turn % len(places)
+        chosen = range(first, first + 1)
     with processes.together(operation):
         share, raised = _read_share(model, windows, processes, places, chosen, read, with_taps)
         shares = processes.gather(operation, share)
@@ -151,16 +150,17 @@ def _turns(chosen: range, processes: Processes, *, alike: bool) -> Iterator[tupl
     """The batches that this process runs, and whether each is its own; as many on every process.
 
     Args:
-        chosen: The batches; the first of them is one of rank 0's.
+        chosen: The batches; each belongs to the rank that its number gives modulo the number of processes.
         processes: Those among which they are dealt.
         alike: Whether all processes run every batch.
     """
     if alike:
         yield from ((index, index % processes.size == processes.rank) for index in chosen)
         return
-    for first in chosen[:: processes.size]:
-        index = first + processes.rank
-        yield (index, True) if index in chosen else (chosen[index % len(chosen)], False)
+    own = [index for index in chosen if index % processes.size == processes.rank]
+    most = max(sum(index % processes.size == rank for index in chosen) for rank in range(processes.size))
+    yield from ((index, True) for index in own)
+    yield from ((chosen[(len(own) + i) % len(chosen)], False) for i in range(most - len(own)))
 
 
 def _raise_first(shares: Sequence[_Share[R]], raised: Mapping[int, WeightproofError]) -> None:

@@ -51,6 +51,7 @@ from weightproof.session_checks import (
 )
 from weightproof.steps import Cost, MasterWeights, Step
 from weightproof.trackers import Tracker
+from weightproof.training_turns import TrainingTurns
 from weightproof.training_windows import TrainingWindows, Window
 from weightproof.types import Action
 
@@ -389,6 +390,7 @@ class GuardSession:
             outputs_stale=assessor.is_stale,
             steps=(*self._resumed, *(evidence.step_json(step) for step in self.history)),
             policy_digest=self.policy.digest,
+            turns=assessor.turns.state,
         )
         with self.processes.together("saving the guard's state"):
             if self.processes.is_main:
@@ -407,6 +409,7 @@ class GuardSession:
         if state.policy_digest != self.policy.digest and self.processes.is_main:
             logger.warning("the run resumes under another policy (%s) than it was begun with", self.policy.name)
         self.guarded.resume(state.baseline, state.current, outputs_stale=state.outputs_stale)
+        self.guarded.assessor.turns = TrainingTurns(state.turns)
         self.training.losses = list(state.losses)
         self._resumed = list(state.steps)
         self.training.watch_on(step)

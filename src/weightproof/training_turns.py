@@ -8,7 +8,7 @@ a check, and hardly changes from one window to the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from weightproof.types import MatrixReading
 
@@ -21,10 +21,19 @@ _TURNS = 8
 
 
 class TrainingTurns:
-    """Whose turn it is, the same on every process."""
+    """Whose turn it is, the same on every process, for any number of them, and after a resume.
 
-    def __init__(self) -> None:
-        self._next_bulk = self._next_norm = self._next_outputs = 0
+    Args:
+        state: That of an earlier session, to go on from.
+    """
+
+    def __init__(self, state: Sequence[int] = (0, 0, 0)) -> None:
+        self._next_bulk, self._next_norm, self._next_outputs = state
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """What a session that goes on must know."""
+        return self._next_bulk, self._next_norm, self._next_outputs
 
     def bulk_names(self, matrices: Mapping[str, MatrixReading], *, is_window: bool) -> list[str]:
         """Matrices whose spikes are counted now: few large ones, or many small ones.
