@@ -11,30 +11,27 @@ import functools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from weightproof import kinds, report
-from weightproof.certificate import Certificate
-from weightproof.certification import Request, certify_folders
+from weightproof import report
 from weightproof.errors import InputError
 from weightproof.evidence import certificate_of
 from weightproof.files import write_atomically
-from weightproof.loading import LOADERS, load_model
+from weightproof.loading import load_model
 from weightproof.losses import LossData
-from weightproof.model_pair import Data
 from weightproof.probes import digest_of, read_tensors
 from weightproof.publisher import CERTIFICATE, REPORT
 from weightproof.recipe import DEMO, GROUPS, Recipe, RecipeStep
+from weightproof.recipe_chain import MODELS, Chain
 from weightproof.recipe_model import ROLES, Source, find_source, require_steps_fit
 from weightproof.recipe_output import RECIPE, SUMMARY, check_place, output_folder
 from weightproof.recipe_plugins import require_plugin
 from weightproof.recipe_result import NOT_RUN, RecipeResult, Sizes, StepResult, row_of
-from weightproof.registry import load_plugin
 from weightproof.session import GuardSession
 from weightproof.steps import Step
 from weightproof.training_job import Trained, TrainingJob
@@ -43,7 +40,6 @@ from weightproof.weights import iter_weight_matrices
 __all__ = ["CACHE", "MODELS", "run"]
 
 CACHE = Path(".cache/weightproof")
-MODELS = "models"
 TRAINING = "training"
 
 
@@ -101,14 +97,6 @@ def _as_run(recipe: Recipe, source: Source, model: str | None) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-@dataclass
-class _Tip:
-    """The last model that lies in a folder: of the base, then of each kept step."""
-
-    folder: Path
-    certificate: Certificate | None = None
-
-
 class _Run:
     """One run of one recipe."""
 
@@ -124,10 +112,9 @@ class _Run:
         self.sizes = Sizes(self.model)
         self.base_size = self.sizes.bytes
         self.rows: list[StepResult] = []
-        self.notes = [*source.notes]
         self.folders: dict[str, Path] = {}
         self.unwritten: list[object] = []
-        self.tip = _Tip(source.folder)
+        self.chain = Chain(recipe, source, scratch, say, progress=progress)
         self.session: GuardSession | None = None
         self.moved = False  # whether training was kept since the session began
         self._parent: str | None = None
@@ -160,7 +147,7 @@ class _Run:
             base_size=self.base_size,
             model=None if last is None else out / last,
             texts=self.source.texts,
-            notes=tuple(self.notes),
+            notes=(*self.source.notes, *self.chain.notes),
         )
 
     def close(self) -> None:
@@ -185,26 +172,12 @@ class _Run:
             )
             self._sessions += 1
             self.moved = False
-            self._parent = self._certificate_of_begin(self.session)
+            self._parent = self.chain.parent_of(self.session)
         return self.session
 
     def _data(self, role: str) -> LossData | None:
         text = self.source.texts.get(role)
         return None if text is None else LossData(text, self.encode)
-
-    def _certificate_of_begin(self, session: GuardSession) -> str | None:
-        """Digest of the certificate of the model that the session begins with, where it has one."""
-        path, known = self.tip.folder / CERTIFICATE, self.tip.certificate
-        found = known if known is not None or not path.is_file() else Certificate.load(path)
-        if found is None:
-            return None
-        readings = session.baseline.readings.tensors
-        if any(name in readings and readings[name].digest != digest for name, digest in found.tensors.items()):
-            if known is None:
-                self.notes.append(f"{path} is not about the weights beside it: the chain begins anew")
-            return None
-        self.tip.certificate = found
-        return found.digest
 
     def _end_session(self, *, is_last: bool) -> None:
         session, self.session = self.session, None
@@ -308,42 +281,17 @@ class _Run:
 
     def _written(self, step: RecipeStep, row: StepResult) -> StepResult:
         """Write the model, and certify its folder against the one before."""
-        folder = self.scratch / MODELS / step.name
-        load_plugin(LOADERS, "save")(self.model, folder, self.source.folder)
-        self.folders[step.name] = folder
         kind = self.unwritten[0] if len(self.unwritten) == 1 else None
         self.unwritten.clear()
-        certified = self._certified(folder, kind) if self.recipe.chain else None
-        if certified is None:
-            session = self._open()
-            self.tip = _Tip(folder, certificate_of(session, self._parent))
-        else:
-            self.tip = _Tip(folder, certified.certificate)
-        assert self.tip.certificate is not None
-        self.tip.certificate.save(folder / CERTIFICATE)
-        report.save(self.tip.certificate, folder / REPORT)
-        notes = row.notes
-        if certified is not None and certified.code:
-            notes = (*notes, f"from the files alone: {certified.decision.reason}")
+        link = self.chain.add(self.model, step.name, kind, lambda: certificate_of(self._open(), self._parent))
+        self.folders[step.name] = link.folder
         return replace(
             row,
             model=f"{MODELS}/{step.name}",
-            certificate=self.tip.certificate.digest,
-            certified=None if certified is None else str(certified.decision.action),
-            notes=notes,
+            certificate=link.certificate.digest,
+            certified=link.action,
+            notes=(*row.notes, *link.notes),
         )
-
-    def _certified(self, folder: Path, kind: object) -> Any:
-        texts = self.source.texts
-        request = Request(
-            base=self.tip.folder,
-            subject=folder,
-            policy=self.recipe.policy,
-            kind=kind if isinstance(kind, kinds.Kind) else None,
-            data=Data(texts.get("retain"), texts.get("target"), self.recipe.device, self.say),
-            parent=self.tip.certificate,
-        )
-        return certify_folders(request, progress=self.progress)
 
 
 def _with_training(row: StepResult, trained: Trained) -> StepResult:
