@@ -244,6 +244,7 @@ def test_what_does_not_fit_the_model_is_one_sentence_and_nothing_is_written(int2
     assert [path.name for path in tmp_path.iterdir()] == ["int2.yaml"]
 
 
+@pytest.mark.slow
 def test_the_chain_goes_on_from_the_certificate_in_the_base_folder(ran, mine, tmp_path):
     first = ran("int8")
     folder = tmp_path / "base"
@@ -270,6 +271,7 @@ def test_without_text_outputs_decide_and_the_run_says_so(mine, tmp_path):
     assert {one["guard"]: one["outcome"] for one in verdicts}["loss"] == str(Outcome.NOT_MEASURED)
 
 
+@pytest.mark.slow
 def test_a_training_that_is_kept_begins_a_session_of_its_own(mine, tmp_path):
     path = tmp_path / "two.yaml"
     path.write_text(

@@ -88,7 +88,7 @@ def test_two_edits_at_one_step_are_refused():
         GradualPruning(0.5, begin=4, end=8, every=4).attach(guard)
 
 
-@pytest.mark.parametrize("scope", ["matrix", "global"])
+@pytest.mark.parametrize("scope", ["matrix", pytest.param("global", marks=pytest.mark.slow)])
 def test_pruned_weights_stay_0_through_training_and_the_others_learn(tmp_path, scope):
     guard = GuardCallback(LENIENT, every=4)
     recorder = Recorder(8)
