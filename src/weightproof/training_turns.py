@@ -14,8 +14,8 @@ from weightproof.types import MatrixReading
 
 __all__ = ["TrainingTurns"]
 
-# Exact spectra refreshed in one window: about half a second of one core.
-_FLOPS = 2e10
+# Exact spectra refreshed in one window: about a quarter of a second of one core.
+_FLOPS = 1e10
 # Checks in which every norm is read once as closely as after an edit, and the spikes of every small matrix.
 _TURNS = 8
 
