@@ -96,6 +96,8 @@ def compare_folders(  # noqa: PLR0913 - two folders, and how to look at them
     _require_one_model(old, new)
     base_files, files = file_digests(old.folder), file_digests(new.folder)
     _require_expected(new, declared)
+    if isinstance(declared, kinds.LoraMerge):
+        declared = declared.read_as(new.matrices)
     before = read_state_of(old, progress=progress)
     require_finite(before.readings.tensors, f"the base {old.folder}", "repair or download it again")
     tensors = tensor_readings(new, progress=progress)

@@ -14,7 +14,7 @@ from weightproof.adapters import Adapter, AdapterDelta, read_adapter, require_fi
 from weightproof.contracts import count_altered, incomparable
 from weightproof.errors import InputError
 from weightproof.merging import Merge, guess, read_merge, words_for
-from weightproof.types import ContractReading
+from weightproof.types import ContractReading, WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices
 
 # Besides the result, DoRA in half precision rounds the sum, the lengths of its rows, and the ratio to the magnitudes.
@@ -105,22 +105,41 @@ class LoraMerge:
             return LoraMerge({names[name]: delta for name, delta in self.adapter.items()}, reverse=self.reverse)
         require_fits(self.adapter, model, same_base=self.same_base and not self.reverse)
         tensors = {tied: one.name for one in iter_tensors(model) for tied in (one.name, *one.tied_names)}
-        whole = {tensors[name]: tensor for name, tensor in self.adapter.replaced.items()}
+        return self.read_as(matrices, names, tensors)
+
+    def read_as(
+        self,
+        matrices: Collection[WeightMatrix],
+        names: Mapping[str, str] | None = None,
+        tensors: Mapping[str, str] | None = None,
+    ) -> LoraMerge:
+        """The same for matrices as they are read: an adapter under their names, replaced matrices turned.
+
+        Args:
+            matrices: Those of the model or folder.
+            names: Name of a matrix in the adapter -> name here; one that is not in it keeps its own.
+            tensors: As `names`, of whole tensors and biases.
+        """
+        if not isinstance(self.adapter, Adapter):
+            return self
+        names, tensors = names or {}, tensors or {}
+        whole = {tensors.get(name, name): tensor for name, tensor in self.adapter.replaced.items()}
+        found = ((names.get(name, name), delta) for name, delta in self.adapter.deltas.items())
         adapter = replace(
             self.adapter,
-            deltas={names[name]: replace(delta, name=names[name]) for name, delta in self.adapter.deltas.items()},
+            deltas={name: replace(delta, name=name) for name, delta in found},
             replaced=whole,
-            biases={tensors[name]: tensor for name, tensor in self.adapter.biases.items()},
+            biases={tensors.get(name, name): tensor for name, tensor in self.adapter.biases.items()},
         )
-        bound = LoraMerge(adapter, reverse=self.reverse, same_base=self.same_base)
+        made = LoraMerge(adapter, reverse=self.reverse, same_base=self.same_base)
         turned = {
             one.name: one.select(whole[one.tensor_name])
             for one in matrices
             if one.tensor_name in whole and one.select is not None
         }
         rest = {name: tensor for name, tensor in whole.items() if tensor.ndim < 2}
-        object.__setattr__(bound, "_replaced", turned | rest)
-        return bound
+        object.__setattr__(made, "_replaced", turned | rest)
+        return made
 
     def without(self, tensor_names: Collection[str]) -> LoraMerge:
         """The same where some tensors hold their earlier values again: nothing is expected of what lies in them."""

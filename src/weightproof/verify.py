@@ -11,23 +11,23 @@ VALID means that the certificate says what is true, not that the change was kept
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightproof import kinds
+from weightproof.adapters import Adapter
 from weightproof.certificate import Certificate
 from weightproof.certificate_form import Content, StepForm, content_of
 from weightproof.certification import TRAINING, Request, certify_folders
 from weightproof.comparison import compare_folders, read_folder
-from weightproof.edits.mixed import QuantizeEach
 from weightproof.errors import InputError, WeightproofError
-from weightproof.low_rank import LowRank
 from weightproof.model_pair import Data
 from weightproof.policy import Policy
 from weightproof.types import EditRecord, Readings
 from weightproof.verify_folder import check_base_files, check_folder
+from weightproof.verify_kind import adapters_at_hand, compare_merge, kind_of
 from weightproof.verify_outputs import compare_outputs
 from weightproof.verify_readings import compare_readings, compare_records
 from weightproof.verify_result import Difference, Findings, Status, Verification
@@ -54,6 +54,8 @@ class Demands:
         resharded: Accept weights in other files, tensor for tensor the same.
         base: Folder of the model before the change.
         data: What outputs and losses are computed on at level 3.
+        adapters: What a merge put into the weights: folders that PEFT wrote, or adapters that were read; several in the
+            order in which they were merged at once.
         skip: Files of the folder that are no part of the model, such as the certificate.
     """
 
@@ -64,6 +66,7 @@ class Demands:
     resharded: bool = False
     base: Path | None = None
     data: Data = field(default_factory=Data)
+    adapters: Sequence[Adapter | Path | str] = ()
     skip: Sequence[Path] = ()
 
 
@@ -131,6 +134,7 @@ class _Run:
         self.content, self.folder, self.demands = content, folder, demands
         self.findings, self.progress = findings, progress
         self.is_readable = False
+        self.adapter: Adapter | None = None
 
     def first(self, skip: Sequence[Path]) -> None:
         """Level 1."""
@@ -138,6 +142,7 @@ class _Run:
         if self.demands.policy is not None:
             check_policy_is(self.content, self.demands.policy, self.findings)
         check_parent(self.content, self.demands.parent, self.findings)
+        self.adapter = adapters_at_hand(self.content, self.demands.adapters, self.findings)
         resharded = self.demands.resharded
         self.is_readable = check_folder(self.content, self.folder, self.findings, skip=skip, resharded=resharded)
 
@@ -177,13 +182,13 @@ class _Run:
             return
         record = self._record()
         targets = None if record is None else record.targets
-        kind = _kind_of(record)
+        kind = kind_of(record, self.adapter, self.content.predicate.ties)
         found = compare_folders(base, self.folder, policy, kind=kind, targets=targets, progress=self.progress)
         self._compare(found.before, found.after)
 
     def _outputs(self, policy: Policy, base: Path) -> None:
         record = self._record()
-        kind = _kind_of(record)
+        kind = kind_of(record, self.adapter, self.content.predicate.ties)
         request = Request(
             base=base,
             subject=self.folder,
@@ -220,9 +225,11 @@ class _Run:
         stated, found = step.record, after.edit
         if found.kind != stated.kind and stated.kind not in kinds.PLAIN_NAMES:  # those promise nothing of a matrix
             self.findings.unchecked.append(
-                f"the contract of {stated.kind!r}: what it was given is not in the certificate"
+                f"the contract of {stated.kind!r}: what it was given is not in the certificate{_how_to_give(stated)}"
             )
             found = _without_contract(found)
+        elif found.kind == kinds.LoraMerge.name:
+            compare_merge(f"what {step.name!r} changed", stated, found, self.findings)
         compare_records(f"what {step.name!r} changed", stated, found, self.findings)
 
     def _require_base(self, before: Readings) -> None:
@@ -248,23 +255,10 @@ class _Run:
         return None if step is None else step.record
 
 
+def _how_to_give(record: EditRecord) -> str:
+    named = record.kind == kinds.LoraMerge.name and isinstance(record.params.get("adapter"), str)
+    return ": give the adapter with --adapter" if named else ""
+
+
 def _without_contract(record: EditRecord) -> EditRecord:
     return replace(record, contract=())
-
-
-def _kind_of(record: EditRecord | None) -> object:
-    """The kind that a record declares, as far as its parameters say what it was."""
-    if record is None:
-        return None
-    params: dict[str, Any] = {key: value for key, value in record.params.items() if key != "inferred"}
-    try:
-        if record.kind in kinds.PLAIN_NAMES:
-            return kinds.Plain(record.kind)
-        if record.kind == "quantize" and isinstance(params.get("bits"), Mapping):
-            return QuantizeEach(params.pop("bits"), **params)
-        made = {"cast": kinds.Cast, "quantize": kinds.Quantize, "prune": kinds.Prune, "low_rank": LowRank}.get(
-            record.kind
-        )
-        return None if made is None else made(**params)
-    except (TypeError, InputError):
-        return None

@@ -5,7 +5,9 @@ Nothing here is told by data: the sessions have none, and the contract is one of
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +26,9 @@ from weightproof.snapshot import write_matrix
 from weightproof.steps import Step
 from weightproof.tensor_store import model_digest, tensor_digest
 from weightproof.types import Outcome
+from weightproof.verify import Demands, Status, verify
+from weightproof.verify_readings import compare_records
+from weightproof.verify_result import Findings
 from weightproof.weights import iter_weight_matrices
 
 NAMES = ("llama", "gpt2")
@@ -238,3 +243,73 @@ def test_folders_of_a_base_and_its_merge_are_certified_as_that_merge(tmp_path):
     load("gpt2").model.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(Exception, match="an adapter of another model"):
         compare_folders(tmp_path / "gpt2", tmp_path / "gpt2", load_policy("balanced"), kind=kind)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def certified(request, tmp_path_factory):
+    """A base, its merge with a trained adapter, the session's certificate in the merged folder."""
+    name, root = request.param, tmp_path_factory.mktemp(request.param)
+    model = load(name).model
+    model.save_pretrained(root / "base")
+    session = GuardSession(model, policy="aggressive")
+    session.apply(edits.LoraMerge(adapter_folder(name), same_base=False), on_violation="monitor")
+    model.save_pretrained(root / "merged")
+    session.certificate().save(root / "certificate.json")
+    return name, root
+
+
+def answer(root, *adapters, subject="merged"):
+    demands = Demands(unsigned_ok=True, base=root / "base", adapters=adapters)
+    return verify(root / "certificate.json", root / subject, 2, demands)
+
+
+def test_a_merge_is_verified_with_its_adapter_and_undecided_without(certified):
+    name, root = certified
+    found = answer(root, adapter_folder(name))
+    assert found.status is Status.VALID, found.findings
+    assert any(one.startswith("digest of the adapter") for one in found.checked)
+    found = answer(root)
+    assert found.status is Status.UNDECIDED
+    assert any("'lora_merge'" in one and "--adapter" in one for one in found.unchecked)
+
+
+def test_another_adapter_is_a_difference_with_both_digests(certified):
+    name, root = certified
+    right = read_adapter(adapter_folder(name))
+    other = replace(
+        right, deltas={key: replace(one, scaling=2 * one.scaling) for key, one in right.deltas.items()}, digest=""
+    )
+    found = answer(root, other)
+    assert found.status is Status.INVALID
+    named = [one for one in found.differences if one.where.startswith("adapter ")]
+    assert [(one.what, one.expected, one.found) for one in named] == [("digest", right.digest, other.digest)]
+
+
+def test_a_merge_that_is_not_the_stated_one_is_a_difference(certified):
+    name, root = certified
+    kind = kinds.LoraMerge(adapter_folder(name))
+    policy = load_policy("balanced")
+    shutil.copytree(root / "base", root / "unmerged", dirs_exist_ok=True)
+    right, none = (compare_folders(root / "base", root / one, policy, kind=kind) for one in ("merged", "unmerged"))
+    findings = Findings()
+    compare_records("the change", right.after.edit, right.after.edit, findings)
+    assert not findings.differences
+    lie = replace(none.after.edit, contract=right.after.edit.contract)
+    compare_records("the change", lie, none.after.edit, findings)
+    assert {one.what for one in findings.differences} >= {"merge_error"}
+
+
+def test_an_adapter_for_a_certificate_without_a_merge_is_a_difference(tmp_path):
+    model = load("llama").model
+    session = GuardSession(model)
+    session.apply(edits.RTN(8))
+    model.save_pretrained(tmp_path / "merged")
+    session.certificate().save(tmp_path / "certificate.json")
+    found = verify(
+        tmp_path / "certificate.json",
+        tmp_path / "merged",
+        1,
+        Demands(unsigned_ok=True, adapters=[adapter_folder("llama")]),
+    )
+    assert found.status is Status.INVALID
+    assert "names an adapter" in str(found.differences[0])

@@ -16,6 +16,7 @@ from weightproof import cli
 from weightproof.certificate import Certificate
 from weightproof.checkpoints import open_checkpoint
 from weightproof.errors import InputError
+from weightproof.model_pair import Data
 from weightproof.recipe import load_recipe
 from weightproof.recipe_run import run
 from weightproof.recipe_source import shipped_recipes
@@ -71,15 +72,16 @@ def test_a_shipped_recipe_ends_as_it_expects_and_its_certificates_hold(ran, mine
     result = ran(name)
     assert result.code == 0, result.steps
     assert [step.action for step in result.steps] == EXPECTED[name]
-    parent, before = None, mine / "base"
+    parent, before, adapters = None, mine / "base", []
     for step in result.steps:
+        adapters += [one for one in [result.out / "training" / step.name / "adapter"] if one.is_dir()]
         if step.model is None:
             continue
         folder = result.out / step.model
         certificate = Certificate.load(folder / "certificate.json")
-        demands = Demands(unsigned_ok=True, parent=parent, base=before)
-        # Of a merged adapter level 2 says "undecided": the adapter itself is not in the certificate.
-        level = 2 if parent is None and step.verb == "edit" and step.name != "merged" else 1
+        data = Data(retain=mine / "retain.txt")
+        demands = Demands(unsigned_ok=True, parent=parent, base=before, data=data, adapters=adapters)
+        level = 3 if adapters else 2 if parent is None and step.verb == "edit" else 1
         found = verify(folder / "certificate.json", folder, level, demands)
         assert found.status is Status.VALID, found.findings
         assert certificate.digest == step.certificate

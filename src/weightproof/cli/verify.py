@@ -39,6 +39,10 @@ def verify(  # noqa: PLR0913, PLR0917 - one option a line
     ] = None,
     retain: Annotated[Path | None, typer.Option(help="The retain data that the certificate was made with.")] = None,
     target: Annotated[Path | None, typer.Option(help="The target data that the certificate was made with.")] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="Adapter that was merged, as PEFT saved it; several in the order of merging."),
+    ] = None,
     parent: Annotated[
         Path | None, typer.Option(help="Certificate of the base, which this one must go on from.")
     ] = None,
@@ -68,6 +72,7 @@ def verify(  # noqa: PLR0913, PLR0917 - one option a line
         resharded=resharded,
         base=None if base is None else resolve_folder(base),
         data=Data(retain, target, device),
+        adapters=tuple(adapter or ()),
     )
     found = check(certificate, resolve_folder(model), level, demands, progress=True)
     if as_json:
