@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from weightproof import BaselineError, GuardSession
 from weightproof.tensor_store import same_bits
 from weightproof.testing import faults, inject
+from weightproof.testing.tampering import flip_bit
 from weightproof.types import Action
 
 DAMAGE = {
@@ -170,7 +171,7 @@ class Transactions(RuleBasedStateMachine):
     def resume_of_other_weights(self, name: str, bit: int) -> None:
         other = self.load()
         tensor = other.get_parameter(name).detach()
-        faults.flip_bit(tensor, 5, bit)
+        flip_bit(tensor, 5, bit)
         if not torch.isfinite(tensor).all():
             return  # refused earlier, as a model that is broken to begin with
         session = GuardSession(other)

@@ -190,6 +190,8 @@ def _live(
     pipe: Connection, rank: int, size: int, source: tuple[str, str, str], args: bytes, timeout: float, log: str
 ) -> None:
     """The life of one rank."""
+    # A shell starts what it puts into the background with interrupts ignored; tests of interrupts need them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Path(log).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
         faulthandler.dump_traceback_later(timeout + ORPHAN_SECONDS, exit=True, file=stacks)
