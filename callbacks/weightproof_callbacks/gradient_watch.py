@@ -122,10 +122,7 @@ class GradientWatch:
         rates = [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
         before = [*self._rates, *[0.0] * (len(rates) - len(self._rates))][: len(rates)]
         known = zip(rates, before, optimizer.param_groups, strict=True)
-        # A group that never stepped with any rate may begin with any.
-        if any(
-            most > 0.0 and rate > GROSS_RATE_RATIO * max(most, _noted(group, optimizer)) for rate, most, group in known
-        ):
+        if any(_is_gross_rate(rate, most, _noted(group, optimizer)) for rate, most, group in known):
             return True
         self._rates = [max(rate, most) for rate, most in zip(rates, before, strict=True)]
         return False
@@ -171,6 +168,17 @@ class GradientWatch:
                     parameter.grad = None
         if self._wrapper is not None and self._acts:
             self._wrapper._is_overflow = left_out
+
+
+def _is_gross_rate(rate: float, most: float, noted: float) -> bool:
+    """Whether nobody would step with that rate: far beyond all, no number, or so negative that it climbs."""
+    if not math.isfinite(rate):
+        return True
+    # A schedule that runs on below its end may cross zero by rounding, or by a little.
+    if rate < -max(most, noted) / GROSS_RATE_RATIO:
+        return True
+    # A group that never stepped with any rate may begin with any.
+    return most > 0.0 and rate > GROSS_RATE_RATIO * max(most, noted)
 
 
 def _noted(group: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> float:

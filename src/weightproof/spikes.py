@@ -41,6 +41,8 @@ LEAST_SPREAD = 0.02
 LASTING_Z = 8.0
 LASTING_RATIO = 1.5
 LASTING_RISE = 0.25
+# Or by a quarter above all that are remembered, whatever the spread.
+WORST_RATIO = 1.25
 # A gradient norm that is a witness beside a loss spike; and one that no optimizer step should be taken with.
 NORM_Z = 6.0
 NORM_RATIO = 5.0
@@ -141,10 +143,26 @@ def lasting_score(history: Sequence[float], window: Sequence[float]) -> Score | 
     borrowed = max(0, LAST - len(window))
     known = history[: len(history) - borrowed]
     last = [*history[len(known) :], *window][-LAST:]
-    level = level_of(known)
-    if level is None or len(last) < LAST:
+    if len(last) < LAST:
         return None
-    return min((level.score(value) for value in last), key=lambda score: score.z)
+    scores = [score for value in last if (score := _loss_score(known, value)) is not None]
+    return min(scores, key=lambda score: score.z, default=None)
+
+
+def _loss_score(history: Sequence[float], value: float) -> Score | None:
+    """A loss against what was usual; one that is worse than all that are remembered counts as 8 spreads above.
+
+    A loss that fell steeply until now has a spread so wide that hardly anything lies 8 of them above. But worse by a
+    quarter than at the beginning is worse than guessing. Where nothing fell, a sudden rise proves less.
+    """
+    level = level_of(history)
+    if level is None:
+        return None
+    score = level.score(value)
+    highest = max(one for one in history[-HISTORY:] if math.isfinite(one))
+    if value > WORST_RATIO * max(highest, LASTING_RATIO * math.exp(level.mean)):
+        return Score(max(score.z, LASTING_Z), score.ratio, score.rise)
+    return score
 
 
 def is_lasting(score: Score | None) -> bool:
@@ -167,8 +185,7 @@ def is_witnessed(loss: Score | None, norm: Score | None) -> bool:
 
 def is_high(history: Sequence[float], loss: float) -> bool:
     """Whether one loss lies as far above what was usual as a lasting rise does (see `is_lasting`)."""
-    level = level_of(history)
-    return level is not None and is_lasting(level.score(loss))
+    return is_lasting(_loss_score(history, loss))
 
 
 def norm_score(history: Sequence[float], norms: Sequence[float]) -> Score | None:

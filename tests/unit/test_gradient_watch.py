@@ -107,6 +107,20 @@ def test_a_learning_rate_that_leaps_is_not_stepped_with():
     assert [left_out for _, left_out in steps.watch.drain()] == [False, True, False]
 
 
+@pytest.mark.parametrize("rate", [-0.01, float("nan"), float("inf")])
+def test_a_learning_rate_that_nobody_can_mean_is_not_stepped_with(rate):
+    steps = Steps(lr=0.01)
+    assert steps.step(SOUND)
+    assert not steps.step(SOUND, lr=rate)
+    assert steps.step(SOUND, lr=0.01)
+
+
+def test_a_schedule_that_crosses_zero_by_a_little_is_stepped_with():
+    steps = Steps(lr=0.01)
+    assert steps.step(SOUND)
+    assert steps.step(SOUND, lr=-0.0004)
+
+
 def test_warm_up_from_zero_and_restarts_are_no_leap():
     steps = Steps(lr=0.0)
     rates = [0.0, *(0.001 * 1.9**i for i in range(12)), 1e-9, 0.001 * 1.9**11]

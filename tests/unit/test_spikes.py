@@ -82,6 +82,39 @@ def test_a_loss_acts_by_itself_only_when_it_rose_far_and_stayed(window, lasts):
     assert is_lasting(lasting_score(wandering(60), window)) is lasts
 
 
+# Losses of a model that had not seen its data before: as they fell, spreads of them are wide.
+STEEP = [5.63, 5.36, 4.92, 4.42, 4.2, 3.92, 3.76, 3.36, 3.25, 2.98, 2.81, 2.65, 2.68, 2.42, 2.35, 2.46, 2.27, 2.26]
+STEEP += [1.91, 1.76, 1.94, 2.03, 1.99, 2.01, 1.96, 1.72, 1.56, 1.97, 2.03, 1.82, 1.62, 1.53]
+
+
+@pytest.mark.parametrize(
+    ("window", "lasts"),
+    [
+        pytest.param([8.7, 8.73, 8.44], True, id="worse by a quarter than it ever was"),
+        pytest.param([6.5, 6.5, 6.5], False, id="about as before it was trained"),
+        pytest.param([8.7, 8.73, 1.6], False, id="came back"),
+        pytest.param([1.61, 1.49, 1.61], False, id="healthy"),
+    ],
+)
+def test_a_loss_that_fell_steeply_acts_when_it_is_worse_than_ever(window, lasts):
+    assert level_of(STEEP).score(8.7).z < spikes.LASTING_Z, "by spreads alone it is not seen"
+    assert is_lasting(lasting_score(STEEP, window)) is lasts
+    assert is_high(STEEP, 8.7)
+    assert not is_high(STEEP, 5.63)
+    assert lasting_score(STEEP[: spikes.START_UP - 1], [8.7, 8.7, 8.7]) is None, "too little is known"
+
+
+def test_a_harder_part_of_noisy_data_is_no_worse_than_ever():
+    history = wandering(128, spread=0.15)
+    assert max(history) * spikes.WORST_RATIO < 3.7
+    assert not is_lasting(lasting_score(history, [3.7, 3.7, 3.7]))
+
+
+def test_blocks_of_very_different_difficulty_are_left_alone():
+    blocks = [*wandering(30, around=3.0), *wandering(30, around=1.2), *wandering(30, around=3.0)]
+    assert not any(is_lasting(lasting_score(blocks[:at], blocks[at : at + 5])) for at in range(25, 90, 5))
+
+
 def test_short_windows_are_seen_together_with_the_losses_before():
     history = wandering(60)
     assert not is_lasting(lasting_score([*history, 3.5], [3.5]))
