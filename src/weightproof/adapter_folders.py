@@ -58,6 +58,8 @@ def read_adapter_folder(folder: Path, adapter_name: str = "default") -> Adapter:
         InputError: No adapter there, a pickle, a method or setting that is not understood, a factor without its
             partner, or a tensor that belongs to nothing.
     """
+    if not folder.exists():
+        raise InputError(f"there is no adapter folder {folder}: give the one that save_pretrained wrote the adapter to")
     check_folder(folder)
     if adapter_name != "default" and is_adapter_folder(folder / adapter_name):
         folder = folder / adapter_name

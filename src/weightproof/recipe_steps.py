@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -113,11 +114,16 @@ def _parameters(group: str, plugin: str) -> list[str]:
     return list(inspect.signature(load_plugin(group, plugin)).parameters)
 
 
+def _misspelt(entry: Fields) -> str:
+    near = ((key, difflib.get_close_matches(str(key), list(GROUPS), n=1)) for key in entry.values)
+    return next((f"; did you mean {found[0]!r} by {key!r}?" for key, found in near if found), "")
+
+
 def _step(entry: Fields, index: int, common: Fields) -> RecipeStep:
     verbs = [verb for verb in GROUPS if verb in entry.values]
     if len(verbs) != 1:
         asked = ", ".join(f"{verb}:" for verb in GROUPS)
-        found = " and ".join(verbs) or f"none of them: {', '.join(entry.values) or 'it is empty'}"
+        found = " and ".join(verbs) or f"none of them: {', '.join(entry.values) or 'it is empty'}{_misspelt(entry)}"
         raise InputError(f"{entry.place} must have one of {asked} and has {found}")
     verb = verbs[0]
     plugin, given, ours = _plugin(entry, verb)

@@ -92,6 +92,8 @@ BAD = {
     "required guard": ("required: [los]\nedits: [{edit: rtn, bits: 8}]", r"required\[0\] is 'los'.* 'loss'"),
     "unknown policy": ("policy: balance\nedits: [{edit: rtn, bits: 8}]", "policy: unknown policy 'balance'; did you mean 'balanced'"),
     "no steps": ("model: demo", "edits must be a list with at least one entry"),
+    "a misspelt verb": ("edits: [{edti: rtn}]", r"has none of them: edti; did you mean 'edit' by 'edti'\?"),
+    "no adapter folder": ("edits: [{edit: lora_merge, adapter: absent}]", "there is no adapter folder"),
     "no verb": ("edits: [{bits: 8}]", r"edits\[0\] must have one of edit:.*none of them: bits"),
     "two verbs": ("edits: [{edit: rtn, train: full, bits: 8}]", r"has edit and train"),
     "no mapping": ("edits: [rtn]", r"edits\[0\] must be a mapping"),
@@ -190,6 +192,7 @@ def test_recipes_are_listed_shown_and_copied(capsys, tmp_path, monkeypatch):
     rows = {row["name"]: row for row in json.loads(out)}
     assert code == 0
     assert rows["demo"]["run"] == "weightproof demo"
+    assert rows["mixed-precision"]["steps"] == "plan"
     assert all(row["description"] and "cannot be used" not in row["description"] for row in rows.values())
     code, text, _ = call(capsys, "recipes", "show", "int8")
     assert text.startswith("# Eight bits")

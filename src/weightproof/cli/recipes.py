@@ -84,8 +84,15 @@ def described() -> list[dict[str, Any]]:
             run = run if verb is None else f"weightproof {verb}"
             description = " ".join(content.get("description", str, "").split())
             verbs = [] if verb is not None else content.items("edits")
-            steps = ", ".join(str(one.values[word]) for one in verbs for word in GROUPS if word in one.values)
+            steps = ", ".join(
+                _in_a_word(word, one.values[word]) for one in verbs for word in GROUPS if word in one.values
+            )
         except InputError as error:
             description = f"cannot be used: {error}"
         rows.append({"name": name, "run": run, "steps": steps, "description": description})
     return rows
+
+
+def _in_a_word(verb: str, what: object) -> str:
+    """What a step runs; a plan has settings where others have the name of a plug-in."""
+    return what if isinstance(what, str) else verb
