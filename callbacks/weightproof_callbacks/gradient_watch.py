@@ -19,14 +19,14 @@ itself; an optimizer that is given a closure, whose gradients do not exist yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weightproof.placements import is_dtensor
-from weightproof.spikes import HISTORY, is_gross_norm
+from weightproof.spikes import HISTORY, Score, is_gross_norm, norm_score
 from weightproof_callbacks.accelerator_checks import torch_optimizer
 from weightproof_callbacks.accelerator_trigger import only_fills_its_state
 from weightproof_callbacks.moment_watch import MomentWatch
@@ -140,6 +140,10 @@ class GradientWatch:
         """The moments come from elsewhere: a checkpoint was loaded."""
         if self._moments is not None:
             self._moments.trust_present()
+
+    def score(self, norms: Sequence[float]) -> Score | None:
+        """The largest norm of a window against those that were learned; None where too few were."""
+        return norm_score(self._accepted, norms)
 
     def learn(self, norms: Iterable[float]) -> None:
         """Norms of a window that was kept: what is usual from now on."""

@@ -19,7 +19,7 @@ from weightproof.errors import InputError
 from weightproof.ring_stores import KeepWeights, PinnedStore
 from weightproof.rolling import Rolling, RollingOptions, TrainingPart
 from weightproof.session import GuardSession
-from weightproof.spikes import MAX_SKIPPED
+from weightproof.spikes import MAX_SKIPPED, NORM_RATIO, NORM_Z
 from weightproof.steps import Step
 from weightproof.tensor_store import readable
 from weightproof.types import Action
@@ -211,10 +211,26 @@ class RollingPolicy:
             on_violation="monitor" if on_violation == "monitor" else "rollback",
         )
         if judged.decision is not None and judged.decision.action is Action.KEEP:
+            self._tell(step, len(left_out), norms)
             self._gradients.learn(norms)
         if judged.applied == "restored":
             self._batches.forget()
         return judged
+
+    def _tell(self, step: int, num_left_out: int, norms: tuple[float, ...]) -> None:
+        """What was strange in a window that was kept all the same."""
+        found: list[str] = []
+        if num_left_out:
+            words = "optimizer step was" if num_left_out == 1 else "optimizer steps were"
+            found.append(
+                f"{num_left_out} {words} left out: a gradient was not finite or a hundred times too large, or the "
+                "learning rate leapt"
+            )
+        score = self._gradients.score(norms)
+        if score is not None and score.beyond(NORM_Z, NORM_RATIO):
+            found.append(f"a gradient norm was {score.ratio:.3g} times the usual, and was stepped with")
+        if found and self.session.processes.is_main:
+            logger.warning("the window that ends at step %d is kept; %s", step, "; ".join(found))
 
     def forget(self) -> None:
         """Steps since the last check belong to something else: an edit."""

@@ -6,6 +6,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 
 import pytest
 import torch
@@ -159,9 +160,9 @@ def test_what_was_kept_inside_of_a_step_is_put_back_outside_of_it():
         assert differences(loop.state(), at_ten) == []
 
 
-def test_a_useless_gradient_is_not_stepped_with_and_the_schedule_waits():
+def test_a_useless_gradient_is_not_stepped_with_and_the_schedule_waits(caplog):
     loop = Loop()
-    with loop.guarded() as guard:
+    with caplog.at_level(logging.WARNING, "weightproof"), loop.guarded() as guard:
 
         def poison(step):
             if step == 7:
@@ -176,6 +177,25 @@ def test_a_useless_gradient_is_not_stepped_with_and_the_schedule_waits():
     assert {name.split()[0] for name in differences(before, after)} == {"torch"}, "dropout has drawn, nothing else"
     assert rejected(guard) == []
     assert loop.schedule.scheduler.last_epoch == 9
+    told = [record.getMessage() for record in caplog.records if "is kept" in record.message]
+    assert len(told) == 1
+    assert told[0].startswith("the window that ends at step 10 is kept; 1 optimizer step was left out")
+
+
+def test_a_leap_of_the_gradient_that_is_stepped_with_is_told(caplog):
+    loop = Loop()
+
+    def leap(step):
+        if step == 33:
+            for one in loop.model.parameters():
+                one.grad.mul_(30.0)
+
+    with caplog.at_level(logging.WARNING, "weightproof"), loop.guarded() as guard:
+        loop.run(40, before=leap)
+    assert rejected(guard) == []
+    told = [record.getMessage() for record in caplog.records if "is kept" in record.message]
+    assert len(told) == 1
+    assert re.search(r"step 35 is kept; a gradient norm was [\d.]+ times the usual, and was stepped with", told[0])
 
 
 def test_monitor_steps_with_whatever_there_is():
