@@ -38,7 +38,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weightproof.errors import InputError
 from weightproof.policy import Policy, load_policy
-from weightproof.publisher import CERTIFICATE, save_report
+from weightproof.publisher import CERTIFICATE
 from weightproof.rolling import RollingOptions, place_of_snapshots
 from weightproof.session import STATE_FILE, GuardSession
 from weightproof.steps import Step
@@ -408,10 +408,9 @@ class GuardCallback(TrainerCallback):
         if state.global_step != self._judged_at or args.load_best_model_at_end:
             self._check(state, control)
         self._remove_hooks()
-        if session.output_dir is not None and self._is_main:
-            certificate = session.certificate()
-            path = certificate.save(session.output_dir / CERTIFICATE)
-            save_report(certificate, session.output_dir)
+        certificate = session.complete()
+        if certificate is not None and session.output_dir is not None:
+            path = session.output_dir / CERTIFICATE
             if self.model_card:
                 self._write_card(Path(str(args.output_dir)), certificate)
             actions = [step.decision.action for step in session.history if step.decision is not None]

@@ -57,6 +57,8 @@ class Publisher:
         self._output_dir = output_dir
         self._picture: bytes | None = None
         self.history: list[Step] = []
+        # The certificate on disk and after how many steps it was made: one that is made anew has other timings.
+        self._saved: tuple[int, Certificate] | None = None
         with processes.together("opening the trackers"):
             self.trackers = open_trackers(trackers, output_dir, accelerator) if processes.is_main else ()
         self._wants_pictures = processes.broadcast("trackers", bool(self.trackers))
@@ -88,21 +90,25 @@ class Publisher:
             if one is not step and one is not present:
                 one.judged = None
 
-    def complete(self, last: Step) -> None:
-        """Write what the certificate still lacks after the last step, and its report.
+    def complete(self) -> Certificate | None:
+        """Write what the certificate still lacks after the last step, and its report; again and again the same.
 
         The report is written here and not after every step: it takes some 50 ms, and anyone can make it of the
         certificate at any time.
 
+        Returns:
+            The certificate on disk; None where nothing is written (another process does, or there is no folder).
+
         Raises:
-            InputError: If the certificate cannot be written.
+            InputError: If it cannot be written.
         """
         if self._output_dir is None or not self._processes.is_main:
-            return
-        certificate = self._certificate()
-        if _is_quiet(last):
-            certificate.save(self._output_dir / CERTIFICATE)
-        save_report(certificate, self._output_dir)
+            return None
+        if self._saved is None or self._saved[0] != len(self.history):
+            self._save_certificate()
+        assert self._saved is not None
+        save_report(self._saved[1], self._output_dir)
+        return self._saved[1]
 
     def close(self) -> None:
         """Close the trackers."""
@@ -124,7 +130,10 @@ class Publisher:
     def _save_certificate(self) -> Path | None:
         if self._output_dir is None or not self._processes.is_main:
             return None
-        return self._certificate().save(self._output_dir / CERTIFICATE)
+        certificate = self._certificate()
+        path = certificate.save(self._output_dir / CERTIFICATE)
+        self._saved = len(self.history), certificate
+        return path
 
 
 def save_report(certificate: Certificate, folder: Path) -> None:

@@ -414,6 +414,14 @@ class GuardSession:
         self._resumed = list(state.steps)
         self.training.watch_on(step)
 
+    def complete(self) -> Certificate | None:
+        """Write the certificate of all steps so far and its report; None where no folder, or another process, has them.
+
+        Raises:
+            InputError: If they cannot be written.
+        """
+        return self._publisher.complete()
+
     def close(self) -> None:
         """Write what the certificate still lacks, free the last good snapshot, close the trackers.
 
@@ -424,7 +432,7 @@ class GuardSession:
         """
         try:
             if not self._closed and self.history:
-                self._publisher.complete(self.history[-1])
+                self.complete()
         finally:
             self._closed = True
             self.training.release()
