@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers import Trainer as HuggingFaceTrainer
 
+from weightproof.adapters import record_base
 from weightproof.errors import InputError
 from weightproof.text_data import read_examples
 from weightproof.training_job import Trained, TrainingJob
@@ -197,6 +198,7 @@ class LoraTraining(FullTraining):
             adapted.unload()  # pyright: ignore[reportCallIssue] - the original layers go back to their places
             _put_flags_back(flags)
             job.model.eval()
+        record_base(folder, job.model)  # PEFT notes the base's path, which says little on another machine
         return Trained(trained.history, trained.steps, trained.halted, folder)
 
 

@@ -257,7 +257,7 @@ class _Run:
 
 def _how_to_give(record: EditRecord) -> str:
     named = record.kind == kinds.LoraMerge.name and isinstance(record.params.get("adapter"), str)
-    return ": give the adapter with --adapter" if named else ""
+    return ": give that very adapter with --adapter" if named else ""
 
 
 def _without_contract(record: EditRecord) -> EditRecord:

@@ -20,6 +20,7 @@ from weightproof.model_pair import Data
 from weightproof.recipe import load_recipe
 from weightproof.recipe_run import run
 from weightproof.recipe_source import shipped_recipes
+from weightproof.tensor_store import tensor_digest
 from weightproof.types import Outcome
 from weightproof.verify import Demands, Status, verify
 
@@ -152,6 +153,8 @@ def test_the_merged_model_is_the_base_and_its_adapter(ran, mine):
     a, b = (low[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
     torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + 2.0 * b @ a)
     assert not torch.equal(merged[f"{name}.weight"], base[f"{name}.weight"])
+    noted = json.loads((adapter / "weightproof_base.json").read_text())["matrices"]
+    assert noted[f"{name}.weight"] == tensor_digest(base[f"{name}.weight"])
 
 
 # ---------------------------------------------------------------- not as expected
