@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-WORKERS ?= 2
+# Three on two cores: tests of several processes wait for each other half of the time.
+WORKERS ?= 3
 ZERO := .venv-zero/bin
 ZERO_STAMP := .venv-zero/.installed
 QUANTIZERS := .venv-quantizers/bin
