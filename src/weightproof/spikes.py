@@ -159,7 +159,7 @@ def _loss_score(history: Sequence[float], value: float) -> Score | None:
     if level is None:
         return None
     score = level.score(value)
-    highest = max(one for one in history[-HISTORY:] if math.isfinite(one))
+    highest = max((one for one in history[-HISTORY:] if math.isfinite(one)), default=0.0)
     if value > WORST_RATIO * max(highest, LASTING_RATIO * math.exp(level.mean)):
         return Score(max(score.z, LASTING_Z), score.ratio, score.rise)
     return score
