@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from weightproof.tensor_store import same_bits
 from weightproof.testing.tampering import flip_bit, pick_element
 
 
@@ -22,9 +23,9 @@ def whole_state(model: nn.Module, optimizer: Any, scheduler: Any) -> dict[str, A
         "weights": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
         "moments": {name: torch.as_tensor(value).clone() for name, value in moments.items()},
         "rates": [group["lr"] for group in inner.param_groups],
-        "schedule": getattr(scheduler, "scheduler", scheduler).state_dict()["last_epoch"] if scheduler else None,
+        "schedule": getattr(scheduler, "scheduler", scheduler).state_dict().copy() if scheduler else None,
         "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002 - the global generator is what is compared
+        "numpy": [np.asarray(one).tolist() for one in np.random.get_state()],  # noqa: NPY002 - the global generator
         "python": random.getstate(),
     }
 
@@ -37,9 +38,7 @@ def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
         if part in ("weights", "moments"):
             names = sorted(ours.keys() | theirs.keys())
             both = ours.keys() & theirs.keys()
-            found += [
-                f"{part} {name}" for name in names if name not in both or not torch.equal(ours[name], theirs[name])
-            ]
+            found += [f"{part} {name}" for name in names if name not in both or not same_bits(ours[name], theirs[name])]
         elif not (torch.equal(ours, theirs) if part == "torch" else ours == theirs):
             found.append(part)
     return found

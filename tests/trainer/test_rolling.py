@@ -134,7 +134,7 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_with(tmp_path):
     ]
     assert skips == [0, 0, 0, 0, 1, 0]
     assert differences(seen.states[30], twin.states[30]) == []
-    assert seen.states[30]["schedule"] == 29
+    assert seen.states[30]["schedule"]["last_epoch"] == 29
 
 
 def test_many_useless_gradients_take_the_run_back(tmp_path):
@@ -262,7 +262,7 @@ def test_a_training_that_was_killed_goes_on_from_the_last_committed_state(tmp_pa
     assert (began.step, differences(began.state, before.states[10])) == (10, [])
     assert [step.step for step in guard.history] == [15, 20]
     assert trainer.state.global_step == 20
-    assert after.states[11]["schedule"] == 11
+    assert after.states[11]["schedule"]["last_epoch"] == 11
 
 
 class Given(TrainerCallback):
