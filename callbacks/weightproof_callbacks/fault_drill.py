@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from weightproof.errors import CollectiveError, EditRejectedError, InputError, RestoreError
 from weightproof.run_agreement import batch_digest
 from weightproof.tensor_readings import digest_of, read_tensors
-from weightproof.testing.drill import PUT_BACK, STOPPED, Life, Procedure, Row, Sighting, row_of, sightings
+from weightproof.testing.drill import PUT_BACK, STOPPED, Life, Procedure, Row, Sighting, reports, row_of, sightings
 from weightproof.testing.faults import Fault, StuckRank, WrongRNG
 from weightproof.testing.injection import Injection, inject
 from weightproof_callbacks.accelerator import attach
@@ -132,6 +132,7 @@ class Drill:
             if guarded and run.guard is not None:
                 found = [*sightings(run.guard.history), *life.seen]
                 life.seen = sorted(found, key=lambda one: one.step)
+                life.reported = reports(run.guard.history)
                 life.decisions = [step.decision.digest for step in run.guard.history if step.decision is not None]
             self._measure(run, life)
         return life

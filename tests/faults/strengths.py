@@ -155,7 +155,12 @@ def wrong(row: Row, *, mild: bool) -> str | None:
     """What of a row is not as it must be."""
     acted = row.action in ACTED
     if mild:
-        return "a mild strength was acted on" if acted else None if row.expected else "it ends worse than the twin"
+        faults_of_it = {
+            "a mild strength was acted on": acted,
+            "a mild strength has left nothing in the record": not row.reported,
+            "it ends worse than the twin": not row.expected,
+        }
+        return next((words for words, holds in faults_of_it.items() if holds), None)
     said = WITNESS.get(row.fault)
     if said is not None and not (acted and any(words in row.by for words in said)):
         return f"not found by {' or '.join(said)}, but by {row.by or 'nothing'}"
@@ -185,7 +190,7 @@ def main() -> int:
     state = "weights and masters as in the last good state" if same else "differs from the last good state"
     action = "rolled back" if applied == "restored" else applied
     told = "ok" if good else "wrong"
-    lines.append(("stale-masters", "factor=1.01", "-", "10", "10", by, action, state, "-", "strong", told))
+    lines.append(("stale-masters", "factor=1.01", "-", "10", "10", by, "-", action, state, "-", "strong", told))
     failures += [] if good else ["stale-masters"]
     heads = (*table([])[0][:-1], "is", "")
     widths = [max(len(line[i]) for line in (heads, *lines)) for i in range(len(heads))]

@@ -15,7 +15,7 @@ from typing import Any
 from weightproof.steps import Step
 from weightproof.types import Action, Measurement, Outcome
 
-__all__ = ["ACTED", "HARMFUL", "Life", "Procedure", "Row", "Sighting", "row_of", "sightings", "table"]
+__all__ = ["ACTED", "HARMFUL", "Life", "Procedure", "Row", "Sighting", "reports", "row_of", "sightings", "table"]
 
 # A loss that ends so many nats a token above the clean twin's is harm.
 HARMFUL = 0.02
@@ -90,6 +90,7 @@ class Life:
         left_out: Positions of the batches whose optimizer step was left out, counted from 0.
         fired: What the fault did, in words.
         decisions: Digest of every decision, the same on all processes.
+        reported: What the record of each judged window says of its losses, with its step.
         error: What ended the run early, if anything did.
     """
 
@@ -100,6 +101,7 @@ class Life:
     left_out: set[int] = field(default_factory=set)
     fired: list[tuple[int, str]] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
+    reported: list[tuple[int, str]] = field(default_factory=list)
     error: str | None = None
 
 
@@ -114,6 +116,7 @@ class Row:
         at: Step that it hit.
         detected: Step at which it was noticed; None if it was not.
         by: Guard and statistic.
+        reported: What the record of the first window that ends after the fault says of its losses, noticed or not.
         action: What was done.
         state: What the run is afterwards.
         loss: Loss under guard minus that of the clean twin; None for a run that was stopped.
@@ -127,6 +130,7 @@ class Row:
     at: int
     detected: int | None
     by: str
+    reported: str
     action: str
     state: str
     loss: float | None
@@ -164,6 +168,16 @@ def sightings(history: Sequence[Step]) -> list[Sighting]:
             found.append(Sighting(step.step, "invariants num_steps_skipped", LEFT_OUT))
         elif decision.warned:
             found.append(Sighting(step.step, worst, REPORTED))
+    return found
+
+
+def reports(history: Sequence[Step]) -> list[tuple[int, str]]:
+    """What the record of each judged window says of its losses, whether it was rejected or not."""
+    found: list[tuple[int, str]] = []
+    for step in history:
+        for one in _measured(step):
+            if one.statistic == "lasting_rise" and one.value is not None and one.limit is not None:
+                found.append((step.step, f"raw loss x{one.value:.3g} of the usual (limit {one.limit:g})"))
     return found
 
 
@@ -229,6 +243,7 @@ def row_of(  # noqa: PLR0913 - one argument for each run of the comparison
         at=at,
         detected=None if first is None else first.step,
         by="" if first is None else first.by,
+        reported=next((words for step, words in guarded.reported if step >= at), ""),
         action=NOTHING if first is None else first.action,
         state=state,
         loss=loss,
@@ -237,7 +252,7 @@ def row_of(  # noqa: PLR0913 - one argument for each run of the comparison
     )
 
 
-COLUMNS = ("fault", "strength", "harm", "hit", "found", "by", "action", "state after", "loss", "")
+COLUMNS = ("fault", "strength", "harm", "hit", "found", "by", "reported", "action", "state after", "loss", "")
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -252,6 +267,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 str(row.at),
                 "-" if row.detected is None else str(row.detected),
                 row.by or "-",
+                row.reported or "-",
                 row.action,
                 row.state,
                 "-" if row.loss is None else _nats(row.loss),
