@@ -14,7 +14,7 @@ from decoder import Stack, placed
 from speed import quantize
 
 from weightproof.changed_matrices import relative_delta
-from weightproof.contracts import _levels_per_group
+from weightproof.contracts import levels_per_group
 from weightproof.gram import _eigenvalues, gram
 from weightproof.kinds import Quantize
 from weightproof.lanczos import GolubKahan
@@ -82,7 +82,7 @@ def _check_constants(described: WeightMatrix, matrix: torch.Tensor) -> dict[str,
     lanczos = best_seconds(lambda: GolubKahan(matrix, key="speed", max_steps=8).extend(8))
     return {
         "int8_check_seconds_per_gelement": best_seconds(check) / elements * 1e9,
-        "levels_seconds_per_gelement": best_seconds(lambda: _levels_per_group(edited, None)) / elements * 1e9,
+        "levels_seconds_per_gelement": best_seconds(lambda: levels_per_group(edited, None)) / elements * 1e9,
         "int8_edit_seconds_per_gelement": best_seconds(lambda: quantize(matrix, 8, None)) / elements * 1e9,
         "lanczos_gbyte_per_second": 16 * matrix.nbytes / lanczos / 1e9,
         "profile_gbyte_per_second": matrix.nbytes / best_seconds(lambda: profile(matrix)) / 1e9,
