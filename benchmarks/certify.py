@@ -61,7 +61,7 @@ def make(folder: Path, edit: Callable[[str, Any], Any]) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from weightproof.matrices import seeded_generator
+    from weightproof.numerics.matrices import seeded_generator
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -136,8 +136,8 @@ def read_once(folders: list[Path]) -> float:
 def measure(base: Path, subject: Path, kind: str | None) -> dict[str, Any]:
     import torch
 
-    from weightproof import comparison
-    from weightproof.certification import Request, certify_folders
+    from weightproof.certifying import comparison
+    from weightproof.certifying.certification import Request, certify_folders
     from weightproof.kinds import Quantize
     from weightproof.policy import load_policy
 

@@ -13,16 +13,16 @@ import torch
 from decoder import Stack, placed
 from speed import quantize
 
-from weightproof.changed_matrices import relative_delta
-from weightproof.contracts import levels_per_group
-from weightproof.gram import _eigenvalues, gram
+from weightproof.contracts.quantities import levels_per_group
 from weightproof.kinds import Quantize
-from weightproof.lanczos import GolubKahan
-from weightproof.matrix_readings import fit_reading, no_bulk, read_exactly, read_tracked
+from weightproof.numerics.gram import _eigenvalues, gram
+from weightproof.numerics.lanczos import GolubKahan
+from weightproof.parallel.shards import assemble
 from weightproof.probes import read_state
-from weightproof.shards import assemble
+from weightproof.readings.changed_matrices import relative_delta
+from weightproof.readings.matrices import fit_reading, no_bulk, read_exactly, read_tracked
+from weightproof.snapshots.tensor_store import leaf_digests
 from weightproof.spectrum import delta_norm_bound, profile
-from weightproof.tensor_store import leaf_digests
 from weightproof.types import WeightMatrix
 from weightproof.weights import iter_weight_matrices
 

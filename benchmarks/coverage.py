@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from weightproof.paired import (
+from weightproof.statistics.paired import (
     MIN_EFFECTIVE_SIZE,
     MIN_GROUPS_TO_ACCEPT,
     MIN_SEQUENTIAL_SIZE,

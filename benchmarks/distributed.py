@@ -26,11 +26,11 @@ from speed import read_status, versions
 
 from weightproof import GuardSession, edits
 from weightproof.digests import tensor_digests_of
-from weightproof.gram import needs_float64
-from weightproof.lockstep import ScreenRequest, predicted_bytes, screen
-from weightproof.placements import local_of
+from weightproof.numerics.gram import needs_float64
+from weightproof.numerics.lockstep import ScreenRequest, predicted_bytes, screen
+from weightproof.parallel.placements import local_of
+from weightproof.parallel.shards import Shard, dealt, shard_of
 from weightproof.probes import exact_cost, read_state, values_of
-from weightproof.shards import Shard, dealt, shard_of
 from weightproof.weights import iter_tensors, iter_weight_matrices
 
 RESULTS = Path(__file__).with_name("distributed.json")

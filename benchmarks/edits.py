@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from weightproof.adapters import Adapter, AdapterDelta
 from weightproof.collective import Processes
 from weightproof.edits import GPTQ, RTN, SVD, LoraMerge, Prune, TaskArithmetic
 from weightproof.edits.gptq import inverse_factor
+from weightproof.lora.adapters import Adapter, AdapterDelta
 from weightproof.types import WeightMatrix
 
 RESULT = Path(__file__).with_name("edits.json")

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from weightproof.collective import deal
-from weightproof.gram import needs_float64
-from weightproof.lockstep import ScreenRequest, predicted_bytes
-from weightproof.norms import DELTA_STEPS
-from weightproof.placements import chunk_ranges
+from weightproof.numerics.gram import needs_float64
+from weightproof.numerics.lockstep import ScreenRequest, predicted_bytes
+from weightproof.numerics.norms import DELTA_STEPS
+from weightproof.parallel.placements import chunk_ranges
+from weightproof.parallel.shards import Shard
 from weightproof.probes import exact_cost, screen_cost
-from weightproof.shards import Shard
 
 WORLDS = (8, 64)
 ELEMENT_BYTES = 2  # bfloat16

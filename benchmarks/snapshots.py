@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from weightproof.files import FileSystem
-from weightproof.snapshot_store import SnapshotFolder
-from weightproof.tensor_store import tensor_digests
+from weightproof.folders.files import FileSystem
+from weightproof.snapshots.store import SnapshotFolder
+from weightproof.snapshots.tensor_store import tensor_digests
 
 RESULT = Path(__file__).with_name("snapshots.json")
 REPEATS = 5

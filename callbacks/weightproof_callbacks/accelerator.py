@@ -32,9 +32,9 @@ import torch
 from accelerate import Accelerator
 
 from weightproof.errors import InputError
-from weightproof.rolling import RollingOptions, place_of_snapshots
 from weightproof.session import GuardSession
-from weightproof.session_checks import require_same
+from weightproof.transactions.checks import require_same
+from weightproof.transactions.rolling import RollingOptions, place_of_snapshots
 from weightproof_callbacks.accelerator_checks import plain, require_attachable
 from weightproof_callbacks.attached_guard import EDIT_MODES, AttachedGuard
 from weightproof_callbacks.data_position import ReplayableLoader

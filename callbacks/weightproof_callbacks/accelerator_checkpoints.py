@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, save_fsdp_model, save_fsdp_optimiz
 
 from weightproof.errors import EditRejectedError, InputError
 from weightproof.session import STATE_FILE, GuardSession
-from weightproof.steps import Step
+from weightproof.transactions.steps import Step
 from weightproof_callbacks.generator_record import GeneratorRecord
 
 STATE_FORMAT = "weightproof-attached-v1"

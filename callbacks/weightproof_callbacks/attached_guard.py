@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from weightproof.errors import CollectiveError, EditRejectedError, InputError, RestoreError, WeightproofError
 from weightproof.session import GuardSession
-from weightproof.steps import Step
+from weightproof.transactions.steps import Step
 from weightproof.types import Action
 from weightproof_callbacks.accelerator_checkpoints import GuardedCheckpoints
 from weightproof_callbacks.accelerator_trigger import StepTrigger

@@ -2,7 +2,7 @@
 
 A hook on the model sees every batch that is trained on, wherever the loop took it from. Accelerate knows which pass
 over which data it belongs to, and whether it is the last one of it. Batches of loaders that accelerate did not
-prepare, and of data that are only streamed, prove nothing (`weightproof.run_agreement.proven_skew`).
+prepare, and of data that are only streamed, prove nothing (`weightproof.parallel.run_agreement.proven_skew`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from weightproof.collective import Processes
-from weightproof.run_agreement import Given, Skew, proven_skew, row_digests, shared_batches
+from weightproof.parallel.run_agreement import Given, Skew, proven_skew, row_digests, shared_batches
 
 logger = logging.getLogger("weightproof")
 

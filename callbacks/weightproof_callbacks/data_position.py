@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from weightproof.errors import InputError
-from weightproof.tensor_store import readable
+from weightproof.snapshots.tensor_store import readable
 from weightproof_callbacks.data_place import DataPlace, Places, rest_of
 from weightproof_callbacks.generator_state import GlobalDraws
 

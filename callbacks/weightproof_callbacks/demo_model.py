@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from weightproof.errors import InputError
-from weightproof.files import reason_of
-from weightproof.loading import DemoModel
+from weightproof.folders.files import reason_of
+from weightproof.folders.loading import DemoModel
 
 FOLDER, RETAIN, TRAIN = "demo", "retain.txt", "train.txt"
 _TRAIN_BYTES = 2_000_000

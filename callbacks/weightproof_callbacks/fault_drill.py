@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from weightproof.errors import CollectiveError, EditRejectedError, InputError, RestoreError
-from weightproof.run_agreement import batch_digest
-from weightproof.tensor_readings import digest_of, read_tensors
+from weightproof.parallel.run_agreement import batch_digest
+from weightproof.readings.tensors import digest_of, read_tensors
 from weightproof.testing.drill import PUT_BACK, STOPPED, Life, Procedure, Row, Sighting, reports, row_of, sightings
 from weightproof.testing.faults import Fault, StuckRank, WrongRNG
 from weightproof.testing.injection import Injection, inject

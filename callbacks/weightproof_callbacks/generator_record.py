@@ -20,9 +20,9 @@ from torch import Tensor
 
 from weightproof.collective import Processes
 from weightproof.errors import BaselineError
-from weightproof.files import write_atomically
-from weightproof.run_agreement import generator_digests
-from weightproof.sealed_json import open_sealed, seal
+from weightproof.folders.files import write_atomically
+from weightproof.folders.sealed_json import open_sealed, seal
+from weightproof.parallel.run_agreement import generator_digests
 from weightproof_callbacks.generator_state import GlobalDraws
 from weightproof_callbacks.state_values import Values
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from weightproof.errors import InputError, RestoreError
-from weightproof.tensor_store import same_bits
+from weightproof.snapshots.tensor_store import same_bits
 
 __all__ = ["GlobalDraws", "generator_names", "generator_value", "put_generator_back", "require_generators"]
 

@@ -2,9 +2,9 @@
 
 The hook is torch's own (`register_step_pre_hook`), so that it sees what the optimizer will see: gradients that are
 averaged over processes, unscaled and clipped, whoever clipped them. Where the norm is not finite, or grossly
-above what was usual (`weightproof.spikes`), the gradients are taken away: the optimizer then writes nothing, neither
-weights nor moments nor step counts, and accelerate's wrapper says that the step was skipped, as it does after an
-overflow, so that the learning-rate schedule waits as well.
+above what was usual (`weightproof.statistics.spikes`), the gradients are taken away: the optimizer then writes
+nothing, neither weights nor moments nor step counts, and accelerate's wrapper says that the step was skipped, as it
+does after an overflow, so that the learning-rate schedule waits as well.
 
 A learning rate that leaps far beyond every one that was used so far, and beyond what its schedule is to reach (a
 schedule that breaks), is treated alike.
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightproof.placements import is_dtensor
-from weightproof.spikes import HISTORY, Score, is_gross_norm, norm_score
+from weightproof.parallel.placements import is_dtensor
+from weightproof.statistics.spikes import HISTORY, Score, is_gross_norm, norm_score
 from weightproof_callbacks.accelerator_checks import torch_optimizer
 from weightproof_callbacks.accelerator_trigger import only_fills_its_state
 from weightproof_callbacks.moment_watch import MomentWatch

@@ -23,8 +23,8 @@ import evaluate
 from datasets import Features, Value
 
 from weightproof.errors import InputError
-from weightproof.paired import PairedSums, interval, perplexity
-from weightproof.proportions import mcnemar, newcombe, paired_counts
+from weightproof.statistics.paired import PairedSums, interval, perplexity
+from weightproof.statistics.proportions import mcnemar, newcombe, paired_counts
 
 _CITATION = """\
 Newcombe, R. G. (1998), Improved confidence intervals for the difference between binomial proportions based on paired

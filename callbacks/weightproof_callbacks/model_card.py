@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from weightproof import report
 from weightproof.certificate import Certificate
 from weightproof.errors import InputError
-from weightproof.files import write_atomically
+from weightproof.folders.files import write_atomically
 
 BEGIN = "<!-- weightproof: begin of evidence, written from a certificate -->"
 END = "<!-- weightproof: end of evidence -->"

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from weightproof.checkpoint_files import read_config, read_headers, require_regular
 from weightproof.errors import InputError
-from weightproof.loading import LoadedModel
+from weightproof.folders.checkpoint_files import read_config, read_headers, require_regular
+from weightproof.folders.loading import LoadedModel
 
 # What a damaged or foreign folder makes transformers, tokenizers and torch raise.
 _ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, IndexError)

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from weightproof.checkpoint_files import require_regular
 from weightproof.errors import InputError
+from weightproof.folders.checkpoint_files import require_regular
 from weightproof_callbacks.model_loader import TOKENIZER_FILES, quiet
 
 # Beside the tokenizer's own files; what else lies in a folder is nobody's business here.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from weightproof.placements import local_of
+from weightproof.parallel.placements import local_of
 from weightproof.weights import clean_name
 from weightproof_callbacks.accelerator_checks import torch_optimizer
 from weightproof_callbacks.sharded import zero_optimizer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from weightproof.errors import InputError, RestoreError, SnapshotError
-from weightproof.placements import local_of
+from weightproof.parallel.placements import local_of
 from weightproof_callbacks.sharded import flat_masters, zero_optimizer
 from weightproof_callbacks.state_values import Values, is_composed, plain_parts
 

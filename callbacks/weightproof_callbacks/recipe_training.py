@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers import Trainer as HuggingFaceTrainer
 
-from weightproof.adapters import record_base
 from weightproof.errors import InputError
-from weightproof.text_data import read_examples
-from weightproof.training_job import Trained, TrainingJob
+from weightproof.folders.text_data import read_examples
+from weightproof.lora.adapters import record_base
+from weightproof.procedure.training_job import Trained, TrainingJob
 from weightproof.types import Action
 from weightproof_callbacks.trainer import GuardCallback
 

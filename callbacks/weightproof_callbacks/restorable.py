@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weightproof.errors import InputError
-from weightproof.placements import is_dtensor, local_of, refusal_of
+from weightproof.parallel.placements import is_dtensor, local_of, refusal_of
 from weightproof.weights import iter_tensors, unwrap
 from weightproof_callbacks.optimizer_state import require_known_optimizer
 

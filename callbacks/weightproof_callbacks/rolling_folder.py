@@ -1,7 +1,7 @@
 """Good states on disk: a run that was killed goes on from the last one that was committed, and says so.
 
 Each good state is saved whole (weights, the optimizer's masters, training state, the guard's losses) with
-`weightproof.snapshot_store`: after a kill at any moment the old one or the new one is there, proven by digest.
+`weightproof.snapshots.store`: after a kill at any moment the old one or the new one is there, proven by digest.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from weightproof.errors import InputError, RestoreError, SnapshotError
-from weightproof.ring_stores import KeptSnapshot, SavedStore
-from weightproof.rolling import GoodState, TrainingPart
 from weightproof.session import GuardSession
-from weightproof.snapshot_store import SnapshotFolder, SnapshotId
-from weightproof.tensor_store import Store
+from weightproof.snapshots.ring_stores import KeptSnapshot, SavedStore
+from weightproof.snapshots.store import SnapshotFolder, SnapshotId
+from weightproof.snapshots.tensor_store import Store
+from weightproof.transactions.rolling import GoodState, TrainingPart
 
 logger = logging.getLogger("weightproof")
 

@@ -1,7 +1,7 @@
 """How a guarded run goes back: the one implementation behind `GuardCallback` and `attach`.
 
 It captures the training state of every good state, watches gradients, hands each window to the session, and says
-what a rollback restored. The session decides, and holds the good states (`weightproof.rolling`).
+what a rollback restored. The session decides, and holds the good states (`weightproof.transactions.rolling`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from weightproof.collective import Processes
 from weightproof.errors import InputError
-from weightproof.ring_stores import KeepWeights, PinnedStore
-from weightproof.rolling import Rolling, RollingOptions, TrainingPart
 from weightproof.session import GuardSession
-from weightproof.spikes import MAX_SKIPPED, NORM_RATIO, NORM_Z
-from weightproof.steps import Step
-from weightproof.tensor_store import readable
+from weightproof.snapshots.ring_stores import KeepWeights, PinnedStore
+from weightproof.snapshots.tensor_store import readable
+from weightproof.statistics.spikes import MAX_SKIPPED, NORM_RATIO, NORM_Z
+from weightproof.transactions.rolling import Rolling, RollingOptions, TrainingPart
+from weightproof.transactions.steps import Step
 from weightproof.types import Action
 from weightproof_callbacks.batch_watch import BatchWatch
 from weightproof_callbacks.data_place import DataPlace

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from weightproof.errors import InputError
-from weightproof.tensor_store import same_bits
+from weightproof.snapshots.tensor_store import same_bits
 from weightproof.weights import iter_tensors, unwrap
 
 __all__ = ["ZeroMasters", "clear_moments", "find_masters", "flat_masters", "zero_optimizer"]

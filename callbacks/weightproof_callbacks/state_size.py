@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightproof.placements import local_of
+from weightproof.parallel.placements import local_of
 from weightproof.session import GuardSession
-from weightproof.tensor_store import readable
+from weightproof.snapshots.tensor_store import readable
 from weightproof.weights import iter_tensors
 from weightproof_callbacks.optimizer_state import stepped_alike
 from weightproof_callbacks.state_values import is_composed, plain_parts

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from weightproof.errors import RestoreError, SnapshotError
-from weightproof.tensor_store import model_digest, same_bits, tensor_digest, tensor_digests
+from weightproof.snapshots.tensor_store import model_digest, same_bits, tensor_digest, tensor_digests
 
 __all__ = ["Values", "is_composed", "plain_parts"]
 

@@ -38,10 +38,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weightproof.errors import InputError
 from weightproof.policy import Policy, load_policy
-from weightproof.publisher import CERTIFICATE
-from weightproof.rolling import RollingOptions, place_of_snapshots
 from weightproof.session import STATE_FILE, GuardSession
-from weightproof.steps import Step
+from weightproof.transactions.publisher import CERTIFICATE
+from weightproof.transactions.rolling import RollingOptions, place_of_snapshots
+from weightproof.transactions.steps import Step
 from weightproof.types import Action
 from weightproof_callbacks.generator_record import GeneratorRecord
 from weightproof_callbacks.generator_state import GlobalDraws

@@ -11,7 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from weightproof.collective import Processes
 from weightproof.errors import InputError, WeightproofError
-from weightproof.session_checks import require_same
+from weightproof.transactions.checks import require_same
 from weightproof.weights import iter_weight_matrices
 
 if TYPE_CHECKING:

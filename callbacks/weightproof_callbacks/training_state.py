@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from weightproof.errors import InputError, RestoreError
-from weightproof.steps import Step
+from weightproof.transactions.steps import Step
 from weightproof_callbacks.data_position import BatchMemory, Mark, ReplayableLoader
 from weightproof_callbacks.generator_state import (
     GlobalDraws,

@@ -9,16 +9,21 @@ A tour, in the order in which a change travels:
 - `edits` plan changes, `kinds` are the contracts they declare, `snapshot` is the only writer.
 - `curvature` fits Kronecker factors and foresees the loss change of an edit.
 - `guards` judge readings with pure functions; `policy` turns verdicts into one decision.
-- `losses` pairs the loss before and after on data, `paired` turns that into an interval: only it may accept.
-- `judging` applies guards and policy to readings, the same in a session, in `certify` and in `verify`.
+- `losses` pairs the loss before and after on data, `statistics` turns that into an interval: only it may accept.
+- `judgement` applies guards and policy to readings, the same in a session, in `certify` and in `verify`.
 - `session` binds these into a transaction: snapshot, change, measure, judge, keep or restore.
-- `rolling` and `snapshot_store` keep the last good states of a training run, in memory or through a crash.
-- `comparison` and `certification` judge two model folders; `certificate`, `signing`, `verify`, `report`
+- `transactions.rolling` and `snapshots.store` keep the last good states of a run, in memory or through a crash.
+- `certifying` judges two model folders; `certificate`, `signing`, `verify`, `report`
   and `trackers` carry the evidence to files, W&B, people and whoever doubts it.
 - `testing` injects faults, to see that all of this notices.
 
-One process and many take this one path: `collective` lets the processes of a run meet, `placements`
-and `shards` say which part of a sharded tensor lies where, `lockstep` screens matrices where they lie.
+A module at the top is a noun of this tour; its parts are in a package beside it: `numerics` of `spectrum`,
+`readings` and `forward` of `probes`, `loss_data` of `losses`, `contracts` of `kinds`, `snapshots` of `snapshot`,
+`transactions` of `session`, `procedure` of `recipe`, `reporting` of `report`, `verification` of `verify`;
+`folders` and `lora` say what lies in model folders and adapters.
+
+One process and many take this one path: `collective` lets the processes of a run meet; in `parallel`, `placements`
+and `shards` say which part of a sharded tensor lies where; `numerics.lockstep` screens matrices where they lie.
 
 `GuardCallback` and `GuardedTrainer` (for a Hugging Face Trainer), `attach` and `ReplayableLoader` (for a
 loop of your own on Accelerate) live in `weightproof_callbacks` and are loaded on first use: importing

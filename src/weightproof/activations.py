@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from weightproof.calibration import calibration_windows
 from weightproof.errors import InputError
 from weightproof.families import taps, unwrap
-from weightproof.passes import CONNECTION_ERRORS, in_step, whole
-from weightproof.placements import settle
+from weightproof.forward.calibration import calibration_windows
+from weightproof.forward.passes import CONNECTION_ERRORS, in_step, whole
+from weightproof.forward.windows import Windows, forward_names, random_windows
+from weightproof.parallel.placements import settle
 from weightproof.rng import fix_rng, preserved_rng
-from weightproof.windows import Windows, forward_names, random_windows
 
 __all__ = [
     "ModelOutput",
@@ -135,7 +135,8 @@ def forward_outputs(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Mode
     """One forward pass on one batch, past DDP and `torch.compile`; call it inside `undisturbed`.
 
     A model that draws random numbers even in eval mode draws the same ones in every pass, so that what
-    differs between two passes is the model. Of a sharded model all processes make it together (`weightproof.passes`).
+    differs between two passes is the model. Of a sharded model all processes make it together
+    (`weightproof.forward.passes`).
 
     Raises:
         InputError: If the model's forward fails on these inputs, or gives nothing comparable.

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from weightproof.errors import BaselineError
-from weightproof.files import write_atomically
-from weightproof.jsonable import to_jsonable
-from weightproof.tensor_store import tensor_digest
+from weightproof.folders.files import write_atomically
+from weightproof.folders.jsonable import to_jsonable
+from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.types import (
     BulkFit,
     BulkReading,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import rfc8785
 
 from weightproof.errors import InputError
-from weightproof.files import write_atomically
+from weightproof.folders.files import write_atomically
 from weightproof.signing import Envelope, sign
 
 if TYPE_CHECKING:

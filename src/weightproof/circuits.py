@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from weightproof.matrices import full_precision, row_chunks, row_major
+from weightproof.numerics.matrices import full_precision, row_chunks, row_major
 
 # What is kept of one circuit of a layer: a baseline file holds four or so of them for every layer.
 MOST_VALUES = 512

@@ -1,6 +1,6 @@
 """The processes of a run: one code path for one process and for many.
 
-Every operation is first a meeting of all ranks (`weightproof.rendezvous`), then the payload. So a rank
+Every operation is first a meeting of all ranks (`weightproof.parallel.rendezvous`), then the payload. So a rank
 that failed, sleeps, died or does something else ends the operation on all ranks, within the limit and
 with an error that names the rank, and nobody waits inside a collective for a rank that never comes.
 """
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weightproof.errors import CollectiveError, InputError
-from weightproof.rendezvous import Failure, Rendezvous
+from weightproof.parallel.rendezvous import Failure, Rendezvous
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from weightproof.collective import Processes, deal
-from weightproof.placements import ROWS, local_of, refusal_of, shape_of
-from weightproof.shards import Shard, assemble, dealt, shard_of
-from weightproof.tensor_store import (
+from weightproof.parallel.placements import ROWS, local_of, refusal_of, shape_of
+from weightproof.parallel.shards import Shard, assemble, dealt, shard_of
+from weightproof.snapshots.tensor_store import (
     HASH_THREADS,
     digest_of_leaves,
     leaf_digests,

@@ -16,12 +16,12 @@ from torch import nn
 
 from weightproof.activations import forward_outputs, merged_moments, undisturbed
 from weightproof.collective import Processes
-from weightproof.distributions import BaseScores, Tally, compare, is_finite, keep, merged
 from weightproof.errors import BaselineError, InputError
-from weightproof.localisation import BlockTrace, locate_errors, trace_blocks, worst_errors
-from weightproof.outputs import BatchRead, Part, Place, read_batches
+from weightproof.forward.distributions import BaseScores, Tally, compare, is_finite, keep, merged
+from weightproof.forward.localisation import BlockTrace, locate_errors, trace_blocks, worst_errors
+from weightproof.forward.outputs import BatchRead, Part, Place, read_batches
+from weightproof.forward.windows import Item, Windows, raw_bytes
 from weightproof.types import BlockError, DivergenceReading
-from weightproof.windows import Item, Windows, raw_bytes
 
 __all__ = [
     "MEMORY_CAP_BYTES",

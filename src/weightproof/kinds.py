@@ -19,7 +19,7 @@ and without a forward pass. A reading is within its contract when `value <= limi
 | LowRank | `tail_over_rounding`: what lies beyond the rank / what rounding leaves there | 1 | yes |
 | LowRank | `error_over_tail`: ||E||_F / that of the best approximation of this rank | 1 | yes |
 | all but Cast | `altered_outside_matrices`: a bias, norm or buffer changed | 0 | yes |
-| preserving | `circuit_change`, `output_change`: see `weightproof.preserving` | rounding of the dtype | yes |
+| preserving | `circuit_change`, `output_change`: see `weightproof.contracts.preserving` | rounding of the dtype | yes |
 | train | `relative_growth`: see `weightproof.guards.training_contract` | provisional | no |
 
 `merge_error` is 1 for a delta merged zero times or twice, and 2 for the wrong sign; the reading says in words which
@@ -35,10 +35,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from weightproof.contracts import Grid, cast_error, count_altered, incomparable, quantization_statistics
+from weightproof.contracts.merge_kind import LoraMerge
+from weightproof.contracts.quantities import Grid, cast_error, count_altered, incomparable, quantization_statistics
 from weightproof.errors import InputError
-from weightproof.low_rank import LowRank
-from weightproof.merge_kind import LoraMerge
+from weightproof.numerics.low_rank import LowRank
 from weightproof.types import ContractReading
 
 GRANULARITIES = ("channel", "tensor", "group")

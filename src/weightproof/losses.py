@@ -21,15 +21,15 @@ from torch import nn
 from weightproof.collective import Processes
 from weightproof.errors import InputError
 from weightproof.families import unwrap
-from weightproof.loss_items import Form, loss_items, task_of
-from weightproof.loss_scores import Metric, ScoreFn, batch_scores, metrics_of
-from weightproof.loss_tally import LossTally, reading_without_numbers
-from weightproof.loss_windows import Chunk, LossWindows
-from weightproof.outputs import Part, Place, read_batches
+from weightproof.folders.text_data import read_examples
+from weightproof.forward.outputs import Part, Place, read_batches
+from weightproof.forward.windows import Item, is_encoder_decoder, max_length, stack
+from weightproof.loss_data.items import Form, loss_items, task_of
+from weightproof.loss_data.scores import Metric, ScoreFn, batch_scores, metrics_of
+from weightproof.loss_data.tally import LossTally, reading_without_numbers
+from weightproof.loss_data.windows import Chunk, LossWindows
 from weightproof.rng import preserved_rng
-from weightproof.text_data import read_examples
 from weightproof.types import LossReading, Outcome
-from weightproof.windows import Item, is_encoder_decoder, max_length, stack
 
 if TYPE_CHECKING:
     from weightproof.guards.loss import LossLimits

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from weightproof.errors import InputError
-from weightproof.gram import NUMERICAL_ZERO, exact_singular_values
-from weightproof.matrices import as_matrix, check_finite, full_precision, max_abs, seeded_generator
-from weightproof.random_matrix import (
+from weightproof.numerics.gram import NUMERICAL_ZERO, exact_singular_values
+from weightproof.numerics.matrices import as_matrix, check_finite, full_precision, max_abs, seeded_generator
+from weightproof.numerics.random_matrix import (
     bulk_edges,
     median_scale_error,
     mp_cdf,
@@ -34,8 +34,8 @@ from weightproof.random_matrix import (
     true_spike,
     visible_threshold,
 )
+from weightproof.numerics.whitening import SINKHORN_PASSES, biwhiten, live_shape
 from weightproof.types import BulkFit
-from weightproof.whitening import SINKHORN_PASSES, biwhiten, live_shape
 
 __all__ = [
     "NULLS",

@@ -16,10 +16,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from weightproof.errors import PolicyError
-from weightproof.jsonable import json_digest
-from weightproof.policy_file import USER, Entry, LimitValue, PolicyFile, parse_policy, read_policy_file, suggest
+from weightproof.folders.jsonable import json_digest
+from weightproof.judgement.policy_file import (
+    USER,
+    Entry,
+    LimitValue,
+    PolicyFile,
+    parse_policy,
+    read_policy_file,
+    suggest,
+)
+from weightproof.judgement.situations import SITUATIONS, Evidence, gather, situation_of
 from weightproof.registry import load_plugin, plugins
-from weightproof.situations import SITUATIONS, Evidence, gather, situation_of
 from weightproof.types import Action, Assurance, Decision, Measurement, Verdict
 
 TIERS = ("conservative", "balanced", "aggressive")

@@ -13,17 +13,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from tqdm.auto import tqdm
 
-from weightproof.circuit_readings import config_of, read_circuits, vectors_of
 from weightproof.collective import Processes
-from weightproof.gram import needs_float64
-from weightproof.matrix_readings import (
+from weightproof.numerics.gram import needs_float64
+from weightproof.parallel.shards import Part, dealt
+from weightproof.readings.circuits import config_of, read_circuits, vectors_of
+from weightproof.readings.matrices import (
     fit_reading,
     no_bulk,
     read_exactly,
     refused,
 )
-from weightproof.shards import Part, dealt
-from weightproof.tensor_readings import common_refusals, common_structure, digest_of, read_tensors
+from weightproof.readings.tensors import common_refusals, common_structure, digest_of, read_tensors
 from weightproof.types import (
     BulkFit,
     BulkReading,

@@ -31,10 +31,10 @@ from typing import Any
 
 from weightproof.errors import InputError
 from weightproof.policy import Policy, load_policy
-from weightproof.recipe_fields import Fields, nearest
-from weightproof.recipe_plugins import checked_params, require_plugin
-from weightproof.recipe_source import DEMO, RecipeText, find_recipe, read_recipe
-from weightproof.recipe_steps import GROUPS, RecipeStep, steps_of
+from weightproof.procedure.fields import Fields, nearest
+from weightproof.procedure.plugins import checked_params, require_plugin
+from weightproof.procedure.source import DEMO, RecipeText, find_recipe, read_recipe
+from weightproof.procedure.steps import GROUPS, RecipeStep, steps_of
 from weightproof.registry import plugins
 
 __all__ = ["DEMO", "GROUPS", "Cadence", "Data", "Recipe", "RecipeStep", "load_recipe", "parse_recipe"]

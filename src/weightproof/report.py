@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from markupsafe import Markup
 from markupsafe import escape as markup_escape
 
-from weightproof import report_words as words
 from weightproof.errors import InputError
-from weightproof.files import write_atomically
-from weightproof.report_facts import WORST, Facts, StepFacts, facts_of, loss_sentence
-from weightproof.report_pictures import loss_interval, meter, metric_words, spectrum
+from weightproof.folders.files import write_atomically
+from weightproof.reporting import words
+from weightproof.reporting.facts import WORST, Facts, StepFacts, facts_of, loss_sentence
+from weightproof.reporting.pictures import loss_interval, meter, metric_words, spectrum
 
 if TYPE_CHECKING:
     from jinja2 import Environment

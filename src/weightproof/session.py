@@ -26,22 +26,19 @@ from typing import Any
 
 import torch
 
-from weightproof import evidence, kinds
-from weightproof.assessment import Assessor
+from weightproof import kinds
 from weightproof.baseline import Baseline
 from weightproof.certificate import Certificate
-from weightproof.edit_transaction import EditTransaction, edit_of
 from weightproof.edits import VECTOR_FAMILY
 from weightproof.errors import InputError
-from weightproof.guard_state import STATE_FILE, GuardState
-from weightproof.guarded_model import GuardedModel
-from weightproof.placements import settle
-from weightproof.plans import carried_out, prepared, rewrite, selected
+from weightproof.judgement import evidence
+from weightproof.judgement.assessment import Assessor
+from weightproof.judgement.plans import carried_out, prepared, rewrite, selected
+from weightproof.parallel.placements import settle
 from weightproof.policy import Policy, load_policy
 from weightproof.probes import State
-from weightproof.publisher import Publisher
-from weightproof.rolling import Rolling
-from weightproof.session_checks import (
+from weightproof.trackers import Tracker
+from weightproof.transactions.checks import (
     from_main,
     parse_targets,
     processes_of,
@@ -49,10 +46,14 @@ from weightproof.session_checks import (
     require_same_call,
     settings_of,
 )
-from weightproof.steps import Cost, MasterWeights, Step
-from weightproof.trackers import Tracker
-from weightproof.training_turns import TrainingTurns
-from weightproof.training_windows import TrainingWindows, Window
+from weightproof.transactions.edit import EditTransaction, edit_of
+from weightproof.transactions.guard_state import STATE_FILE, GuardState
+from weightproof.transactions.guarded_model import GuardedModel
+from weightproof.transactions.publisher import Publisher
+from weightproof.transactions.rolling import Rolling
+from weightproof.transactions.steps import Cost, MasterWeights, Step
+from weightproof.transactions.training_turns import TrainingTurns
+from weightproof.transactions.training_windows import TrainingWindows, Window
 from weightproof.types import Action
 
 logger = logging.getLogger("weightproof")
@@ -377,7 +378,7 @@ class GuardSession:
     # -- resume --------------------------------------------------------------------------------
 
     def save_state(self, folder: Path | str) -> None:
-        """Write the sidecar files of a checkpoint (see `weightproof.guard_state`); rank 0 writes them.
+        """Write the sidecar files of a checkpoint (see `weightproof.transactions.guard_state`); rank 0 writes them.
 
         Raises:
             InputError: If the folder cannot be written.

@@ -31,11 +31,11 @@ import torch.distributed as dist
 from torch import nn
 
 from weightproof.errors import InputError, RestoreError, SnapshotError
-from weightproof.module_state import Attributes, ModuleState, configs_of
-from weightproof.placements import is_dtensor, is_zero3, local_of, refusal_of, settle, shape_of
-from weightproof.readers import packed_weights
-from weightproof.shards import Shard, shard_of
-from weightproof.tensor_store import (
+from weightproof.folders.readers import packed_weights
+from weightproof.parallel.placements import is_dtensor, is_zero3, local_of, refusal_of, settle, shape_of
+from weightproof.parallel.shards import Shard, shard_of
+from weightproof.snapshots.module_state import Attributes, ModuleState, configs_of
+from weightproof.snapshots.tensor_store import (
     FolderStore,
     MemoryStore,
     Store,

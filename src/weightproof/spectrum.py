@@ -1,7 +1,7 @@
 """Spectra of weight matrices: exact singular values, certified norms and a cheap profile.
 
 Pure functions of arrays. `measure_spectrum` gives everything about one matrix; `estimate_norm`
-and `track_norm` (see `weightproof.norms`) give the spectral norm alone, orders of magnitude
+and `track_norm` (see `weightproof.numerics.norms`) give the spectral norm alone, orders of magnitude
 cheaper; `profile` reads the elements about once.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from weightproof.gram import NORM_ERROR, exact_singular_values
-from weightproof.matrices import (
+from weightproof.numerics.gram import NORM_ERROR, exact_singular_values
+from weightproof.numerics.matrices import (
     as_matrix,
     full_precision,
     max_abs,
@@ -23,7 +23,7 @@ from weightproof.matrices import (
     seeded_generator,
     working_dtype,
 )
-from weightproof.norms import NormEstimate, NormReference, delta_norm_bound, estimate_norm, track_norm
+from weightproof.numerics.norms import NormEstimate, NormReference, delta_norm_bound, estimate_norm, track_norm
 from weightproof.types import Spectrum
 
 __all__ = [
@@ -55,7 +55,7 @@ def measure_spectrum(matrix: torch.Tensor | np.ndarray, exact: bool = True, *, n
     Args:
         matrix: (d_out, d_in), any floating point dtype; never modified.
         exact: All singular values from the Gram matrix, in float32 where every value is then
-            accurate, in float64 otherwise (`weightproof.gram` gives the rule; `method` says
+            accurate, in float64 otherwise (`weightproof.numerics.gram` gives the rule; `method` says
             which). False: a Lanczos screen of at most 24 steps with a certified error, the
             Frobenius norm, and no statistic that needs the whole spectrum.
         name: Used in errors, as salt of the start vector, and in the result.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from weightproof.errors import InputError
-from weightproof.files import write_atomically
-from weightproof.jsonable import to_jsonable
+from weightproof.folders.files import write_atomically
+from weightproof.folders.jsonable import to_jsonable
 from weightproof.registry import load_plugin
 from weightproof.types import Measurement, Outcome, Verdict
 

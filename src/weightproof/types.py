@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from weightproof.shards import Shard
+    from weightproof.parallel.shards import Shard
 
 
 class Outcome(StrEnum):
@@ -96,7 +96,7 @@ class WeightMatrix:
 class NamedTensor:
     """A parameter or buffer under its public name; `tied_names` are its other names.
 
-    `shape` is that of the whole tensor; `tensor` may be a shard of it (see `weightproof.shards`).
+    `shape` is that of the whole tensor; `tensor` may be a shard of it (see `weightproof.parallel.shards`).
     `part_of` is the packed matrix that it is a part of, with the backend that stores it so; None for any other.
     """
 
@@ -405,7 +405,7 @@ class EditRecord:
 
 @dataclass(frozen=True, slots=True)
 class WindowReading:
-    """What a window of training steps showed beside its raw losses (see `weightproof.spikes`).
+    """What a window of training steps showed beside its raw losses (see `weightproof.statistics.spikes`).
 
     `grad_norms` are those of the steps that were taken, None where nobody read them; `num_skipped` steps were left
     out, because their gradients were not finite or far too large. `loss_z`, `loss_ratio` and `loss_rise` compare the

@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightproof import kinds
-from weightproof.adapters import Adapter
 from weightproof.certificate import Certificate
-from weightproof.certificate_form import Content, StepForm, content_of
-from weightproof.certification import TRAINING, Request, certify_folders
-from weightproof.comparison import compare_folders, read_folder
+from weightproof.certifying.certification import TRAINING, Request, certify_folders
+from weightproof.certifying.comparison import compare_folders, read_folder
+from weightproof.certifying.form import Content, StepForm, content_of
+from weightproof.certifying.model_pair import Data
 from weightproof.errors import InputError, WeightproofError
-from weightproof.model_pair import Data
+from weightproof.lora.adapters import Adapter
 from weightproof.policy import Policy
 from weightproof.types import EditRecord, Readings
-from weightproof.verify_folder import check_base_files, check_folder
-from weightproof.verify_kind import adapters_at_hand, compare_merge, kind_of
-from weightproof.verify_outputs import compare_outputs
-from weightproof.verify_readings import compare_readings, compare_records
-from weightproof.verify_result import Difference, Findings, Status, Verification
-from weightproof.verify_statement import check_parent, check_policy_is, check_signature, check_statement
-from weightproof.verify_verdicts import check_verdicts, policy_of
+from weightproof.verification.folder import check_base_files, check_folder
+from weightproof.verification.kind import adapters_at_hand, compare_merge, kind_of
+from weightproof.verification.outputs import compare_outputs
+from weightproof.verification.readings import compare_readings, compare_records
+from weightproof.verification.result import Difference, Findings, Status, Verification
+from weightproof.verification.statement import check_parent, check_policy_is, check_signature, check_statement
+from weightproof.verification.verdicts import check_verdicts, policy_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

@@ -20,13 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from weightproof.checkpoints import iter_checkpoint_matrices
 from weightproof.errors import InputError
 from weightproof.families import clean_name, family_of, public_names, unwrap
-from weightproof.layouts import DEPTHWISE, Layout, Piece, Stored, parameter_layout, pieces, unreadable_dtype
-from weightproof.placements import class_of, is_dtensor, is_flattened, local_of, refusal_of, shape_of
-from weightproof.readers import PackedWeight, Placed, Unreadable, packed_weights
-from weightproof.shards import Shard, flat_kernels, shard_of, slab
+from weightproof.folders.checkpoints import iter_checkpoint_matrices
+from weightproof.folders.layouts import DEPTHWISE, Layout, Piece, Stored, parameter_layout, pieces, unreadable_dtype
+from weightproof.folders.readers import PackedWeight, Placed, Unreadable, packed_weights
+from weightproof.parallel.placements import class_of, is_dtensor, is_flattened, local_of, refusal_of, shape_of
+from weightproof.parallel.shards import Shard, flat_kernels, shard_of, slab
 from weightproof.types import NamedTensor, StructureReading, WeightMatrix
 
 __all__ = [
@@ -223,7 +223,7 @@ def _load(tensor: Tensor, piece: Piece) -> Tensor:
 def _refuse_load(name: str, num_parts: int) -> Tensor:
     raise InputError(
         f"{name} is sharded over {num_parts} processes and whole on none of them: a GuardSession reads it through its "
-        "owner; to read it yourself, assemble it on one (weightproof.shards.assemble)"
+        "owner; to read it yourself, assemble it on one (weightproof.parallel.shards.assemble)"
     )
 
 

@@ -17,18 +17,18 @@ from trained_adapters import adapter_folder, load_adapted, mean_loss
 from trained_models import load
 
 from weightproof import GuardSession, edits, kinds
-from weightproof.adapters import read_adapter
-from weightproof.comparison import compare_folders
-from weightproof.judging import judge_all
-from weightproof.kind_words import kind_from_words
+from weightproof.certifying.comparison import compare_folders
+from weightproof.contracts.words import kind_from_words
+from weightproof.judgement.judging import judge_all
+from weightproof.lora.adapters import read_adapter
 from weightproof.policy import load_policy
 from weightproof.snapshot import write_matrix
-from weightproof.steps import Step
-from weightproof.tensor_store import model_digest, tensor_digest
+from weightproof.snapshots.tensor_store import model_digest, tensor_digest
+from weightproof.transactions.steps import Step
 from weightproof.types import Outcome
+from weightproof.verification.readings import compare_records
+from weightproof.verification.result import Findings
 from weightproof.verify import Demands, Status, verify
-from weightproof.verify_readings import compare_records
-from weightproof.verify_result import Findings
 from weightproof.weights import iter_weight_matrices
 
 NAMES = ("llama", "gpt2")

@@ -21,7 +21,7 @@ from weight_edits import HARMFUL, NOT_ADMITTED, Edit, apply_edit, harmless_edits
 
 from weightproof import Action, GuardSession, Outcome
 from weightproof.edits.rtn import RTN
-from weightproof.steps import Step
+from weightproof.transactions.steps import Step
 
 HARM = 0.02
 LOSS = "loss windows"

@@ -13,7 +13,7 @@ from tests.attach.test_rolling import Loop
 
 from weightproof.collective import Processes
 from weightproof.errors import BaselineError
-from weightproof.run_agreement import generator_digests
+from weightproof.parallel.run_agreement import generator_digests
 from weightproof_callbacks.generator_record import GENERATORS_FILE, GeneratorRecord
 
 RNG_FILE = "random_states_0.pkl"

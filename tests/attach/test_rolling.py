@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Subset
 
 from weightproof import attach
 from weightproof.errors import EditRejectedError, InputError, RestoreError, SnapshotError
-from weightproof.files import DISK
-from weightproof.snapshot_manifest import Manifest
-from weightproof.tensor_files import object_name
+from weightproof.folders.files import DISK
+from weightproof.snapshots.manifest import Manifest
+from weightproof.snapshots.tensor_files import object_name
 from weightproof_callbacks.state_size import _moments
 from weightproof_callbacks.training_state import ReplayableLoader
 

@@ -37,8 +37,8 @@ from torch.distributed.tensor import DTensor
 from worlds import WorldError, run_world
 
 from weightproof import edits
-from weightproof.placements import settle
-from weightproof.tensor_store import model_digest, tensor_digest
+from weightproof.parallel.placements import settle
+from weightproof.snapshots.tensor_store import model_digest, tensor_digest
 
 # Seconds that a process waits for the others, and what it may need beside that to restore and report.
 LIMIT = 3.0

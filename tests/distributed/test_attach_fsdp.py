@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from worlds import run_world
 
 from weightproof import attach, edits
-from weightproof.tensor_readings import digest_of, read_tensors
+from weightproof.readings.tensors import digest_of, read_tensors
 
 
 class ShardedLoop:

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from worlds import run_world
 
-from weightproof import rendezvous
 from weightproof.collective import Processes
 from weightproof.errors import CollectiveError, InputError, PolicyError, WeightproofError
+from weightproof.parallel import rendezvous
 
 # Far more than an operation takes here, even on a busy machine; far less than the limit of a world.
 PATIENT = 30.0

@@ -14,7 +14,7 @@ from worlds import run_world
 from weightproof.collective import Processes
 from weightproof.digests import tensor_digests_of
 from weightproof.errors import CollectiveError
-from weightproof.tensor_store import tensor_digests
+from weightproof.snapshots.tensor_store import tensor_digests
 from weightproof.weights import iter_tensors
 
 SHARDED = {

@@ -25,7 +25,7 @@ from weightproof.collective import Processes
 from weightproof.divergence import capture_outputs, forward_digest, locate_damage, measure_divergence
 from weightproof.errors import WeightproofError
 from weightproof.families import blocks
-from weightproof.windows import Windows
+from weightproof.forward.windows import Windows
 
 LIMIT = 30.0
 

@@ -17,13 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from worlds import run_world
 
 from weightproof import edits
-from weightproof.calibration import calibration_windows
 from weightproof.collective import Processes
 from weightproof.errors import InputError
 from weightproof.families import unwrap
-from weightproof.plans import prepared, rewrite, selected
+from weightproof.forward.calibration import calibration_windows
+from weightproof.judgement.plans import prepared, rewrite, selected
+from weightproof.parallel.shards import assemble, shard_of
 from weightproof.session import GuardSession
-from weightproof.shards import assemble, shard_of
 from weightproof.types import Action, Outcome
 from weightproof.weights import iter_tensors
 

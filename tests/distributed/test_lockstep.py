@@ -11,9 +11,9 @@ from worlds import run_world
 
 from weightproof.collective import Processes
 from weightproof.errors import CollectiveError, InputError
-from weightproof.lockstep import ScreenRequest, predicted_bytes, screen
-from weightproof.norms import NormReference
-from weightproof.shards import shard_of
+from weightproof.numerics.lockstep import ScreenRequest, predicted_bytes, screen
+from weightproof.numerics.norms import NormReference
+from weightproof.parallel.shards import shard_of
 from weightproof.spectrum import profile, track_norm
 
 PLACES = ("rows", "columns")

@@ -8,7 +8,7 @@ from tests.support.sharding import shard
 from torch.utils.data import default_collate
 from worlds import run_world
 
-from weightproof.placements import local_of
+from weightproof.parallel.placements import local_of
 from weightproof.testing.tampering import flip_bit, pick_element
 from weightproof_callbacks.gradient_watch import GradientWatch
 

@@ -12,7 +12,7 @@ from torch.ao.quantization import quantize_dynamic
 from worlds import run_world
 
 from weightproof import GuardSession, kinds
-from weightproof.tensor_store import tensor_digests
+from weightproof.snapshots.tensor_store import tensor_digests
 from weightproof.weights import iter_tensors
 
 

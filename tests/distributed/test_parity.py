@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from worlds import run_world
 
 from weightproof import BaselineError, GuardSession, edits, kinds
-from weightproof.placements import local_of
+from weightproof.parallel.placements import local_of
 from weightproof.types import Measurement, Outcome
 
 # Whatever is read from a whole matrix, on a replica or by its owner, has the bits that one process reads. What is

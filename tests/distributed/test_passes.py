@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from worlds import run_world
 
-from weightproof.passes import in_step, share_inputs, skip_pass
+from weightproof.forward.passes import in_step, share_inputs, skip_pass
 
 WIDTH = 6
 

@@ -21,7 +21,7 @@ from weightproof import GuardSession
 from weightproof.collective import Processes
 from weightproof.errors import BaselineError, CollectiveError, InputError
 from weightproof.families import unwrap
-from weightproof.placements import local_of
+from weightproof.parallel.placements import local_of
 
 # Nothing here should wait for anything; a hang must end long before the world does.
 TIMEOUT = 10.0

@@ -16,8 +16,8 @@ from worlds import run_world
 
 from weightproof.collective import Processes
 from weightproof.errors import InputError, RestoreError, SnapshotError
-from weightproof.placements import local_of, settle
-from weightproof.shards import Shard, assemble
+from weightproof.parallel.placements import local_of, settle
+from weightproof.parallel.shards import Shard, assemble
 from weightproof.snapshot import Snapshot, write_matrix, write_part
 from weightproof.weights import iter_tensors, iter_weight_matrices
 

@@ -13,7 +13,7 @@ from worlds import run_world
 
 from weightproof.collective import Processes
 from weightproof.errors import InputError
-from weightproof.shards import assemble
+from weightproof.parallel.shards import assemble
 from weightproof.weights import iter_tensors, iter_weight_matrices, read_structure, storage_identity
 
 

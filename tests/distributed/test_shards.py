@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from worlds import run_world
 
-from weightproof import shards
 from weightproof.collective import Processes
 from weightproof.errors import CollectiveError, InputError
-from weightproof.placements import local_of, refusal_of, settle, shape_of
-from weightproof.shards import assemble, dealt, distribute, flat_kernels, shard_of, slab, whole_here
+from weightproof.parallel import shards
+from weightproof.parallel.placements import local_of, refusal_of, settle, shape_of
+from weightproof.parallel.shards import assemble, dealt, distribute, flat_kernels, shard_of, slab, whole_here
 
 
 def values(*shape, dtype=torch.float32):

@@ -26,7 +26,7 @@ from worlds import run_world
 
 from weightproof.certificate import Certificate
 from weightproof.edits import RTN
-from weightproof.placements import settle
+from weightproof.parallel.placements import settle
 from weightproof.session import STATE_FILE
 from weightproof_callbacks.trainer import GuardCallback
 

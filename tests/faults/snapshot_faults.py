@@ -21,7 +21,7 @@ import crash_cases as cases
 import torch
 from fault_disks import copy_of, snapshot_is_damaged
 
-from weightproof.store_lock import LOCK_FILE
+from weightproof.snapshots.store_lock import LOCK_FILE
 
 LAST_RUN = Path(__file__).with_name("last_run.txt")
 

@@ -20,7 +20,7 @@ from torch import nn
 from worlds import run_world
 
 from weightproof import GuardSession
-from weightproof.tensor_store import same_bits
+from weightproof.snapshots.tensor_store import same_bits
 from weightproof.testing import faults, inject
 from weightproof.testing.drill import ACTED, CHECKS, HARMFUL, Procedure, Row, table
 from weightproof_callbacks.fault_drill import Drill, learnable_windows

@@ -28,10 +28,10 @@ ALLOWED = {
     ("src/weightproof/collective.py", "_copy_to_itself"): "fills the buffers that shards allocate to receive into",
     ("src/weightproof/collective.py", "_move"): "fills the buffers that shards allocate to receive into",
     (
-        "src/weightproof/shards.py",
+        "src/weightproof/parallel/shards.py",
         "_carry",
     ): "fills the wholes and parts that assemble and distribute allocate",
-    ("src/weightproof/shards.py", "_copy_here"): "as in _carry, whose moves it makes",
+    ("src/weightproof/parallel/shards.py", "_copy_here"): "as in _carry, whose moves it makes",
     (
         "callbacks/weightproof_callbacks/optimizer_state.py",
         "_write",
@@ -51,9 +51,9 @@ ALLOWED = {
     ("src/weightproof/curvature/collector.py", "add"): "adds to the sums over tokens that the collector allocates",
     ("src/weightproof/curvature/mask.py", "zero_outside"): "zeroes coefficients, a product with the matrix",
     ("src/weightproof/curvature/projection.py", "_by_saliency"): "zeroes coefficients, a product with the matrix",
-    ("src/weightproof/gram.py", "_add_gram"): "total is the accumulator that gram() allocates",
-    ("src/weightproof/lanczos.py", "_orthogonalise"): "vector is a Lanczos vector, a product with the matrix",
-    ("src/weightproof/lanczos.py", "_step"): "left and right are vectors, products with the matrix",
+    ("src/weightproof/numerics/gram.py", "_add_gram"): "total is the accumulator that gram() allocates",
+    ("src/weightproof/numerics/lanczos.py", "_orthogonalise"): "vector is a Lanczos vector, a product with the matrix",
+    ("src/weightproof/numerics/lanczos.py", "_step"): "left and right are vectors, products with the matrix",
 }
 
 TENSOR_ATTRIBUTES = {"data", "weight", "bias"}

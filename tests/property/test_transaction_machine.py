@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safetensors.torch import load_file, save_file
 
 from weightproof import BaselineError, GuardSession
-from weightproof.tensor_store import same_bits
+from weightproof.snapshots.tensor_store import same_bits
 from weightproof.testing import faults, inject
 from weightproof.testing.tampering import flip_bit
 from weightproof.types import Action

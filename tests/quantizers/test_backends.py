@@ -15,7 +15,7 @@ from torch import nn
 
 from weightproof import GuardSession, kinds
 from weightproof.snapshot import Snapshot
-from weightproof.tensor_store import tensor_digests
+from weightproof.snapshots.tensor_store import tensor_digests
 from weightproof.types import Action
 from weightproof.weights import iter_tensors, iter_weight_matrices
 

@@ -14,8 +14,8 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from trained_adapters import adapter_folder
 
 from weightproof import GuardSession, kinds
-from weightproof.steps import Step
-from weightproof.tensor_store import tensor_digests
+from weightproof.snapshots.tensor_store import tensor_digests
+from weightproof.transactions.steps import Step
 from weightproof.types import Outcome
 from weightproof.weights import iter_tensors
 

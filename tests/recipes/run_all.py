@@ -22,7 +22,7 @@ import torch
 
 from weightproof import cli
 from weightproof.cli.run import size_in_words
-from weightproof.recipe_source import shipped_recipes
+from weightproof.procedure.source import shipped_recipes
 from weightproof_callbacks.demo_model import demo_model
 
 ROOT = Path(__file__).resolve().parents[2]

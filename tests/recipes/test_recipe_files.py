@@ -13,8 +13,8 @@ from weightproof import cli, registry
 from weightproof.edits import RTN
 from weightproof.errors import InputError
 from weightproof.kinds import Quantize
+from weightproof.procedure.source import shipped_recipes
 from weightproof.recipe import load_recipe
-from weightproof.recipe_source import shipped_recipes
 
 GOOD = """
 description: A good one.
@@ -169,9 +169,9 @@ def others():
 def test_recipes_of_another_package_are_found_and_a_clash_is_named_apart(monkeypatch):
     ours = registry.plugins("weightproof.recipes")
     other = EntryPoint("acme", "tests.recipes.test_recipe_files:others", "weightproof.recipes")
-    monkeypatch.setattr("weightproof.recipe_source.plugins", lambda group: {**ours, "acme": other})
+    monkeypatch.setattr("weightproof.procedure.source.plugins", lambda group: {**ours, "acme": other})
     monkeypatch.setattr(
-        "weightproof.recipe_source.load_plugin", lambda group, name: {**ours, "acme": other}[name].load()
+        "weightproof.procedure.source.load_plugin", lambda group, name: {**ours, "acme": other}[name].load()
     )
     found = shipped_recipes()
     assert {"int8", "acme/int8", "acme-only"} <= found.keys()

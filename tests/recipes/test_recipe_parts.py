@@ -13,9 +13,9 @@ from weightproof.edits import RTN
 from weightproof.errors import InputError
 from weightproof.kinds import Cast
 from weightproof.policy import load_policy
-from weightproof.recipe_output import RECIPE, SUMMARY, output_folder
-from weightproof.recipe_result import Sizes
-from weightproof.training_job import TrainingJob
+from weightproof.procedure.output import RECIPE, SUMMARY, output_folder
+from weightproof.procedure.result import Sizes
+from weightproof.procedure.training_job import TrainingJob
 from weightproof.weights import iter_weight_matrices
 from weightproof_callbacks import demo_model as demo
 from weightproof_callbacks.external_edits import CastTo, Quanto, TorchPrune

@@ -14,13 +14,13 @@ from trained_models import load
 
 from weightproof import cli
 from weightproof.certificate import Certificate
-from weightproof.checkpoints import open_checkpoint
+from weightproof.certifying.model_pair import Data
 from weightproof.errors import InputError
-from weightproof.model_pair import Data
+from weightproof.folders.checkpoints import open_checkpoint
+from weightproof.procedure.run import run
+from weightproof.procedure.source import shipped_recipes
 from weightproof.recipe import load_recipe
-from weightproof.recipe_run import run
-from weightproof.recipe_source import shipped_recipes
-from weightproof.tensor_store import tensor_digest
+from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.types import Outcome
 from weightproof.verify import Demands, Status, verify
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from weightproof import certificate_form
+from weightproof.certifying import form as certificate_form
 
 PATH = Path(certificate_form.__file__).parent / "data" / "certificate.schema.json"
 

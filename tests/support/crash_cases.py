@@ -29,12 +29,12 @@ from fault_disks import (
 )
 
 from weightproof.errors import BaselineError, PolicyError
-from weightproof.guard_state import GuardState
-from weightproof.jsonable import json_digest
+from weightproof.folders.jsonable import json_digest
 from weightproof.policy import Policy, load_policy
 from weightproof.probes import State
 from weightproof.session import GuardSession
-from weightproof.snapshot_store import SnapshotFolder
+from weightproof.snapshots.store import SnapshotFolder
+from weightproof.transactions.guard_state import GuardState
 
 Counts = tuple[int, int]
 

@@ -1,4 +1,4 @@
-"""Disks that fail, die or forget, for whatever writes through `weightproof.files.FileSystem`; and folders with state.
+"""Disks that fail, die or forget, for whatever writes through a `FileSystem` of `weightproof.folders.files`.
 
 - `FailingDisk`: one call, or every call from one on, raises an OSError.
 - `DyingDisk`: the process dies at one call: nothing that it still tries reaches the disk.
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from weightproof.errors import RestoreError
-from weightproof.files import FileSystem
-from weightproof.snapshot_store import Saved, SnapshotFolder
+from weightproof.folders.files import FileSystem
+from weightproof.snapshots.store import Saved, SnapshotFolder
 
 CHANGES = ("make_folder", "create", "write", "sync", "rename", "unlink", "sync_folder")
 

@@ -19,8 +19,8 @@ from architectures import build
 from torch import nn
 
 from weightproof import GuardSession
-from weightproof.placements import local_of
-from weightproof.tensor_store import same_bits
+from weightproof.parallel.placements import local_of
+from weightproof.snapshots.tensor_store import same_bits
 
 NAME = "change"
 WEIGHT = "model.layers.1.mlp.down_proj.weight"

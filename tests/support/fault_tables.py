@@ -20,7 +20,9 @@ from architectures import build
 from fault_scenes import NAME, WEIGHT, Fault, Scene, raising
 from torch import nn
 
-from weightproof import GuardSession, changed_matrices, edits, kinds, snapshot, tensor_store
+from weightproof import GuardSession, edits, kinds, snapshot
+from weightproof.readings import changed_matrices
+from weightproof.snapshots import tensor_store
 
 # The limit of the tests in which a rank sleeps or dies.
 SHORT = 2.0

@@ -12,8 +12,8 @@ from typing import Any
 from trained_models import load
 
 from weightproof import Certificate, GuardSession, edits
+from weightproof.folders.jsonable import to_jsonable
 from weightproof.guards.loss import Loss, LossLimits
-from weightproof.jsonable import to_jsonable
 from weightproof.types import LossReading, Readings, StructureReading
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(1)> `x` | & {{ 7*7 }} \u202e'\n## head"

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from weightproof.shards import Shard
+from weightproof.parallel.shards import Shard
 
 T = TypeVar("T")
 

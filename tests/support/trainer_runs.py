@@ -12,7 +12,7 @@ from tests.trainer.markov import trainer_for
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl
 
-from weightproof.placements import local_of
+from weightproof.parallel.placements import local_of
 from weightproof_callbacks.trainer import GuardCallback
 
 ROWS = 16  # a batch of all processes together

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from weightproof.tensor_store import same_bits
+from weightproof.snapshots.tensor_store import same_bits
 from weightproof.testing.tampering import flip_bit, pick_element
 
 

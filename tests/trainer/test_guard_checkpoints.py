@@ -176,7 +176,7 @@ def test_restore_that_fails_ends_training_with_its_error(tmp_path, monkeypatch, 
 
     guard = GuardCallback(every=10)
     trainer = trainer_for(tmp_path, [Fault(48, fill(math.nan)), guard], steps=80, **SAVE)
-    monkeypatch.setattr("weightproof.guarded_model.GuardedModel.restore", fail)
+    monkeypatch.setattr("weightproof.transactions.guarded_model.GuardedModel.restore", fail)
     with caplog.at_level(logging.ERROR, "weightproof"), pytest.raises(RestoreError):
         trainer.train()
     assert trainer.control.should_training_stop

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from weightproof.errors import InputError
-from weightproof.paired import PairedSums, interval
+from weightproof.statistics.paired import PairedSums, interval
 from weightproof_callbacks.metrics import PairedAccuracy, PairedLoss
 
 

@@ -20,7 +20,7 @@ from weightproof.activations import (
 )
 from weightproof.errors import InputError
 from weightproof.families import taps
-from weightproof.windows import digest_items
+from weightproof.forward.windows import digest_items
 
 
 class _Plain(nn.Module):

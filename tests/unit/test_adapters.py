@@ -19,9 +19,9 @@ from trained_adapters import adapted, configuration
 from trained_models import untrained
 
 from weightproof import GuardSession, InputError, kinds
-from weightproof.adapter_deltas import Adapter, AdapterDelta, combine
-from weightproof.adapters import adapter_names, is_adapted, read_adapter, record_base, require_fits
-from weightproof.tensor_store import tensor_digest
+from weightproof.lora.adapters import adapter_names, is_adapted, read_adapter, record_base, require_fits
+from weightproof.lora.deltas import Adapter, AdapterDelta, combine
+from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.weights import iter_tensors, iter_weight_matrices
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, about layers that are tied or turned

@@ -7,7 +7,7 @@ import torch
 from architectures import build
 
 from weightproof import Baseline, BaselineError, GuardSession
-from weightproof.tensor_readings import read_tensors
+from weightproof.readings.tensors import read_tensors
 
 
 @pytest.fixture(scope="module")

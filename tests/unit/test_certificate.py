@@ -9,12 +9,12 @@ import jsonschema
 import pytest
 
 from weightproof import Certificate, InputError
-from weightproof.case_file import Base, CaseFile, statement_of
 from weightproof.certificate import PREDICATE_TYPE, schema
-from weightproof.certificate_form import content_of
-from weightproof.jsonable import to_jsonable
+from weightproof.certifying.form import content_of
+from weightproof.folders.jsonable import to_jsonable
+from weightproof.judgement.case_file import Base, CaseFile, statement_of
 from weightproof.policy import load_policy
-from weightproof.readings_json import from_jsonable, readings_json, readings_of
+from weightproof.readings.readings_json import from_jsonable, readings_json, readings_of
 from weightproof.types import CircuitReading, LossReading, Measurement, Readings
 
 WHOLE = {

@@ -164,7 +164,7 @@ def made(tmp_path_factory):
 
     from weightproof import GuardSession, edits, signing
     from weightproof.certificate import Certificate
-    from weightproof.file_digests import file_digests
+    from weightproof.folders.file_digests import file_digests
 
     folder = tmp_path_factory.mktemp("format")
     torch.manual_seed(0)

@@ -15,11 +15,11 @@ from trained_models import load
 
 from weightproof import cli
 from weightproof.certificate import Certificate
-from weightproof.checkpoint_files import MAX_HEADER_BYTES, MAX_JSON_BYTES
 from weightproof.cli.certify import parse_kind_option
 from weightproof.errors import InputError
+from weightproof.folders.checkpoint_files import MAX_HEADER_BYTES, MAX_JSON_BYTES
+from weightproof.folders.loading import load_model
 from weightproof.kinds import Cast, Plain, Prune, Quantize
-from weightproof.loading import load_model
 from weightproof.signing import generate_key, write_key_pair
 
 
@@ -454,7 +454,7 @@ def test_a_class_that_does_not_run_what_the_files_hold_is_refused(folders, call,
             loaded.model.get_parameter("model.norm.weight").add_(1.0)
         return loaded
 
-    monkeypatch.setattr("weightproof.model_pair.load_model", rescaled)
+    monkeypatch.setattr("weightproof.certifying.model_pair.load_model", rescaled)
     assert "model.norm.weight in memory is not what" in _refused(
         call, tmp_path / "out", folders / "base", folders / "int8"
     )

@@ -12,9 +12,6 @@ from tests.oracles.circuits import ov_values, qk_values
 
 from weightproof import GuardSession
 from weightproof.baseline import Baseline
-from weightproof.change_readings import kept_circuits
-from weightproof.circuit_finder import UNKNOWN, find_circuits
-from weightproof.circuit_readings import config_of, read_circuits, vectors_of
 from weightproof.circuits import (
     MOST_VALUES,
     head_grams,
@@ -27,6 +24,9 @@ from weightproof.circuits import (
 )
 from weightproof.collective import Processes
 from weightproof.probes import State, read_state
+from weightproof.readings.changes import kept_circuits
+from weightproof.readings.circuit_finder import UNKNOWN, find_circuits
+from weightproof.readings.circuits import config_of, read_circuits, vectors_of
 from weightproof.types import Outcome, WeightMatrix
 from weightproof.weights import iter_weight_matrices
 

@@ -21,8 +21,8 @@ from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 
 from weightproof.collective import Processes, deal
 from weightproof.errors import CollectiveError, InputError, PolicyError
-from weightproof.rendezvous import Rendezvous
-from weightproof.timed_store import TimedStore
+from weightproof.parallel.rendezvous import Rendezvous
+from weightproof.parallel.timed_store import TimedStore
 
 # ---------------------------------------------------------------- one process
 

@@ -9,13 +9,14 @@ import torch
 from architectures import build
 from safetensors.torch import load_file, save_file
 
-from weightproof import GuardSession, changed_matrices
-from weightproof.comparison import compare_folders, read_folder
+from weightproof import GuardSession
+from weightproof.certifying.comparison import compare_folders, read_folder
 from weightproof.edits import RTN
 from weightproof.errors import BaselineError, InputError
-from weightproof.judging import judge_all
+from weightproof.judgement.judging import judge_all
 from weightproof.kinds import Prune
 from weightproof.policy import load_policy
+from weightproof.readings import changed_matrices
 from weightproof.types import Outcome
 from weightproof.weights import iter_weight_matrices
 

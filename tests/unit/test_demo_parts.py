@@ -15,7 +15,7 @@ from wandb_records import read_offline_run
 from weightproof import Action, Certificate, Decision, cli
 from weightproof.errors import InputError
 from weightproof.kinds import parse_kind
-from weightproof.steps import Step
+from weightproof.transactions.steps import Step
 from weightproof.types import Assurance
 from weightproof_callbacks.commands import demo_report
 from weightproof_callbacks.commands.corpus import (

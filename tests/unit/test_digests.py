@@ -10,11 +10,11 @@ import torch
 from sharded_models import partition
 from torch import nn
 
-from weightproof import tensor_store
 from weightproof.collective import Processes
 from weightproof.digests import tensor_digests_of
 from weightproof.errors import InputError
-from weightproof.tensor_store import tensor_digest
+from weightproof.snapshots import tensor_store
+from weightproof.snapshots.tensor_store import tensor_digest
 
 
 def by_definition(array: np.ndarray, dtype: str) -> str:
@@ -49,7 +49,7 @@ def test_the_digest_follows_its_definition_whatever_the_memory_layout(name):
 def test_what_lies_otherwise_in_memory_is_copied_in_pieces(monkeypatch):
     array, sizes = np.arange(60, dtype=np.float32).reshape(20, 3), []
     turned = torch.from_numpy(array.T.copy()).T
-    monkeypatch.setattr("weightproof.tensor_store._COPIED_BYTES", 64)
+    monkeypatch.setattr("weightproof.snapshots.tensor_store._COPIED_BYTES", 64)
     raw = tensor_store.raw_bytes
     monkeypatch.setattr(tensor_store, "raw_bytes", lambda tensor: sizes.append(tensor.nbytes) or raw(tensor))
     assert tensor_digest(turned) == by_definition(array, "float32")

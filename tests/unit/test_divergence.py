@@ -12,12 +12,12 @@ import torch
 from architectures import ARCHITECTURES, build
 from torch import nn
 
-from weightproof import windows as windows_module
 from weightproof.activations import calibration_windows, random_windows
-from weightproof.distributions import Tally, compare, keep, kl_terms, merged, normalise
 from weightproof.divergence import capture_outputs, forward_digest, locate_damage, measure_divergence
 from weightproof.errors import BaselineError, InputError
 from weightproof.families import blocks
+from weightproof.forward import windows as windows_module
+from weightproof.forward.distributions import Tally, compare, keep, kl_terms, merged, normalise
 
 _SPEC = importlib.util.spec_from_file_location("oracle_kl", Path(__file__).parents[1] / "oracles" / "kl.py")
 assert _SPEC is not None

@@ -11,12 +11,13 @@ from architectures import build
 from certified_folders import copied, save_tokenizer, write_text
 from safetensors.torch import load_file, save_file
 
-from weightproof import cli, preflight_environment, registry
+from weightproof import cli, registry
+from weightproof.certifying import preflight_environment
+from weightproof.certifying.preflight import CODES, Level, Plan, context_length, examine
 from weightproof.collective import Processes
+from weightproof.folders.loading import load_model
 from weightproof.guards.loss import LossLimits
-from weightproof.loading import load_model
 from weightproof.losses import LossData, LossProbe
-from weightproof.preflight import CODES, Level, Plan, context_length, examine
 from weightproof.signing import generate_key, write_key_pair
 
 
@@ -169,7 +170,7 @@ def test_the_machine_is_examined(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setitem(preflight_environment._MINIMUM, "torch", (99, 0))
-    monkeypatch.setattr("weightproof.preflight._free_memory", lambda: 1)
+    monkeypatch.setattr("weightproof.certifying.preflight._free_memory", lambda: 1)
     levels, sentences = _levels(_plan(folder))
     assert levels["WP003"] is Level.WARN
     assert "one process" in sentences["WP003"]

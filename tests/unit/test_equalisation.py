@@ -12,12 +12,12 @@ from worlds import run_world
 
 from weightproof import GuardSession, InputError, edits
 from weightproof.activations import forward_outputs, tap_moments, undisturbed
-from weightproof.equalisation import Scale, equalise, helps, scale_of, scaled, scales_for, writers
 from weightproof.families import taps
 from weightproof.guards.variance import VarianceLimits
-from weightproof.placements import local_of
+from weightproof.parallel.placements import local_of
 from weightproof.policy import load_policy
 from weightproof.snapshot import MatrixBits
+from weightproof.transactions.equalisation import Scale, equalise, helps, scale_of, scaled, scales_for, writers
 from weightproof.types import LossReading
 from weightproof.weights import iter_weight_matrices
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from weightproof.errors import InputError
-from weightproof.tensor_store import same_bits
+from weightproof.snapshots.tensor_store import same_bits
 from weightproof.testing import faults, inject
 from weightproof.testing.tampering import flip_bit, pick_element
 

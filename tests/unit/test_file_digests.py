@@ -11,8 +11,8 @@ from architectures import build
 from safetensors.torch import load_file, save_file
 
 from weightproof import InputError
-from weightproof.file_digests import file_digests, files_of, left_out, tensor_digests
-from weightproof.tensor_store import tensor_digest
+from weightproof.folders.file_digests import file_digests, files_of, left_out, tensor_digests
+from weightproof.snapshots.tensor_store import tensor_digest
 
 
 @pytest.fixture

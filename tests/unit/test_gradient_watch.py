@@ -15,7 +15,7 @@ from transformers.optimization import (
     get_wsd_schedule,
 )
 
-from weightproof.tensor_store import same_bits
+from weightproof.snapshots.tensor_store import same_bits
 from weightproof_callbacks.gradient_watch import GROSS_RATE_RATIO, GradientWatch
 
 

@@ -195,7 +195,7 @@ def test_unusable_folder_is_one_sentence_and_code_2(tmp_path, capsys, prepare, s
     [("./no/such/folder", "there is no folder"), ("/no/such/folder", "there is no folder")],
 )
 def test_wrong_path_never_asks_the_network(capsys, monkeypatch, argument, sentence):
-    monkeypatch.setattr("weightproof.loading.load_plugin", lambda *_: pytest.fail("asked the Hub"))
+    monkeypatch.setattr("weightproof.folders.loading.load_plugin", lambda *_: pytest.fail("asked the Hub"))
     code, _, err = run(capsys, argument)
     assert code == 3
     assert sentence in err

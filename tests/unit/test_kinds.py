@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from weightproof import contracts
-from weightproof.adapters import Adapter, AdapterDelta
+from weightproof.contracts.quantities import quantities as contracts
 from weightproof.edits import RTN
 from weightproof.errors import InputError
 from weightproof.kinds import (
@@ -26,6 +25,7 @@ from weightproof.kinds import (
     parse_kind,
     typical_quantization_error,
 )
+from weightproof.lora.adapters import Adapter, AdapterDelta
 from weightproof.types import WeightMatrix
 
 _SPEC = importlib.util.spec_from_file_location("oracle_rtn", Path(__file__).parents[1] / "oracles" / "rtn.py")

@@ -11,9 +11,9 @@ from simulated_processes import cut, simulate
 from tests.oracles import spectra as oracle
 
 from weightproof.errors import InputError
-from weightproof.lockstep import ScreenRequest, predicted_bytes, screen
-from weightproof.norms import NormReference
-from weightproof.sharded_lanczos import LocalMatrix, ShardedGolubKahan
+from weightproof.numerics.lockstep import ScreenRequest, predicted_bytes, screen
+from weightproof.numerics.norms import NormReference
+from weightproof.numerics.sharded_lanczos import LocalMatrix, ShardedGolubKahan
 from weightproof.spectrum import delta_norm_bound, estimate_norm, profile, track_norm
 
 CUTS = [("rows", False), ("rows", True), ("columns", False), ("columns", True)]

@@ -22,9 +22,9 @@ from weightproof import GuardSession, edits
 from weightproof.collective import Processes
 from weightproof.errors import InputError
 from weightproof.guards.loss import LossLimits
-from weightproof.loss_items import IGNORED, Form, loss_items
-from weightproof.loss_scores import negative_log_likelihood
-from weightproof.loss_windows import MAX_GROUPS, LossWindows
+from weightproof.loss_data.items import IGNORED, Form, loss_items
+from weightproof.loss_data.scores import negative_log_likelihood
+from weightproof.loss_data.windows import MAX_GROUPS, LossWindows
 from weightproof.losses import LossData, LossProbe
 from weightproof.types import LossReading, Outcome
 

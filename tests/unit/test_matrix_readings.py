@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from weightproof.changed_matrices import relative_delta
-from weightproof.matrix_readings import bound_reading, fit_reading
+from weightproof.readings.changed_matrices import relative_delta
+from weightproof.readings.matrices import bound_reading, fit_reading
 from weightproof.weights import iter_weight_matrices
 
 

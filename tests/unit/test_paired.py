@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from tests.oracles import paired as oracle
 
-from weightproof.bootstrap import bca_levels, bootstrap, degrees_of_freedom, expanded_tail, resampled
-from weightproof.confidence_sequence import _critical, _Moments
 from weightproof.errors import InputError
-from weightproof.paired import METHODS, Interval, PairedSums, Sequential, interval, perplexity, random_order
+from weightproof.statistics.bootstrap import bca_levels, bootstrap, degrees_of_freedom, expanded_tail, resampled
+from weightproof.statistics.confidence_sequence import _critical, _Moments
+from weightproof.statistics.paired import METHODS, Interval, PairedSums, Sequential, interval, perplexity, random_order
 
 
 def sample(num_groups=40, seed=0, change=0.01, spread=0.03, sigma=0.5):
@@ -250,7 +250,7 @@ class TestBootstrap:
     def test_many_groups_are_drawn_in_parts_of_bounded_size(self, monkeypatch):
         sums = PairedSums(*sample(50))
         whole = resampled(sums, 300)
-        monkeypatch.setattr("weightproof.bootstrap._CHUNK_ELEMENTS", 50 * 7)
+        monkeypatch.setattr("weightproof.statistics.bootstrap._CHUNK_ELEMENTS", 50 * 7)
         np.testing.assert_array_equal(resampled(sums, 300), whole)
 
 

@@ -14,9 +14,11 @@ from worlds import run_world
 
 from weightproof import GuardSession, InputError, edits, kinds
 from weightproof.collective import Processes
-from weightproof.edit_records import Subject
 from weightproof.errors import RestoreError
-from weightproof.partial_revert import (
+from weightproof.parallel.placements import local_of
+from weightproof.snapshot import Snapshot, write_matrix
+from weightproof.transactions.edit_records import Subject
+from weightproof.transactions.partial_revert import (
     MOST_ROUNDS,
     Group,
     breaches,
@@ -27,8 +29,6 @@ from weightproof.partial_revert import (
     stored_name,
     without,
 )
-from weightproof.placements import local_of
-from weightproof.snapshot import Snapshot, write_matrix
 from weightproof.types import Action, BlockError, ContractReading, Measurement, Outcome
 from weightproof.weights import iter_weight_matrices
 

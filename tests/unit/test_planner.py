@@ -9,7 +9,7 @@ import pytest
 import torch
 import trained_models
 
-from weightproof import GuardSession, planner, recipe_run
+from weightproof import GuardSession, planner
 from weightproof.cli import main
 from weightproof.edits import RTN
 from weightproof.errors import InputError
@@ -17,6 +17,7 @@ from weightproof.planner import Choice, MixedPlan, ModelSize, Option
 from weightproof.planner.sizes import Grid
 from weightproof.policy import load_policy
 from weightproof.probes import digest_of, read_tensors
+from weightproof.procedure import run as recipe_run
 from weightproof.recipe import load_recipe
 from weightproof.weights import iter_weight_matrices
 

@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 
 from weightproof.marchenko_pastur import fit_bulk
-from weightproof.plots import FLOOR, Candidate, bulk_density, decision_png, inspect_png, pure_bulk_curve, spectrum_png
+from weightproof.reporting.plots import (
+    FLOOR,
+    Candidate,
+    bulk_density,
+    decision_png,
+    inspect_png,
+    pure_bulk_curve,
+    spectrum_png,
+)
 from weightproof.types import BulkFit
 
 

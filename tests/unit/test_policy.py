@@ -12,6 +12,7 @@ from hand_readings import verdict
 
 from weightproof import GuardSession
 from weightproof.errors import InputError, PolicyError
+from weightproof.folders.jsonable import canonical_json, json_digest, to_jsonable
 from weightproof.guards.circuits import Circuits
 from weightproof.guards.divergence import Divergence
 from weightproof.guards.invariants import Invariants
@@ -19,9 +20,8 @@ from weightproof.guards.loss import Loss
 from weightproof.guards.rmt import RMT
 from weightproof.guards.spectral import Spectral
 from weightproof.guards.variance import Variance
-from weightproof.jsonable import canonical_json, json_digest, to_jsonable
+from weightproof.judgement.situations import SITUATIONS
 from weightproof.policy import TIERS, Policy, decide, decision_digest, evidence_digest, load_policy
-from weightproof.situations import SITUATIONS
 from weightproof.types import Action, Assurance, Measurement, Outcome, Verdict
 
 GUARDS = (Invariants, Spectral, RMT, Circuits, Divergence, Variance, Loss)

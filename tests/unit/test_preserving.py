@@ -12,10 +12,10 @@ from trained_models import load
 from weight_edits import SMALL, Edit, apply_edit, int8_per_channel, preserving_edits, round_to_bf16
 
 from weightproof import GuardSession
+from weightproof.contracts.preserving import preserving_readings
 from weightproof.kinds import Plain
-from weightproof.preserving import preserving_readings
 from weightproof.probes import read_state
-from weightproof.steps import Step
+from weightproof.transactions.steps import Step
 from weightproof.types import DivergenceReading, Outcome
 
 

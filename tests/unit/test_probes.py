@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from weightproof import BaselineError, GuardSession
-from weightproof.change_readings import ChangeScope, read_change
-from weightproof.changed_matrices import relative_delta
 from weightproof.probes import read_state
+from weightproof.readings.changed_matrices import relative_delta
+from weightproof.readings.changes import ChangeScope, read_change
+from weightproof.readings.tensors import count_nonfinite
 from weightproof.snapshot import Snapshot
-from weightproof.tensor_readings import count_nonfinite
 
 TRAINED = "0.weight"
 

@@ -8,7 +8,7 @@ from scipy import stats
 from tests.oracles import paired as oracle
 
 from weightproof.errors import InputError
-from weightproof.proportions import PairedCounts, mcnemar, negated, newcombe, paired_counts, wilson
+from weightproof.statistics.proportions import PairedCounts, mcnemar, negated, newcombe, paired_counts, wilson
 
 # Airway hyper-responsiveness before and after a treatment (Bentur and others, 2009), a textbook example.
 BENTUR = PairedCounts(both=1, lost=7, gained=1, neither=12)

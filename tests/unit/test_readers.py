@@ -13,11 +13,12 @@ from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations, prune
 
-from weightproof import GuardSession, kinds, readers
+from weightproof import GuardSession, kinds
 from weightproof.errors import InputError, SnapshotError
-from weightproof.readers import PackedWeight, read_packed
+from weightproof.folders import readers
+from weightproof.folders.readers import PackedWeight, read_packed
 from weightproof.snapshot import Snapshot, write_matrix
-from weightproof.tensor_store import tensor_digests
+from weightproof.snapshots.tensor_store import tensor_digests
 from weightproof.types import Action
 from weightproof.weights import iter_tensors, iter_weight_matrices
 from weightproof_callbacks.quantizers import packages

@@ -13,8 +13,8 @@ from report_cases import HOSTILE, about_last, certificate, hostile, kept, statem
 
 from weightproof import Certificate, GuardSession, InputError, report
 from weightproof.cli import main
-from weightproof.report_heat import heat_map
-from weightproof.report_words import number
+from weightproof.reporting.heat import heat_map
+from weightproof.reporting.words import number
 from weightproof.signing import generate_key
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "base", "col", "wbr"}

@@ -9,8 +9,8 @@ import time
 import crash_cases
 import torch
 
-from weightproof.snapshot_store import SnapshotFolder
-from weightproof.tensor_store import model_digest, tensor_digests
+from weightproof.snapshots.store import SnapshotFolder
+from weightproof.snapshots.tensor_store import model_digest, tensor_digests
 from weightproof_callbacks.training_state import TrainingState
 
 STEPS = 30

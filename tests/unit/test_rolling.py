@@ -9,9 +9,9 @@ import torch
 from tests.support.chains import tiny_llama
 
 from weightproof.errors import InputError, RestoreError
-from weightproof.rolling import GoodState, Rolling, RollingOptions, place_of_snapshots
 from weightproof.session import GuardSession
-from weightproof.steps import SafePoint
+from weightproof.transactions.rolling import GoodState, Rolling, RollingOptions, place_of_snapshots
+from weightproof.transactions.steps import SafePoint
 from weightproof.types import Action
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weightproof import rng
-from weightproof.run_agreement import (
+from weightproof.parallel.run_agreement import (
     LARGEST_ROW,
     BatchLedger,
     Given,

@@ -11,19 +11,11 @@ import torch
 from architectures import build
 from torch import nn
 
-from weightproof import (
-    BaselineError,
-    Certificate,
-    EditRejectedError,
-    GuardSession,
-    InputError,
-    edits,
-    kinds,
-    tensor_readings,
-    tensor_store,
-)
-from weightproof.guard_state import GuardState
+from weightproof import BaselineError, Certificate, EditRejectedError, GuardSession, InputError, edits, kinds
+from weightproof.readings import tensors as tensor_readings
 from weightproof.snapshot import tensor_digest
+from weightproof.snapshots import tensor_store
+from weightproof.transactions.guard_state import GuardState
 from weightproof.types import Action, Outcome
 
 

@@ -7,17 +7,8 @@ import torch
 from architectures import build
 from torch import nn
 
-from weightproof import (
-    Certificate,
-    GuardSession,
-    InputError,
-    PolicyError,
-    RestoreError,
-    edits,
-    evidence,
-    kinds,
-    load_policy,
-)
+from weightproof import Certificate, GuardSession, InputError, PolicyError, RestoreError, edits, kinds, load_policy
+from weightproof.judgement import evidence
 from weightproof.policy import decision_digest
 from weightproof.snapshot import Snapshot
 from weightproof.types import Action, Outcome

@@ -17,9 +17,9 @@ from torch.nn.utils import parametrize, prune
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from weightproof import snapshot as snapshot_module
-from weightproof import tensor_store
 from weightproof.errors import InputError, RestoreError, SnapshotError
 from weightproof.snapshot import Snapshot, model_digest, tensor_digest, write_matrix
+from weightproof.snapshots import tensor_store
 from weightproof.types import WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices
 

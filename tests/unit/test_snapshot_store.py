@@ -38,13 +38,13 @@ from worlds import run_world
 
 from weightproof.collective import Processes
 from weightproof.errors import CollectiveError, InputError, RestoreError, SnapshotError
-from weightproof.files import write_atomically
-from weightproof.placements import local_of
+from weightproof.folders.files import write_atomically
+from weightproof.parallel.placements import local_of
 from weightproof.snapshot import Snapshot
-from weightproof.snapshot_store import SnapshotFolder
-from weightproof.store_lock import LOCK_FILE
-from weightproof.tensor_files import object_name
-from weightproof.tensor_store import same_bits
+from weightproof.snapshots.store import SnapshotFolder
+from weightproof.snapshots.store_lock import LOCK_FILE
+from weightproof.snapshots.tensor_files import object_name
+from weightproof.snapshots.tensor_store import same_bits
 
 RANK = "rank-0000-of-0001"
 

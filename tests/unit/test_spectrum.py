@@ -8,9 +8,9 @@ import torch
 from tests.oracles import spectra as oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightproof import gram, lanczos, matrices, norms
 from weightproof.errors import InputError
-from weightproof.matrices import seeded_generator
+from weightproof.numerics import gram, lanczos, matrices, norms
+from weightproof.numerics.matrices import seeded_generator
 from weightproof.spectrum import (
     NormEstimate,
     NormReference,

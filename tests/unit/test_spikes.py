@@ -6,8 +6,8 @@ import statistics
 
 import pytest
 
-from weightproof import spikes
-from weightproof.spikes import (
+from weightproof.statistics import spikes
+from weightproof.statistics.spikes import (
     is_gross_norm,
     is_high,
     is_lasting,

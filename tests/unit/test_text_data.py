@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from weightproof.errors import InputError
-from weightproof.text_data import PIECE_CHARACTERS, read_examples
+from weightproof.folders.text_data import PIECE_CHARACTERS, read_examples
 
 
 def encode(text: str) -> list[int]:

@@ -10,9 +10,9 @@ from tests.support.chains import tiny_llama
 
 from weightproof.collective import Processes
 from weightproof.divergence import capture_outputs, measure_divergence
+from weightproof.forward.windows import random_windows
 from weightproof.session import GuardSession
-from weightproof.training_turns import TrainingTurns
-from weightproof.windows import random_windows
+from weightproof.transactions.training_turns import TrainingTurns
 
 
 def test_every_norm_and_spectrum_has_its_turn():

@@ -18,19 +18,19 @@ from architectures import build
 from safetensors.torch import load_file, save_file
 
 from weightproof import Certificate, GuardSession, InputError, edits, kinds, signing
-from weightproof.case_file import Base, CaseFile, statement_of
 from weightproof.certificate import schema
-from weightproof.certificate_form import content_of
-from weightproof.certification import Request, certify_folders
+from weightproof.certifying.certification import Request, certify_folders
+from weightproof.certifying.form import content_of
+from weightproof.certifying.model_pair import Data
 from weightproof.cli import main
-from weightproof.evidence import not_tested, step_json
-from weightproof.jsonable import canonical_json
-from weightproof.judging import Judged, decide_on, judge_all
-from weightproof.model_pair import Data
+from weightproof.folders.jsonable import canonical_json
+from weightproof.judgement.case_file import Base, CaseFile, statement_of
+from weightproof.judgement.evidence import not_tested, step_json
+from weightproof.judgement.judging import Judged, decide_on, judge_all
 from weightproof.policy import decision_digest, evidence_digest, load_policy
-from weightproof.readings_json import readings_json
-from weightproof.steps import Step
-from weightproof.tensor_store import model_digest
+from weightproof.readings.readings_json import readings_json
+from weightproof.snapshots.tensor_store import model_digest
+from weightproof.transactions.steps import Step
 from weightproof.types import Action
 from weightproof.verify import Demands, Status, verify
 

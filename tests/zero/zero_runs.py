@@ -24,8 +24,8 @@ from zero_engines import (
     write,
 )
 
-from weightproof import placements
 from weightproof.errors import InputError
+from weightproof.parallel import placements
 from weightproof_callbacks.sharded import ZeroMasters, find_masters
 from weightproof_callbacks.training_state import clear_optimizer_state
 

@@ -12,7 +12,7 @@ from zero_runs import copies, masters_of
 
 from weightproof import GuardSession, edits
 from weightproof.errors import InputError
-from weightproof.steps import Step
+from weightproof.transactions.steps import Step
 
 HEAD = "lm_head.weight"
 

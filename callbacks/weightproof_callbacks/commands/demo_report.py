@@ -13,8 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from weightproof.steps import Cost, Step
 from weightproof.trackers import worst_measurements
+from weightproof.transactions.steps import Cost, Step
 from weightproof.types import Measurement, Outcome
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from transformers.utils import logging as transformers_logging
 from weightproof import GuardCallback, GuardSession
 from weightproof.edits import RTN
 from weightproof.marchenko_pastur import fit_bulk
-from weightproof.plots import Candidate, decision_png
 from weightproof.probes import digest_of, read_tensors
+from weightproof.reporting.plots import Candidate, decision_png
 from weightproof.snapshot import write_matrix
-from weightproof.steps import Cost, Step
+from weightproof.transactions.steps import Cost, Step
 from weightproof.types import BulkFit
 from weightproof.weights import iter_checkpoint_matrices, iter_weight_matrices
 from weightproof_callbacks.commands import corpus, demo_report, small_model

@@ -14,7 +14,7 @@ import typer
 
 from weightproof.cli.certify import check_output
 from weightproof.errors import InputError
-from weightproof.loading import resolve_folder
+from weightproof.folders.loading import resolve_folder
 
 if TYPE_CHECKING:
     from weightproof.testing.drill import Procedure, Row
@@ -54,7 +54,7 @@ def drill(  # noqa: PLR0913, PLR0917 - one option a line
         "as_expected": all(row.expected for row in rows),
     }
     if output is not None:
-        from weightproof.files import write_atomically
+        from weightproof.folders.files import write_atomically
 
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / RESULT, json.dumps(content, indent=1).encode())
@@ -90,7 +90,7 @@ def _rows(folder: Path, data: Path | None, names: list[str], procedure: Procedur
     from accelerate import Accelerator
     from tqdm import tqdm
 
-    from weightproof.loading import load_model
+    from weightproof.folders.loading import load_model
     from weightproof.testing.faults import make_fault
     from weightproof_callbacks.fault_drill import Drill
 
@@ -132,7 +132,7 @@ def _windows(loaded: Any, data: Path | None, procedure: Procedure) -> Any:
         if not isinstance(vocabulary, int):
             raise InputError("the model does not say how many tokens it knows: give it text with --data")
         return learnable_windows(vocabulary, count, procedure.window, procedure.seed)
-    from weightproof.text_data import read_examples
+    from weightproof.folders.text_data import read_examples
 
     ids: list[int] = []
     for example in read_examples(data, loaded.encode, name="data"):

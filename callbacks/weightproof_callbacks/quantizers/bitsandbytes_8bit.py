@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightproof.readers import PackedWeight, Reading
+from weightproof.folders.readers import PackedWeight, Reading
 from weightproof_callbacks.quantizers.subclasses import parameter
 
 

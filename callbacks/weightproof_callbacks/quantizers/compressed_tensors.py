@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightproof.readers import PackedWeight, Reading, plain_copy
+from weightproof.folders.readers import PackedWeight, Reading, plain_copy
 from weightproof_callbacks.quantizers.packages import missing
 
 _WORD = 32

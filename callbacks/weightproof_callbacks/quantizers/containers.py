@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightproof.readers import PackedWeight, Reading
+from weightproof.folders.readers import PackedWeight, Reading
 
 _WORD = 32
 _WIDTHS = (2, 4, 8)

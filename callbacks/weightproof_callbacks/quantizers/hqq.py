@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weightproof.readers import PackedWeight, Reading, plain_copy
+from weightproof.folders.readers import PackedWeight, Reading, plain_copy
 from weightproof_callbacks.quantizers.packages import missing
 
 

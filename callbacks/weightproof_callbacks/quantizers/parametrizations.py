@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from weightproof.readers import PackedWeight, Reading
+from weightproof.folders.readers import PackedWeight, Reading
 
 
 class ParametrizationReader:

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from weightproof.readers import PackedWeight, Reading
+from weightproof.folders.readers import PackedWeight, Reading
 
 _ORIGINAL, _MASK = "_orig", "_mask"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from weightproof.readers import Reading
+from weightproof.folders.readers import Reading
 from weightproof_callbacks.quantizers.subclasses import comes_from, parameter, subclass_weight
 
 

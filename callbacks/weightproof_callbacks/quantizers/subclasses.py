@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weightproof.readers import PackedWeight, flat_tensors, plain_copy, rebuilt, wrappers
+from weightproof.folders.readers import PackedWeight, flat_tensors, plain_copy, rebuilt, wrappers
 
 
 def parameter(module: nn.Module, name: str = "weight") -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightproof.readers import PackedWeight, Reading
+from weightproof.folders.readers import PackedWeight, Reading
 
 
 class TorchDynamicReader:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from weightproof.contracts.words import KINDS, kind_from_words
 from weightproof.errors import InputError
-from weightproof.kind_words import KINDS, kind_from_words
-from weightproof.loading import resolve_folder
+from weightproof.folders.loading import resolve_folder
 
 if TYPE_CHECKING:
     from weightproof.certificate import Certificate
-    from weightproof.certification import Certified
+    from weightproof.certifying.certification import Certified
 
 CERTIFICATE = "certificate.json"
 REPORT = "report.html"
@@ -50,8 +50,8 @@ def certify(  # noqa: PLR0913, PLR0917 - one option a line
     check_output(output)
     if model_card and not Path(subject).expanduser().is_dir():
         raise InputError(f"--model-card writes into the subject's folder, and {subject} is no local folder")
-    from weightproof.certification import Request, certify_folders
-    from weightproof.model_pair import Data
+    from weightproof.certifying.certification import Request, certify_folders
+    from weightproof.certifying.model_pair import Data
     from weightproof.policy import load_policy
 
     key = None
@@ -106,7 +106,7 @@ def check_output(output: Path) -> None:
 def write_evidence(certificate: Certificate, output: Path, key: Any) -> tuple[Path, Path]:
     """Write certificate and report into a folder; each file is the old one or the new one, never a part."""
     from weightproof.certificate import Certificate
-    from weightproof.files import write_atomically
+    from weightproof.folders.files import write_atomically
     from weightproof.report import html
 
     path = certificate.save(output / CERTIFICATE, key)

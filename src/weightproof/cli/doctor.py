@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weightproof.preflight import Finding
+    from weightproof.certifying.preflight import Finding
 
 STYLES = {"OK": "green", "WARN": "yellow", "ERROR": "bold red"}
 
@@ -28,7 +28,7 @@ def doctor(  # noqa: PLR0913, PLR0917 - one option a line
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check environment, models, data, policy and key before a long run. Exit code 1 if something would be refused."""
-    from weightproof.preflight import Level, Plan, examine
+    from weightproof.certifying.preflight import Level, Plan, examine
 
     folders = [None if name is None else _folder(name) for name in (base, subject)]
     found = examine(Plan(folders[0], folders[1], retain, target, policy, key, output))
@@ -43,7 +43,7 @@ def doctor(  # noqa: PLR0913, PLR0917 - one option a line
 
 def _folder(name: str) -> Path:
     """A local path as it is, so that a folder that is missing is a finding; else what a Hub id resolves to."""
-    from weightproof.loading import HUB_ID, resolve_folder
+    from weightproof.folders.loading import HUB_ID, resolve_folder
 
     path = Path(name).expanduser()
     is_id = not path.exists() and HUB_ID.fullmatch(name) is not None and "/" in name and not path.parent.exists()

@@ -44,7 +44,7 @@ def fit(  # noqa: PLR0913, PLR0917 - one option a line
     from weightproof.curvature.factors import Factors
     from weightproof.curvature.fitting import correct_eigenvalues, fit_cost
     from weightproof.curvature.text_batches import TextBatches
-    from weightproof.loading import load_model, resolve_folder
+    from weightproof.folders.loading import load_model, resolve_folder
 
     _require_place(out)
     before = None if resume is None else Factors.load(resume)
@@ -98,7 +98,7 @@ def show(
 
     factors = Factors.load(path)
     if model is not None:
-        from weightproof.loading import load_model, resolve_folder
+        from weightproof.folders.loading import load_model, resolve_folder
 
         factors.require_weights(load_model(resolve_folder(model)).model)
     if not as_json:

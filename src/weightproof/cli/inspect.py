@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weightproof.errors import InputError
-from weightproof.loading import resolve_folder
+from weightproof.folders.loading import resolve_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,8 +121,8 @@ def _check_plot(path: Path) -> None:
 
 
 def _write_plot(path: Path, report: SpectralReport) -> None:
-    from weightproof.files import write_atomically
-    from weightproof.plots import inspect_png
+    from weightproof.folders.files import write_atomically
+    from weightproof.reporting.plots import inspect_png
 
     write_atomically(path, inspect_png(report.model, report.fits))
     sys.stderr.write(f"wrote {path}\n")

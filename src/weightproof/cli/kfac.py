@@ -51,8 +51,8 @@ def sweep_command(  # noqa: PLR0913, PLR0917 - one option a line
     from weightproof.curvature.text_batches import TextBatches
     from weightproof.edits.kfac import DEFAULT_TARGETS
     from weightproof.edits.kfac_sweep import clean_nll, recall, sweep
-    from weightproof.loading import load_model, resolve_folder
-    from weightproof.text_data import read_examples
+    from weightproof.folders.loading import load_model, resolve_folder
+    from weightproof.folders.text_data import read_examples
 
     shares = _numbers(energies)
     loaded = load_model(resolve_folder(model), device=device)
@@ -88,7 +88,7 @@ def _words(text: str) -> list[str]:
 
 def _write(out: Path, rows: Sequence[SweepRow]) -> None:
     from weightproof.edits.kfac_picture import sweep_png
-    from weightproof.files import make_folders, write_atomically
+    from weightproof.folders.files import make_folders, write_atomically
 
     make_folders(out)
     write_atomically(out / "sweep.json", json.dumps([vars(row) for row in rows], indent=2, default=dict).encode())

@@ -76,7 +76,7 @@ def diff(
 
 def values_of(policy: Policy) -> dict[str, Any]:
     """Every value of a resolved policy under a dotted key, limits by family apart."""
-    from weightproof.jsonable import to_jsonable
+    from weightproof.folders.jsonable import to_jsonable
 
     found: dict[str, Any] = {
         "mode": policy.mode,

@@ -41,7 +41,7 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="Print the
 @app.command()
 def show(recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a file.")]) -> None:
     """Print a recipe as it is written, comments too."""
-    from weightproof.recipe_source import find_recipe
+    from weightproof.procedure.source import find_recipe
 
     sys.stdout.write(find_recipe(recipe).text)
 
@@ -53,8 +53,8 @@ def copy(
 ) -> None:
     """Write a recipe to a file of your own; an existing file is left alone."""
     from weightproof.errors import InputError
-    from weightproof.files import write_atomically
-    from weightproof.recipe_source import find_recipe
+    from weightproof.folders.files import write_atomically
+    from weightproof.procedure.source import find_recipe
 
     found = find_recipe(recipe)
     path = Path(f"{found.name}.yaml") if to is None else to
@@ -70,10 +70,10 @@ def copy(
 def described() -> list[dict[str, Any]]:
     """Name, command, steps and description of every installed recipe; why one cannot be used."""
     from weightproof.errors import InputError
-    from weightproof.plain_yaml import parse_yaml
+    from weightproof.folders.plain_yaml import parse_yaml
+    from weightproof.procedure.fields import Fields
+    from weightproof.procedure.source import shipped_recipes
     from weightproof.recipe import GROUPS
-    from weightproof.recipe_fields import Fields
-    from weightproof.recipe_source import shipped_recipes
 
     rows: list[dict[str, Any]] = []
     for name, file in shipped_recipes().items():

@@ -27,7 +27,7 @@ def report(  # noqa: PLR0913, PLR0917 - the options of the verb
 ) -> None:
     """Write the report of a certificate. It checks nothing: `weightproof verify` does."""
     from weightproof.certificate import Certificate
-    from weightproof.files import write_atomically
+    from weightproof.folders.files import write_atomically
     from weightproof.report import html, markdown, summary
 
     if as_html and as_markdown:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from weightproof.recipe_result import RecipeResult, StepResult
+    from weightproof.procedure.result import RecipeResult, StepResult
 
 STYLES = {"KEEP": "green", "ROLLBACK": "bold red", "HALT": "bold red"}
 
@@ -34,8 +34,8 @@ def run(  # noqa: PLR0913, PLR0917 - one option a line
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Run a recipe. Exit code 0: every step ended as the recipe expects; 1: one did not; 3: bad input."""
+    from weightproof.procedure.run import run as carry_out
     from weightproof.recipe import load_recipe
-    from weightproof.recipe_run import run as carry_out
 
     found = load_recipe(recipe, sets=sets or (), fast=fast)
     result = carry_out(found, out, model=model, cache=cache, say=_say, progress=sys.stderr.isatty())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightproof.loading import resolve_folder
+from weightproof.folders.loading import resolve_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +58,7 @@ def verify(  # noqa: PLR0913, PLR0917 - one option a line
 ) -> None:
     """Verify a certificate. Exit code 0 valid, 1 invalid, 2 undecided; valid does not mean that the change was kept."""
     from weightproof.certificate import Certificate
-    from weightproof.model_pair import Data
+    from weightproof.certifying.model_pair import Data
     from weightproof.policy import load_policy
     from weightproof.signing import load_public_key
     from weightproof.verify import Demands

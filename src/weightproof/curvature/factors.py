@@ -21,8 +21,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from weightproof.errors import InputError
-from weightproof.files import write_atomically
-from weightproof.tensor_store import tensor_digest
+from weightproof.folders.files import write_atomically
+from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.types import WeightMatrix
 from weightproof.weights import iter_weight_matrices
 

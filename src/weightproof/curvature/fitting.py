@@ -22,10 +22,10 @@ from weightproof.curvature.eigenbasis import eigenbasis
 from weightproof.curvature.factors import Factor, Factors, Source
 from weightproof.curvature.objectives import Objective, objective_of, prepared
 from weightproof.errors import InputError
-from weightproof.tensor_store import readable, tensor_digest
+from weightproof.forward.windows import digest_items, takes
+from weightproof.snapshots.tensor_store import readable, tensor_digest
 from weightproof.types import WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices, storage_identity, unwrap
-from weightproof.windows import digest_items, takes
 
 __all__ = ["FitCost", "correct_eigenvalues", "fit_cost", "fit_factors"]
 

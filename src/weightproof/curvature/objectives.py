@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from weightproof.calibration import LABEL_NAMES
 from weightproof.errors import InputError
-from weightproof.loss_items import IGNORED, task_of
-from weightproof.matrices import seeded_generator
+from weightproof.forward.calibration import LABEL_NAMES
+from weightproof.loss_data.items import IGNORED, task_of
+from weightproof.numerics.matrices import seeded_generator
 
 __all__ = ["LABELS", "Objective", "objective_of"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weightproof.errors import InputError
-from weightproof.text_data import Encode, read_examples
+from weightproof.folders.text_data import Encode, read_examples
 
 __all__ = ["TextBatches"]
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightproof.calibration import calibration_windows
 from weightproof.edits.grids import Steps, range_of, steps_of
 from weightproof.edits.hessians import input_hessians
 from weightproof.edits.selection import Selection
 from weightproof.errors import InputError
+from weightproof.forward.calibration import calibration_windows
+from weightproof.forward.windows import Windows
 from weightproof.kinds import Quantize, check_grid
 from weightproof.types import ContractReading, WeightMatrix
 from weightproof.weights import iter_weight_matrices
-from weightproof.windows import Windows
 
 _BLOCK = 128
 # Sums of squares in another order differ in their last bits.
@@ -100,9 +100,9 @@ class GPTQ(Selection):
         symmetric: Levels around 0; False adds a zero point.
         damping: Added to the diagonal of H, as a share of its mean.
         act_order: Round the inputs of the largest second moment first, while errors can still be spread.
-        data: Calibration data (see `weightproof.calibration.calibration_windows`), best of a few tens of windows that
-            the retain data does not hold. None: the session's few windows on which outputs are compared, those of
-            its retain data or, without them, random tokens.
+        data: Calibration data (see `weightproof.forward.calibration.calibration_windows`), best of a few tens of
+            windows that the retain data does not hold. None: the session's few windows on which outputs are compared,
+            those of its retain data or, without them, random tokens.
         num_windows: How many windows of `data` to take.
         include: See `weightproof.edits.selection.Selection`.
         exclude: Globs that win over `include`.

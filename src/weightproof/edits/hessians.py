@@ -17,11 +17,11 @@ from weightproof.activations import hooked, real_positions
 from weightproof.collective import Processes
 from weightproof.errors import InputError
 from weightproof.families import public_names, unwrap
-from weightproof.outputs import read_batches
-from weightproof.passes import whole
-from weightproof.placements import class_of
+from weightproof.forward.outputs import read_batches
+from weightproof.forward.passes import whole
+from weightproof.forward.windows import Windows
+from weightproof.parallel.placements import class_of
 from weightproof.types import WeightMatrix
-from weightproof.windows import Windows
 
 _OPERATION = "second moments of layer inputs"
 

@@ -22,8 +22,8 @@ from weightproof.edits.kfac import DEFAULT_TARGETS, KFAC
 from weightproof.edits.selection import Selection
 from weightproof.errors import InputError
 from weightproof.kinds import Plain
-from weightproof.low_rank import directions
-from weightproof.matrices import seeded_generator
+from weightproof.numerics.low_rank import directions
+from weightproof.numerics.matrices import seeded_generator
 from weightproof.types import WeightMatrix
 
 CONTROLS = ("random", "inverse", "svd")

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 from weightproof.edits.kfac_sweep import SweepRow
-from weightproof.plots import BLUE, DPI, GREEN, INK, ORANGE, PURPLE, RED
+from weightproof.reporting.plots import BLUE, DPI, GREEN, INK, ORANGE, PURPLE, RED
 
 # A rise below this is drawn here: the axis is logarithmic.
 _LEAST = 1e-4

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from weightproof import kinds
-from weightproof.adapters import Adapter, AdapterDelta, is_adapted, read_adapter, require_fits
 from weightproof.edits.selection import Selection
 from weightproof.errors import InputError
+from weightproof.lora.adapters import Adapter, AdapterDelta, is_adapted, read_adapter, require_fits
 from weightproof.types import WeightMatrix
 
 

@@ -15,7 +15,7 @@ from weightproof.types import WeightMatrix
 # use are small or fragile, and quantizers leave them alone unless told otherwise.
 DEFAULT_FAMILIES = ("attn", "ffn", "expert")
 
-# Of a bias or a norm seen as an n x 1 matrix (`weightproof.plans.vectors`).
+# Of a bias or a norm seen as an n x 1 matrix (`weightproof.judgement.plans.vectors`).
 VECTOR_FAMILY = "vector"
 
 

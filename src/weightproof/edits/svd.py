@@ -9,7 +9,7 @@ import torch
 
 from weightproof.edits.selection import Selection
 from weightproof.errors import InputError
-from weightproof.low_rank import LowRank, directions
+from weightproof.numerics.low_rank import LowRank, directions
 from weightproof.types import WeightMatrix
 
 

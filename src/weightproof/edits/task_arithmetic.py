@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from weightproof import kinds
-from weightproof.checkpoints import StoredTensor, open_checkpoint
 from weightproof.edits.magnitudes import digit_counts, dropped, kth_smallest
 from weightproof.edits.selection import VECTOR_FAMILY, Selection
 from weightproof.errors import InputError
-from weightproof.tensor_store import tensor_digest
+from weightproof.folders.checkpoints import StoredTensor, open_checkpoint
+from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.types import WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices
 

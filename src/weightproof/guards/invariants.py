@@ -9,7 +9,8 @@ No number here is a tuned limit: each is exact. In the order in which they are r
 - finiteness of every parameter and buffer, and of the raw losses of a window of training;
 - what else a window of training showed: too many steps without a usable gradient, masters that hold other weights,
   moments that no gradients could have made, processes that were given each other's batches,
-  and a loss that rose and stayed there (limits in `weightproof.spikes`; the one entry that is no exact fact);
+  and a loss that rose and stayed there (limits in `weightproof.statistics.spikes`; the one entry that is
+  no exact fact);
 - scope: a changed tensor that no declared target covers is FAIL;
 - reach: block matrices that a declared quantization left as they were are WARN, with their share;
 - contract: a breach of a rigorous bound is FAIL, of a typical size WARN, an unmeasured one WARN (`guards.contract`).
@@ -26,7 +27,7 @@ from weightproof.guards.contract import judge_contract, no_op_words
 from weightproof.guards.reach import judge_reach
 from weightproof.guards.scope import Scope, changed_tensors
 from weightproof.guards.structure import judge_structure
-from weightproof.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is_witnessed
+from weightproof.statistics.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is_witnessed
 from weightproof.types import EditRecord, Measurement, Outcome, Readings, Verdict
 
 WITH_CONTRACT = frozenset({"cast", "quantize", "prune", "lora_merge", "low_rank"})

@@ -24,7 +24,8 @@ class VarianceLimits:
         band: |log(v'/v)|. Variance equalisation corrects scales down to .85 (docs/guards/variance.md), which is a
             ratio of second moments of .85^-2, in logarithms .325; beyond it equalisation cannot repair.
         gross_band: FAIL beyond this; a factor 10, as for a single matrix's top singular value.
-        equalise: Whether edits are corrected by variance equalisation (see `weightproof.equalisation`); off.
+        equalise: Whether edits are corrected by variance equalisation (see
+            `weightproof.transactions.equalisation`); off.
         max_equalised: Sub-layers scaled at most, those furthest off.
         equalise_min_scale: Least scale.
         equalise_max_scale: Largest scale; a gain in size is trusted less than a loss.

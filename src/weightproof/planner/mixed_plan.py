@@ -12,16 +12,16 @@ from tqdm.auto import tqdm
 from weightproof.edits.mixed import Mixed
 from weightproof.edits.rtn import RTN
 from weightproof.errors import InputError
+from weightproof.forward.windows import Windows
+from weightproof.judgement.plans import selected
 from weightproof.kinds import check_grid
-from weightproof.partial_revert import group_name
-from weightproof.placements import settle
+from weightproof.parallel.placements import settle
 from weightproof.planner.frontier import Frontier, frontier
 from weightproof.planner.predictors import MeasuredDivergence, Predictor
 from weightproof.planner.sizes import Grid, ModelSize
-from weightproof.plans import selected
 from weightproof.session import GuardSession
+from weightproof.transactions.partial_revert import group_name
 from weightproof.types import WeightMatrix
-from weightproof.windows import Windows
 
 RANDOM = "random"
 WIDTHS = (2, 3, 4, 8)

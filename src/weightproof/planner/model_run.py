@@ -18,22 +18,22 @@ from torch import nn
 
 from weightproof import report
 from weightproof.certificate import Certificate
-from weightproof.certification import Request, certify_folders, exit_code
-from weightproof.checkpoints import open_checkpoint
-from weightproof.evidence import certificate_of
-from weightproof.files import write_atomically
-from weightproof.loading import LOADERS, LoadedModel, load_model, resolve_folder
+from weightproof.certifying.certification import Request, certify_folders, exit_code
+from weightproof.certifying.model_pair import Data
+from weightproof.folders.checkpoints import open_checkpoint
+from weightproof.folders.files import write_atomically
+from weightproof.folders.loading import LOADERS, LoadedModel, load_model, resolve_folder
+from weightproof.folders.text_data import read_examples
+from weightproof.judgement.evidence import certificate_of
 from weightproof.losses import LossData
-from weightproof.model_pair import Data
 from weightproof.planner.mixed_plan import MixedPlan, check_request, plan
 from weightproof.planner.rounds import Carried, Round, budget_policy, carry_out
 from weightproof.planner.sizes import Grid
 from weightproof.policy import Policy, load_policy
-from weightproof.publisher import CERTIFICATE, REPORT
-from weightproof.recipe_output import RECIPE, SUMMARY, check_place, output_folder
+from weightproof.procedure.output import RECIPE, SUMMARY, check_place, output_folder
 from weightproof.registry import load_plugin
 from weightproof.session import GuardSession
-from weightproof.text_data import read_examples
+from weightproof.transactions.publisher import CERTIFICATE, REPORT
 
 MODEL = "model"
 

@@ -12,12 +12,12 @@ from torch import nn
 from weightproof.collective import Processes
 from weightproof.divergence import OutputCache, capture_outputs, measure_divergence
 from weightproof.errors import InputError
-from weightproof.placements import settle
+from weightproof.forward.windows import Windows
+from weightproof.judgement.plans import rewrite
+from weightproof.parallel.placements import settle
 from weightproof.planner.sizes import Grid
-from weightproof.plans import rewrite
 from weightproof.snapshot import MatrixBits
 from weightproof.types import WeightMatrix
-from weightproof.windows import Windows
 
 
 class Predictor(Protocol):

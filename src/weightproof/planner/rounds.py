@@ -16,11 +16,11 @@ from typing import Any
 from weightproof.errors import InputError
 from weightproof.guards.divergence import Divergence
 from weightproof.guards.loss import Loss
-from weightproof.loss_windows import LossWindows
+from weightproof.loss_data.windows import LossWindows
 from weightproof.planner.mixed_plan import WIDTHS, MixedPlan, plan
 from weightproof.policy import Policy, load_policy
 from weightproof.session import GuardSession
-from weightproof.steps import Step
+from weightproof.transactions.steps import Step
 from weightproof.types import Action, Outcome
 
 MOST_ROUNDS = 24

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weightproof.steps import Step
+from weightproof.transactions.steps import Step
 from weightproof.types import Action, Measurement, Outcome
 
 __all__ = ["ACTED", "HARMFUL", "Life", "Procedure", "Row", "Sighting", "reports", "row_of", "sightings", "table"]

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from weightproof.errors import InputError
-from weightproof.placements import is_dtensor
+from weightproof.parallel.placements import is_dtensor
 from weightproof.weights import clean_name, unwrap
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weightproof.errors import InputError
-from weightproof.placements import local_of
+from weightproof.parallel.placements import local_of
 
 __all__ = ["flip_bit", "overwrite", "pick_element"]
 

@@ -12,7 +12,7 @@ from weightproof import edits
 from weightproof.errors import InputError
 from weightproof.registry import load_plugin, plugins
 from weightproof.session import GuardSession
-from weightproof.tensor_store import tensor_digest
+from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.types import Action, Outcome
 from weightproof.weights import iter_tensors, iter_weight_matrices
 

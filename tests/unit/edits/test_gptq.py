@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from sharded_models import ToyModel
 from torch import nn
 
-from weightproof.calibration import calibration_windows
 from weightproof.collective import Processes
 from weightproof.divergence import capture_outputs, measure_divergence
 from weightproof.edits import GPTQ, RTN, Edit
 from weightproof.edits.gptq import Compensated, compensated, grid_of, row_errors
 from weightproof.edits.hessians import input_hessians
 from weightproof.errors import InputError
+from weightproof.forward.calibration import calibration_windows
+from weightproof.forward.windows import Windows
+from weightproof.judgement.plans import prepared, rewrite, selected
 from weightproof.kinds import Quantize
-from weightproof.plans import prepared, rewrite, selected
-from weightproof.windows import Windows
 
 slow = oracle("edits")
 NAME = "layers.0.mlp.up_proj.weight"

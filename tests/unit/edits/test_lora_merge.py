@@ -13,11 +13,11 @@ from edit_cases import Session
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from weightproof.adapters import Adapter, AdapterDelta, read_adapter, record_base
 from weightproof.collective import Processes
 from weightproof.edits import Edit, LoraMerge
 from weightproof.errors import InputError
-from weightproof.plans import prepared, rewrite, selected
+from weightproof.judgement.plans import prepared, rewrite, selected
+from weightproof.lora.adapters import Adapter, AdapterDelta, read_adapter, record_base
 from weightproof.session import GuardSession
 from weightproof.types import Outcome
 from weightproof.weights import iter_tensors

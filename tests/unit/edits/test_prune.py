@@ -17,7 +17,7 @@ from weightproof import kinds
 from weightproof.edits import Edit, Prune
 from weightproof.edits.magnitudes import digit_counts, kth_smallest
 from weightproof.errors import InputError
-from weightproof.plans import prepared, selected
+from weightproof.judgement.plans import prepared, selected
 
 slow = oracle("edits")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from weightproof.edits import SVD, Edit
 from weightproof.errors import InputError
-from weightproof.low_rank import LowRank
+from weightproof.numerics.low_rank import LowRank
 from weightproof.types import ContractReading
 
 slow = oracle("edits")

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from weightproof.collective import Processes
 from weightproof.edits import Edit, TaskArithmetic
 from weightproof.errors import InputError
-from weightproof.plans import prepared, rewrite, selected, vectors
+from weightproof.judgement.plans import prepared, rewrite, selected, vectors
 
 NAME = "layers.0.mlp.up_proj.weight"
 

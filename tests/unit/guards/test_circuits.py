@@ -9,12 +9,12 @@ from architectures import build, example_inputs
 from hand_readings import baseline
 from weight_edits import apply_edit, preserving_edits
 
-from weightproof.circuit_readings import config_of, read_circuits, vectors_of
 from weightproof.collective import Processes
 from weightproof.edits.rtn import RTN
 from weightproof.errors import PolicyError
 from weightproof.guards.circuits import CircuitLimits, Circuits
 from weightproof.policy import TIERS, load_policy
+from weightproof.readings.circuits import config_of, read_circuits, vectors_of
 from weightproof.types import CircuitReading, EditRecord, Outcome, Readings
 from weightproof.weights import iter_weight_matrices
 

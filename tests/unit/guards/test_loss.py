@@ -10,8 +10,8 @@ from hand_readings import after, baseline
 
 from weightproof.errors import InputError, PolicyError
 from weightproof.guards.loss import Loss, LossLimits, harm
-from weightproof.paired import PairedSums, interval
 from weightproof.policy import TIERS, load_policy
+from weightproof.statistics.paired import PairedSums, interval
 from weightproof.types import LossReading, Outcome, Verdict
 
 LIMITS = LossLimits()

@@ -1,0 +1,1 @@
+"""Forward passes: windows of input, outputs, and where two models part."""

@@ -1,0 +1,1 @@
+"""LoRA adapters, live and in folders, as factored deltas."""

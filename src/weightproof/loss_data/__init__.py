@@ -1,0 +1,1 @@
+"""The loss on data: its items, windows, scores and running tally."""

@@ -1,0 +1,1 @@
+"""Algorithms on matrices behind `spectrum` and `marchenko_pastur`: Gram, Lanczos, norms, whitening."""

@@ -1,0 +1,1 @@
+"""How the processes of one run meet, agree and hold parts of a tensor."""

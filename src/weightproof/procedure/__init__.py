@@ -1,0 +1,1 @@
+"""The parts of a recipe: its fields, steps, sources, run and result."""

@@ -1,0 +1,1 @@
+"""The parts of the HTML report and the pictures."""

@@ -1,0 +1,1 @@
+"""Paired differences, intervals, confidence sequences and spikes: no torch module, no I/O."""

@@ -1,0 +1,1 @@
+"""The parts of `verify`: what a certificate states, against weights and data."""
