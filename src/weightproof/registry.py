@@ -20,7 +20,7 @@ GROUPS = (
     "weightproof.recipes",
     "weightproof.commands",
     "weightproof.cards",
-    "weightproof.folders.readers",
+    "weightproof.readers",
     "weightproof.externals",
     "weightproof.trainers",
     "weightproof.schedules",
