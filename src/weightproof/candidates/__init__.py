@@ -1,0 +1,1 @@
+"""Candidate subspaces: where in the residual stream a change of weights might live, from weights and activations."""
