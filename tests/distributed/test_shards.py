@@ -21,7 +21,7 @@ from weightproof.collective import Processes
 from weightproof.errors import CollectiveError, InputError
 from weightproof.parallel import shards
 from weightproof.parallel.placements import local_of, refusal_of, settle, shape_of
-from weightproof.parallel.shards import assemble, dealt, distribute, flat_kernels, shard_of, slab, whole_here
+from weightproof.parallel.shards import assemble, dealt, distribute, flat_kernels, rounds, shard_of, slab, whole_here
 
 
 def values(*shape, dtype=torch.float32):
@@ -176,6 +176,22 @@ def test_dealt_results_are_those_of_one_process_on_every_rank(size):
         assert {rank for _, _, rank in results} == set(range(size)), "every rank owns something"
         for (_, found, _), (_, expected, _) in zip(results, alone, strict=True):
             assert torch.equal(found, expected)
+
+
+def test_a_round_is_as_long_as_its_dearest_item_and_holds_no_more_than_the_largest():
+    costs = [16.0, 4.0, 4.0, 4.0, 4.0, 1.0, 1.0, 0.0]
+    owners = [0, 1, 1, 1, 1, 0, 1, 0]
+    free = list(rounds(owners, costs, 2, [0] * 8))
+    assert free == [[0, 1, 2, 3, 4], [5, 7, 6]], "four cheap items beside a dear one"
+    # 10 bytes is the largest item: of four 4-byte items no more than two lie on their owner together
+    travels = [10, 4, 4, 4, 4, 1, 1, 0]
+    held = list(rounds(owners, costs, 2, travels))
+    assert held[0] == [0, 1, 2]
+    for turn in held:
+        for rank in (0, 1):
+            assert sum(travels[index] for index in turn if owners[index] == rank) <= max(travels)
+    assert sorted(index for turn in held for index in turn) == list(range(8))
+    assert [len(turn) for turn in rounds(owners, costs, 2)] == [2, 2, 2, 1, 1], "without sizes, one of each owner"
 
 
 def break_on_rank_0(rank, size):

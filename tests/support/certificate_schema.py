@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import weightproof
 from weightproof.certifying import form as certificate_form
 
-PATH = Path(certificate_form.__file__).parent / "data" / "certificate.schema.json"
+PATH = Path(weightproof.__file__).parent / "data" / "certificate.schema.json"
 
 
 def text() -> str:

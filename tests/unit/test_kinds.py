@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from weightproof.contracts.quantities import quantities as contracts
+from weightproof.contracts import quantities as contracts
 from weightproof.edits import RTN
 from weightproof.errors import InputError
 from weightproof.kinds import (

@@ -2,15 +2,15 @@
 
 `placements` says where a tensor lives; a `Shard` is what the rest of the library works with. Screens
 read the parts where they are. Where exactness demands the whole matrix, its parts travel to one
-owner, one matrix at a time per owner, and nobody else allocates it.
+owner, never more at a time than the largest matrix holds, and nobody else allocates it.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -325,8 +325,8 @@ def dealt(  # noqa: PLR0913 - what is done, of what parts, at what cost
 ) -> list[R]:
     """Do the work on each item on one rank, its owner, and give every rank all results.
 
-    Owners are chosen by cost. Sharded parts meet on the owner, one item at a time for each owner;
-    where everything is whole on every rank nothing travels but the results. What `work` raises on one
+    Owners are chosen by cost. Sharded parts meet on the owner, together never more than the largest item of all
+    (see `rounds`); where everything is whole on every rank nothing travels but the results. What `work` raises on one
     rank ends it on all. Every rank calls this with the same items.
 
     Args:
@@ -349,35 +349,65 @@ def dealt(  # noqa: PLR0913 - what is done, of what parts, at what cost
     owners = deal(costs, processes.size)
     done: dict[int, R] = {}
     with processes.together(operation):
-        for indices in rounds(owners, costs, processes.size):
-            wanted = {index: [part(items[index]) for part in parts] for index in indices}
-            mine = _brought_together(processes, operation, wanted, owners)
+        wanted = {index: [part(item) for part in parts] for index, item in enumerate(items)}
+        travels = [sum(_bytes_of(part) for part in wanted[index]) for index in range(len(items))]
+        for indices in rounds(owners, costs, processes.size, travels):
+            mine = _brought_together(processes, operation, {index: wanted.pop(index) for index in indices}, owners)
             for index in list(mine):
-                done[index] = work(items[index], *mine.pop(index))  # let go of the parts before the next come
+                # Parts are let go of before the next come, and fetched no sooner than they are worked on.
+                done[index] = work(items[index], *(part() if callable(part) else part for part in mine.pop(index)))
     results = {index: result for ranks in processes.gather(operation, done) for index, result in ranks.items()}
     return [results[index] for index in range(len(items))]
 
 
-def rounds(owners: Sequence[int], costs: Sequence[float], size: int) -> Iterator[list[int]]:
-    """Indices of the items that are worked on at the same time: at most one of each owner, its costliest first."""
-    queues: list[list[int]] = [[] for _ in range(size)]
+def rounds(
+    owners: Sequence[int], costs: Sequence[float], size: int, travels: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Indices of the items that are worked on between two exchanges, each owner's costliest first.
+
+    An owner of cheap items gets several while another works on one that is dear, so that neither waits for the other;
+    what has travelled to it lies there together, and is never more than the largest item of all.
+
+    Args:
+        owners: Of each item.
+        costs: Of each item.
+        size: How many owners there are.
+        travels: Bytes of each item that meet on its owner; None: one item of each owner at a time.
+    """
+    queues: list[deque[int]] = [deque() for _ in range(size)]
     for index in sorted(range(len(owners)), key=lambda index: -costs[index]):
         queues[owners[index]].append(index)
-    for indices in zip_longest(*queues):
-        yield [index for index in indices if index is not None]
+    most = max(travels, default=0) if travels is not None else 0
+    while any(queues):
+        longest = max(costs[queue[0]] for queue in queues if queue)
+        turn: list[int] = []
+        for queue in filter(None, queues):
+            cost, held = 0.0, 0
+            while queue and (not cost or cost + costs[queue[0]] <= longest):
+                if cost and (travels is None or held + travels[queue[0]] > most):
+                    break
+                held += 0 if travels is None else travels[queue[0]]
+                cost += costs[queue[0]] or 1.0
+                turn.append(queue.popleft())
+        yield turn
+
+
+def _bytes_of(part: Part) -> int:
+    """What a part holds once it is whole on its owner, where it travels there."""
+    return torch.Size(part.shape).numel() * part.dtype.itemsize if isinstance(part, Shard) else 0
 
 
 def _brought_together(
-    processes: Processes, operation: str, wanted: dict[int, list[Part]], owners: Sequence[int]
-) -> dict[int, list[Tensor | None]]:
-    """The whole parts of those items that this rank owns."""
+    processes: Processes, operation: str, wanted: Mapping[int, list[Part]], owners: Sequence[int]
+) -> dict[int, list[Tensor | Callable[[], Tensor | None] | None]]:
+    """The parts of those items that this rank owns: shards whole, the others as they are."""
     sharded = [(owners[index], part) for index, found in wanted.items() for part in found if isinstance(part, Shard)]
     arrived = iter(assemble(processes, operation, sharded))
-    mine: dict[int, list[Tensor | None]] = {}
+    mine: dict[int, list[Tensor | Callable[[], Tensor | None] | None]] = {}
     for index, found in wanted.items():
         wholes = [next(arrived) if isinstance(part, Shard) else part for part in found]
         if owners[index] == processes.rank:
-            mine[index] = [whole if whole is None or isinstance(whole, Tensor) else whole() for whole in wholes]
+            mine[index] = wholes
     return mine
 
 
