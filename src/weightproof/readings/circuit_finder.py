@@ -92,6 +92,8 @@ class Circuit:
         compute: From all of these by name to the values, a float64 tensor of any shape; None with a `reason`.
         most: How many numbers are kept of it (see `circuits.summary`); None for the usual number.
         reason: Why it cannot be measured.
+        readers: Its parts, as "q", "k", "v", "o", "up", "gate", "down" ("qkv" where the three cannot be told apart).
+        heads: Heads, and key-value heads; None for an MLP, or where they are not known.
     """
 
     name: str
@@ -101,6 +103,8 @@ class Circuit:
     compute: Any = None
     most: int | None = None
     reason: str | None = None
+    readers: Mapping[str, Reader] = field(default_factory=dict[str, Reader])
+    heads: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ def _separate(model: _Model, root: str, names: tuple[str, str, str, str]) -> Ite
     facts = model.facts(root)
     heads = _head_counts(facts, root)
     if heads is None or not _fits(heads, q, k, v, o):
-        yield from _unsized(root, (q, k), (o, v))
+        yield from _unsized(root, {"q": q, "k": k}, {"o": o, "v": v})
         return
     gains = _attention_gains(model, root, facts)
     readers = [
@@ -214,17 +218,19 @@ def _fused(model: _Model, root: str, name: str, output: str) -> Iterator[Circuit
     heads, model_type = _head_counts(facts, root), facts.get("model_type")
     rows = _fused_rows(matrix, heads, str(model_type))
     if heads is None or rows is None or o.d_in % heads[0]:
-        yield from _unsized(root, (matrix,), (o, matrix))
+        yield from _unsized(root, {"qkv": matrix}, {"o": o, "qkv": matrix})
         return
     gain = _attention_gains(model, root, facts)[0]
     readers = [Reader(matrix.name, part, gain, _adds_one(facts)) for part in rows]
     yield from _heads(root, heads, (readers[0], readers[1], readers[2]), o.name, (HeadNorm(None), HeadNorm(None)))
 
 
-def _unsized(root: str, reading: Sequence[WeightMatrix], writing: Sequence[WeightMatrix]) -> Iterator[Circuit]:
+def _unsized(root: str, reading: Mapping[str, WeightMatrix], writing: Mapping[str, WeightMatrix]) -> Iterator[Circuit]:
+    reason = f"{UNKNOWN}: the config does not say how many heads it has"
     for kind, members in (("qk", reading), ("ov", writing)):
-        names = tuple(one.name for one in members)
-        yield Circuit(f"{root}:{kind}", kind, names, reason=f"{UNKNOWN}: the config does not say how many heads it has")
+        names = tuple(one.name for one in members.values())
+        readers = {part: Reader(one.name, None, None, transposed=part == "o") for part, one in members.items()}
+        yield Circuit(f"{root}:{kind}", kind, names, reason=reason, readers=readers)
 
 
 def _heads(
@@ -237,10 +243,12 @@ def _heads(
     q, k, v = readers
     vectors = _distinct(q.gain, k.gain, norms[0].gain, norms[1].gain)
     compute = partial(head_product, heads, (q, k), norms)
-    yield Circuit(f"{root}:qk", "qk", _distinct(q.matrix, k.matrix), vectors, compute)
+    names = _distinct(q.matrix, k.matrix)
+    yield Circuit(f"{root}:qk", "qk", names, vectors, compute, readers={"q": q, "k": k}, heads=heads)
     o = Reader(output, None, None, transposed=True)
     compute = partial(head_product, heads, (o, v), (HeadNorm(None), HeadNorm(None)))
-    yield Circuit(f"{root}:ov", "ov", _distinct(output, v.matrix), _distinct(v.gain), compute)
+    names = _distinct(output, v.matrix)
+    yield Circuit(f"{root}:ov", "ov", names, _distinct(v.gain), compute, readers={"o": o, "v": v}, heads=heads)
 
 
 def _distinct(*names: str | None) -> tuple[str, ...]:
@@ -371,7 +379,8 @@ def _neurons(  # noqa: PLR0913, PLR0917 - the parts of one MLP
     gates = None if gate is None or degree is None else (gate, degree)
     matrices = _distinct(up.matrix, down, None if gates is None else gates[0].matrix)
     compute = partial(neuron_products, (up, own_degree), gates, down)
-    yield Circuit(f"{root}:up*down", "mlp", matrices, vectors, compute, most)
+    parts = {"up": up, "down": Reader(down, None, None, transposed=True)} | ({} if gate is None else {"gate": gate})
+    yield Circuit(f"{root}:up*down", "mlp", matrices, vectors, compute, most, readers=parts)
     if degree is None:
         alone = gate or up
         what = "gate" if gate is not None else "up"
