@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from weightproof.baseline import Baseline
     from weightproof.certificate import Certificate
     from weightproof.curvature import fit_factors, predict_loss_change
+    from weightproof.deltas import Delta
     from weightproof.errors import EditRejectedError, InputError, WeightproofError
     from weightproof.losses import LossData
     from weightproof.marchenko_pastur import fit_bulk
@@ -61,6 +62,7 @@ _HOMES = {
     "attach": "weightproof_callbacks.accelerator",
     "ReplayableLoader": "weightproof_callbacks.data_position",
     "LossData": "weightproof.losses",
+    "Delta": "weightproof.deltas",
     "fit_factors": "weightproof.curvature",
     "predict_loss_change": "weightproof.curvature",
     "GuardSession": "weightproof.session",
@@ -106,6 +108,7 @@ __all__ = [  # noqa: RUF022 - grouped by what a reader is looking for
     # what changes weights
     "edits",
     "kinds",
+    "Delta",
     # curvature
     "fit_factors",
     "predict_loss_change",
