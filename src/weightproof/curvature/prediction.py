@@ -8,17 +8,19 @@ blind to norms and biases, loud on changes that preserve the function, and falls
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from weightproof.curvature.factors import Factors
+from weightproof.curvature.eigenbasis import eigenbasis
+from weightproof.curvature.factors import Factor, Factors
 from weightproof.errors import InputError
 from weightproof.weights import iter_weight_matrices
 
-__all__ = ["Prediction", "predict_loss_change", "quadratic_form"]
+__all__ = ["Prediction", "loss_form", "predict_loss_change", "quadratic_form"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,7 @@ def predict_loss_change(
         if old[name].shape != new[name].shape:
             raise InputError(f"{name} changed its shape from {list(old[name].shape)} to {list(new[name].shape)}")
         change = new[name].to(torch.float64) - old[name].to(torch.float64)
-        factor = factors[name]
-        found[name] = quadratic_form(change, factor.activation_covariance, factor.gradient_covariance)
+        found[name] = loss_form(factors[name])(change)
     others = [name for name in old if name not in factors and name in new and not torch.equal(old[name], new[name])]
     return Prediction(found, tuple(others))
 
@@ -88,7 +89,30 @@ def quadratic_form(change: Tensor, activation_covariance: Tensor, gradient_covar
     dtype = activation_covariance.dtype
     change = change.to(dtype)
     value = 0.5 * float(((gradient_covariance.to(dtype) @ change) * (change @ activation_covariance)).sum())
-    return max(value, 0.0) if torch.isfinite(torch.tensor(value)) else None
+    return max(value, 0.0) if math.isfinite(value) else None
+
+
+def loss_form(factor: Factor) -> Callable[[Tensor], float | None]:
+    """The quadratic form of one matrix: from its change E, (d_out, d_in), to nats per token; None if not finite.
+
+    1/2 tr(G E A E'), or where the eigenvalues of EK-FAC were fitted, 1/2 sum_ij Lambda_ij (u_i' E v_j)^2 in the
+    eigenbases u of G and v of A (arXiv:1806.03884): they see that large gradients come with certain inputs.
+    """
+    if factor.corrected_sum is None:
+        activation, gradient = factor.activation_covariance, factor.gradient_covariance
+        return lambda change: quadratic_form(change, activation, gradient)
+    left, right = (
+        eigenbasis(one, f"a factor of {factor.name}").vectors
+        for one in (factor.gradient_covariance, factor.activation_covariance)
+    )
+    values = factor.corrected_sum / max(1, factor.tokens)
+
+    def form(change: Tensor) -> float | None:
+        rotated = left.T @ change.to(left.dtype) @ right.to(left.dtype)
+        value = 0.5 * float((values.to(rotated) * rotated.square_()).sum())
+        return value if math.isfinite(value) else None
+
+    return form
 
 
 def _matrices(given: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

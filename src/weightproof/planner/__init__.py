@@ -10,6 +10,7 @@
 | module | idea |
 | --- | --- |
 | `predictors` | the harm of quantizing one matrix alone: measured KL, in nats per token; replaceable |
+| `weight_errors` | predictions without a forward pass: by curvature, and by Frobenius norm as a baseline |
 | `sizes` | bytes: codes, scales, and all that is not quantized |
 | `frontier` | the smallest choice within a budget, exactly |
 | `mixed_plan` | a width for each matrix |
@@ -19,14 +20,17 @@
 from __future__ import annotations
 
 from weightproof.planner.mixed_plan import WIDTHS, Choice, MixedPlan, Option, check_request, plan
-from weightproof.planner.predictors import MeasuredDivergence, Predictor
+from weightproof.planner.predictors import MeasuredDivergence, Predictor, Scene
 from weightproof.planner.rounds import Carried, Round, budget_policy, carry_out, within_budget
 from weightproof.planner.sizes import Grid, ModelSize
+from weightproof.planner.weight_errors import Curvature, Frobenius
 
 __all__ = [
     "WIDTHS",
     "Carried",
     "Choice",
+    "Curvature",
+    "Frobenius",
     "Grid",
     "MeasuredDivergence",
     "MixedPlan",
@@ -34,6 +38,7 @@ __all__ = [
     "Option",
     "Predictor",
     "Round",
+    "Scene",
     "budget_policy",
     "carry_out",
     "check_request",

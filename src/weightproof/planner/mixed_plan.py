@@ -17,7 +17,7 @@ from weightproof.judgement.plans import selected
 from weightproof.kinds import check_grid
 from weightproof.parallel.placements import settle
 from weightproof.planner.frontier import Frontier, frontier
-from weightproof.planner.predictors import MeasuredDivergence, Predictor
+from weightproof.planner.predictors import MeasuredDivergence, Predictor, Scene, Unprepared
 from weightproof.planner.sizes import Grid, ModelSize
 from weightproof.session import GuardSession
 from weightproof.transactions.partial_revert import group_name
@@ -80,7 +80,7 @@ class MixedPlan:
         choices: In the model's order.
         size_of: Bytes of the model as it is.
         predictor: What was predicted, in words.
-        passes: Predictions that were made; each is one pass over the windows.
+        passes: Passes over the windows that predictions took.
         is_exact: Whether no smaller choice is within the budget by these predictions.
     """
 
@@ -204,14 +204,14 @@ def plan(  # noqa: PLR0913 - one option a line
     together: bool = False,
     include: tuple[str, ...] = ("*",),
     exclude: tuple[str, ...] = (),
-    predictor: Predictor | None = None,
+    predictor: Predictor | Unprepared | None = None,
     progress: bool = False,
 ) -> MixedPlan:
     """Predict the harm of every width of every matrix, and choose the smallest model within the budget.
 
-    The model is as it was afterwards, bit for bit. One pass over the session's calibration windows (random tokens
-    where it has none) for each matrix and width, fewer where a small width is free already; nothing is applied: see
-    `carry_out`.
+    The model is as it was afterwards, bit for bit, and nothing is applied: see `carry_out`. The default predictor makes
+    one pass over the session's calibration windows (random tokens where it has none) for each matrix and width, fewer
+    where a small width is free already.
 
     Args:
         session: Its model as it is now is what is planned for.
@@ -223,7 +223,7 @@ def plan(  # noqa: PLR0913 - one option a line
         together: Give matrices that run as one (query, key and value; gate and up; a stack of experts) one width.
         include: Which matrices, as in `weightproof.edits.RTN`.
         exclude: Which of them not.
-        predictor: What predicts; measured KL if None.
+        predictor: What predicts; measured KL if None. `Curvature(factors)` needs no pass over windows.
         progress: Show a bar where somebody watches a terminal.
 
     Returns:
@@ -239,7 +239,8 @@ def plan(  # noqa: PLR0913 - one option a line
     settle(model)
     with processes.together("selecting the matrices of a plan"):
         matrices = selected(model, RTN(widths[0], granularity, group_size, symmetric, include=include, exclude=exclude))
-    predictor = predictor or MeasuredDivergence(model, output_windows(session), grid, processes)
+    scene = Scene(model, tuple(matrices), widths, grid, processes, lambda: output_windows(session))
+    predictor = _ready(predictor, scene)
     groups = _groups(matrices, together=together)
     free = _FREE * math.log(budget) / len(groups)
     hidden = None if progress and processes.is_main else True
@@ -249,13 +250,14 @@ def plan(  # noqa: PLR0913 - one option a line
             options = tuple(_options(members, widths, grid, predictor, free, bar))
             weights = sum(one.d_out * one.d_in for one in members)
             choices.append(Choice(name, tuple(one.name for one in members), options, 0, weights))
+    predicted = sum(one.measured for choice in choices for one in choice.options)
     found = MixedPlan(
         budget=budget,
         grid=grid,
         choices=tuple(choices),
         size_of=ModelSize.of(model, matrices),
         predictor=predictor.name,
-        passes=sum(one.measured for choice in choices for one in choice.options),
+        passes=getattr(predictor, "passes", predicted),
     )
     reachable = found.frontier()
     return replace(found.choose(reachable.within(found.allowed) or reachable.least()), is_exact=reachable.is_exact)
@@ -291,6 +293,13 @@ def output_windows(session: GuardSession) -> tuple[Windows, ...]:
             "there are no windows to predict on: the model's inputs cannot be guessed from its config; give retain data"
         )
     return tuple(one for one in windows if one.name != RANDOM) or windows
+
+
+def _ready(predictor: Predictor | Unprepared | None, scene: Scene) -> Predictor:
+    if predictor is None:
+        return MeasuredDivergence(scene.model, scene.windows(), scene.grid, scene.processes)
+    prepare = getattr(predictor, "prepare", None)
+    return predictor if prepare is None else prepare(scene)  # pyright: ignore[reportReturnType]
 
 
 def _groups(matrices: Sequence[WeightMatrix], *, together: bool) -> dict[str, list[WeightMatrix]]:

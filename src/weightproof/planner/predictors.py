@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
@@ -23,7 +24,8 @@ from weightproof.types import WeightMatrix
 class Predictor(Protocol):
     """Predicted harm of quantizing some matrices and nothing else.
 
-    Predictions are added over a model, so they must be in nats per token and, for small harm, additive.
+    Predictions are added over a model, so they must be in nats per token and, for small harm, additive. One that has
+    `passes` says with it how many passes over the windows it made; else each prediction counts as one.
     """
 
     @property
@@ -36,6 +38,35 @@ class Predictor(Protocol):
 
         The model is as it was afterwards. Every process calls this alike and gets the same number.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a plan is made for; a predictor that must see it first has `prepare(scene) -> Predictor`.
+
+    Attributes:
+        model: As it is now.
+        matrices: All that get a width.
+        widths: Smallest first.
+        grid: How matrices are quantized.
+        processes: Who takes part.
+        windows: The windows to run the model on; called only where a predictor runs it.
+    """
+
+    model: nn.Module
+    matrices: tuple[WeightMatrix, ...]
+    widths: tuple[int, ...]
+    grid: Grid
+    processes: Processes
+    windows: Callable[[], Sequence[Windows]]
+
+
+class Unprepared(Protocol):
+    """Makes a predictor for a plan."""
+
+    def prepare(self, scene: Scene) -> Predictor:
+        """The predictor for this plan. Every process calls this alike."""
         ...
 
 
@@ -57,7 +88,7 @@ class MeasuredDivergence:
     """
 
     def __init__(self, model: nn.Module, windows: Sequence[Windows], grid: Grid, processes: Processes) -> None:
-        self.model, self.grid, self.processes = model, grid, processes
+        self.model, self.grid, self.processes, self.passes = model, grid, processes, 0
         self._cache: OutputCache = capture_outputs(model, windows, processes=processes)
         self._read()  # refuses a model without logits before anything long
 
@@ -70,6 +101,7 @@ class MeasuredDivergence:
         """See `Predictor`; the mean over the windows of all kinds."""
         edit = self.grid.edit({matrix.name: bits for matrix in matrices})
         with trial(self.model, matrices, edit, self.processes):
+            self.passes += 1
             return self._read()
 
     def _read(self) -> float:

@@ -1,0 +1,138 @@
+"""Predictions from the error of the weights alone, without running the model: by curvature, and by Frobenius norm.
+
+`Curvature` needs factors (`weightproof.fit_factors`), fitted once on some data; then all widths of all matrices cost
+a few matrix products. `Frobenius` needs nothing and knows nothing of what the weights are for: a baseline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from weightproof.curvature.factors import Factors, require_digest
+from weightproof.curvature.prediction import loss_form
+from weightproof.errors import InputError
+from weightproof.planner.predictors import MeasuredDivergence, Predictor, Scene
+from weightproof.types import WeightMatrix
+
+__all__ = ["Curvature", "Frobenius", "WeightErrors"]
+
+
+@dataclass(frozen=True)
+class WeightErrors:
+    """Harm told from E = W' - W of each matrix alone; sums over matrices.
+
+    Rank 0 computes, all get its number. No forward pass is made but those of a calibration.
+
+    Attributes:
+        name: What is predicted, in a few words.
+        scene: What is planned for.
+        harm: Of one matrix with its change (d_out, d_in); inf where it breaks.
+        scales: Width -> factor on its predictions; 1 where there is none.
+        passes: Forward passes that were made over the windows.
+    """
+
+    name: str
+    scene: Scene
+    harm: Callable[[WeightMatrix, Tensor], float]
+    scales: Mapping[int, float] = field(default_factory=dict)
+    passes: int = 0
+
+    def predict(self, matrices: Sequence[WeightMatrix], bits: int) -> float:
+        """See `Predictor`."""
+        edit = self.scene.grid.edit({one.name: bits for one in matrices})
+        processes, total = self.scene.processes, 0.0
+        with processes.together("predicting from the error of the weights"):
+            if processes.is_main:
+                total = sum(self._of(one, edit.plan(one)) for one in matrices)
+        scaled = self.scales.get(bits, 1.0) * processes.broadcast("predicted harm", total)
+        return scaled if math.isfinite(scaled) else math.inf
+
+    def _of(self, matrix: WeightMatrix, planned: Tensor | None) -> float:
+        if planned is None:
+            return 0.0
+        change = planned.to(torch.float64) - matrix.load().to(torch.float64)
+        return self.harm(matrix, change) if bool(torch.isfinite(change).all()) else math.inf
+
+    def calibrated(self) -> WeightErrors:
+        """The same in units of measured KL: of each width, with all matrices at it, one pass over the windows.
+
+        Predictions fall short where the loss is no longer quadratic (2 bits), and by how much differs between widths
+        far more than between matrices.
+        """
+        scene, scales = self.scene, {}
+        measured = MeasuredDivergence(scene.model, scene.windows(), scene.grid, scene.processes)
+        for width in scene.widths:
+            told, found = self.predict(scene.matrices, width), measured.predict(scene.matrices, width)
+            is_usable = 0.0 < told < math.inf and 0.0 < found < math.inf
+            scales[width] = self.scales.get(width, 1.0) * (found / told if is_usable else 1.0)
+        name = f"{self.name}, scaled to {measured.name}"
+        return WeightErrors(name, scene, self.harm, scales, self.passes + len(scene.widths))
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Predict by 1/2 tr(G E A E') of factors fitted at the present weights, in nats per token.
+
+    Attributes:
+        factors: Of every matrix that is planned for.
+        calibrate: Scale each width to one measurement of KL, with all matrices at that width.
+    """
+
+    factors: Factors
+    calibrate: bool = False
+
+    def prepare(self, scene: Scene) -> Predictor:
+        """The predictor for one plan.
+
+        Raises:
+            InputError: If a matrix has no factors, is sharded, or is not that at which they were fitted.
+        """
+        with scene.processes.together("comparing factors with the model"):
+            for matrix in scene.matrices:
+                if matrix.shard is not None:
+                    raise InputError(
+                        f"{matrix.name} is sharded over processes, and its predicted loss change needs all of it: plan "
+                        "in one process, or with the measured predictor"
+                    )
+                factor = self.factors[matrix.name]
+                if scene.processes.is_main:
+                    require_digest(factor, matrix)
+        source = self.factors.source
+        tokens = max((self.factors[one.name].tokens for one in scene.matrices), default=0)
+        name = f"curvature, {source.labels} labels of {tokens:,} tokens"
+        # All widths of a matrix are asked for one after the other: its form is made once.
+        form = lru_cache(maxsize=4)(lambda name: loss_form(self.factors[name]))
+        found = WeightErrors(name, scene, lambda matrix, change: _finite(form(matrix.name)(change)))
+        return found.calibrated() if self.calibrate else found
+
+
+@dataclass(frozen=True)
+class Frobenius:
+    """Predict by ||E||_F^2, scaled so that its sum at each width is the KL measured there.
+
+    A norm is not in nats: without that one pass a width it could serve no budget. It is a baseline.
+
+    Attributes:
+        calibrate: False leaves it as it is: for comparisons at equal size only.
+    """
+
+    calibrate: bool = True
+
+    def prepare(self, scene: Scene) -> Predictor:
+        """The predictor for one plan."""
+        found = WeightErrors("squared Frobenius error", scene, _squared)
+        return found.calibrated() if self.calibrate else found
+
+
+def _finite(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _squared(matrix: WeightMatrix, change: Tensor) -> float:
+    return float(torch.linalg.vector_norm(change) ** 2)
