@@ -11,7 +11,7 @@ from torch import nn
 from trained_models import VOCAB_SIZE, untrained
 from worlds import run_world
 
-from weightproof.curvature import Factors, fit_factors, predict_loss_change
+from weightproof.curvature import Factors, fit_factors, moments, predict_loss_change
 from weightproof.curvature.fitting import fit_cost
 from weightproof.curvature.objectives import sample
 from weightproof.errors import InputError
@@ -133,11 +133,35 @@ def test_the_model_is_left_as_it_was():
         assert torch.equal(parameter, value)
         assert (parameter.requires_grad, parameter.grad) == (needed, gradient)
     assert not any(module._forward_hooks for module in model.modules())
+    assert not model.get_submodule("model.layers.1.mlp.up_proj")._backward_hooks
     broken = [*batches(count=1), {"input_ids": torch.full((1, 4), 10_000)}]
     with pytest.raises(IndexError):
         fitted(model=model, data=broken)
     assert not any(module._forward_hooks for module in model.modules())
     assert model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("labels", ["sampled", "empirical"])
+def test_gradients_that_stood_on_the_parameters_stay(labels):
+    """Also of a part frozen by its owner, also for the first layer, also when the data ends in an error."""
+    model = untrained("llama").train()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    model(input_ids=torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+    before = {name: None if p.grad is None else (p.grad, p.grad.clone()) for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    for data in (batches(count=2), [*batches(count=1), 3]):
+        try:
+            fitted(model=model, data=data, include="*.layers.0.*", labels=labels)
+        except InputError as error:
+            assert "int" in str(error)  # noqa: PT017 - the second of the two
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == flags[name]
+            if before[name] is None:
+                assert parameter.grad is None
+            else:
+                assert parameter.grad is before[name][0]
+                assert torch.equal(*before[name])
+        assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -151,6 +175,99 @@ def test_gradient_checkpointing_counts_once(reentrant):
     name = NAMES["llama"]
     assert found[name].tokens == expected[name].tokens > 0
     assert torch.allclose(found[name].gradient_sum, expected[name].gradient_sum, rtol=1e-5)
+
+
+def products_made(monkeypatch, **given) -> tuple[Factors, list[int]]:
+    """The factors, and the width of every product of rows that was made for them."""
+    widths: list[int] = []
+    plain = moments._add_products
+
+    def counted(total, rows):
+        widths.append(rows.shape[1])
+        plain(total, rows)
+
+    monkeypatch.setattr(moments, "_add_products", counted)
+    return fitted(**given), widths
+
+
+def test_layers_that_read_one_tensor_share_its_products(monkeypatch):
+    data, mlp = batches(count=2), "model.layers.1.mlp.{}_proj.weight"
+    alone = {one: fitted(data=data, include=mlp.format(one))[mlp.format(one)] for one in ("gate", "up", "down")}
+    attention = {one: f"model.layers.1.self_attn.{one}_proj.weight" for one in "qkv"}
+    given = {"data": data, "include": [*map(mlp.format, alone), *attention.values()]}
+    together, widths = products_made(monkeypatch, **given)
+    # Each batch: inputs of q, k, v; of gate and up; of down (192): and a gradient for each of six matrices.
+    widest = len(untrained("llama").model.layers[1].mlp.down_proj.weight[0])
+    assert len(widths) == 2 * (3 + 6)
+    assert widths.count(widest) == 2 * 3
+    for one, expected in alone.items():
+        found = together[mlp.format(one)]
+        assert torch.equal(found.activation_sum, expected.activation_sum)
+        assert torch.equal(found.gradient_sum, expected.gradient_sum)
+        assert found.tokens == expected.tokens
+    gate, up, down = (together[mlp.format(one)].activation_sum for one in alone)
+    assert gate is up
+    assert down is not up
+    assert len({id(together[name].activation_sum) for name in attention.values()}) == 1
+    assert together.nbytes == sum(one.nbytes for one in together.by_name.values()) - up.nbytes * 3
+
+
+def test_sums_stay_shared_when_saved_merged_and_resumed(tmp_path):
+    data, names = batches(count=4), [f"model.layers.1.mlp.{one}_proj.weight" for one in ("gate", "up")]
+    given = {"include": names, "labels": "sampled"}
+    part = fitted(data=data[:2], **given)
+    part.save(tmp_path)
+    loaded = Factors.load(tmp_path)
+    other = fitted(data=data[2:], **given)
+    for factors in (loaded, loaded.merge(other), fitted(data=data, resume=loaded, **given)):
+        gate, up = (factors[name].activation_sum for name in names)
+        assert gate is up
+        assert factors.nbytes == 8 * (64**2 + 2 * 192**2)
+    assert (tmp_path / "factors.safetensors").stat().st_size < loaded.nbytes + 4096
+
+
+def test_inputs_count_for_the_layers_of_which_the_gradient_came():
+    """In every second pass nothing behind the up map reaches the loss: its input is then gate's alone."""
+    model, data = untrained("llama"), batches(count=4)
+    names = [f"model.layers.1.mlp.{one}_proj.weight" for one in ("gate", "up")]
+    whole, half = fitted(data=data, include=names), fitted(data=data[::2], include=names)
+    up, passes = model.model.layers[1].mlp.up_proj, itertools.count()
+
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output):
+            return output.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient if next(passes) % 2 == 0 else None
+
+    class Cutting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = up
+
+        def forward(self, inputs):
+            return Cut.apply(self.inner(inputs))
+
+    model.model.layers[1].mlp.up_proj = Cutting()
+    # The matrix got another name; gate keeps its own.
+    found = fitted(model=model, data=data, include=[names[0], "*up_proj.inner*"])
+    gate, rest = found[names[0]], found["model.layers.1.mlp.up_proj.inner.weight"]
+    assert (gate.tokens, rest.tokens) == (whole[names[0]].tokens, half[names[1]].tokens)
+    assert torch.allclose(gate.activation_sum, whole[names[0]].activation_sum, rtol=1e-12)
+    assert torch.allclose(rest.activation_sum, half[names[1]].activation_sum, rtol=1e-12)
+
+
+def test_an_input_that_is_changed_in_place_is_refused():
+    model = untrained("llama")
+
+    def clear(module, arguments, output):
+        arguments[0].detach().zero_()
+
+    model.model.layers[1].mlp.register_forward_hook(clear)
+    with pytest.raises(InputError, match="changed in place"):
+        fitted(model=model)
 
 
 def test_a_tied_matrix_is_fitted_once_with_the_tokens_of_both():

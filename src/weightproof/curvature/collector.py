@@ -1,25 +1,27 @@
 """Sums of a a' and g g' of some linear layers, read by hooks while the model runs forward and backward.
 
-For y = W a and a loss that is a sum over tokens, g is the loss's gradient at y, one row a token. Both sums are made
-when the gradient arrives, from the input of that very forward pass: so a layer that is called twice counts twice, one
-whose gradient never comes counts not at all, and a checkpointed layer counts once although it runs forward twice.
+For y = W a and a loss that is a sum over tokens, g is the loss's gradient at y, one row a token. An input counts for
+a layer when the gradient of that very call arrives: so a layer that is called twice counts twice, one whose gradient
+never comes counts not at all, and a checkpointed layer counts once although it runs forward twice. Layers that read
+one tensor (gate and up; query, key and value) share the sum of its products, which is made once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from weightproof.curvature.moments import TokenSums
 from weightproof.errors import InputError
 
-__all__ = ["Collector", "CorrectedMoments", "Moments", "Target", "TokenSums"]
+__all__ = ["Collector", "Target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,79 +41,23 @@ class Target:
     modules: tuple[nn.Module, ...]
 
 
-@dataclass
-class Moments:
-    """Running sums over tokens; additive.
+@dataclass(eq=False)
+class _Reading:
+    """One input tensor of one pass, and the layers that multiply it.
 
     Attributes:
-        activation: (d_in, d_in), sum of a a'.
-        gradient: (d_out, d_out), sum of g g'.
-        tokens: How many.
+        key: Under which it is found while the forward pass goes on.
+        inputs: (..., d_in), detached; the rows that count, (n, d_in), once the first gradient arrived.
+        version: Of the tensor when it was read: raised by every change in place.
+        readers: Names of the matrices, one for each call.
+        arrived: Those of which the gradient arrived.
     """
 
-    activation: torch.Tensor
-    gradient: torch.Tensor
-    tokens: int = 0
-
-    @classmethod
-    def zeros(cls, target: Target, dtype: torch.dtype, device: torch.device) -> Moments:
-        """Nothing seen yet."""
-        activation = torch.zeros(target.d_in, target.d_in, dtype=dtype, device=device)
-        return cls(activation, torch.zeros(target.d_out, target.d_out, dtype=dtype, device=device))
-
-    def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Account for some tokens: (n, d_in) and (n, d_out)."""
-        for total, rows in ((self.activation, inputs), (self.gradient, gradients)):
-            # Products of one batch in float32 (float64 for float64 models), their sum over batches in `total.dtype`.
-            work = rows if rows.dtype == torch.float64 else rows.float()
-            total.add_(work.T @ work)
-        self.tokens += len(inputs)
-
-    def sums(self) -> list[torch.Tensor]:
-        """What is added up over processes."""
-        return [self.activation, self.gradient]
-
-
-@dataclass
-class CorrectedMoments:
-    """Running sums of (u_i' g)^2 (v_j' a)^2 over tokens, in given eigenbases; additive.
-
-    Attributes:
-        left: (d_out, d_out), eigenvectors u of G in columns.
-        right: (d_in, d_in), eigenvectors v of A in columns.
-        total: (d_out, d_in).
-        tokens: How many.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-    total: torch.Tensor
-    tokens: int = 0
-
-    def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Account for some tokens: (n, d_in) and (n, d_out)."""
-        dtype = self.total.dtype
-        rotated = (gradients.to(dtype) @ self.left).square_(), (inputs.to(dtype) @ self.right).square_()
-        self.total.addmm_(rotated[0].T, rotated[1])
-        self.tokens += len(inputs)
-
-    def sums(self) -> list[torch.Tensor]:
-        """What is added up over processes."""
-        return [self.total]
-
-
-class TokenSums(Protocol):
-    """What takes in the tokens of a layer."""
-
-    tokens: int
-
-    def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Account for some tokens: (n, d_in) and (n, d_out)."""
-        ...
-
-    def sums(self) -> list[torch.Tensor]:
-        """What is added up over processes."""
-        ...
+    key: Hashable
+    inputs: torch.Tensor
+    version: int
+    readers: list[str] = field(default_factory=list)
+    arrived: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -120,15 +66,19 @@ class Collector:
 
     Attributes:
         targets: What is read.
-        moments: The sums so far, by matrix.
+        sums: Takes in the tokens of every matrix.
         masks: Which tokens of the present batch count, by side ("main", "encoder"), each (batch, positions); set
             before each pass. A layer's tokens are those of the mask with the shape of its input without the width.
+        unmatched: Layers of which no mask has the shape of the input.
     """
 
     targets: tuple[Target, ...]
-    moments: Mapping[str, TokenSums]
+    sums: TokenSums
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     unmatched: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    # Held by the hooks of the graph alone: an input is let go with the last layer that may still need it.
+    _readings: WeakValueDictionary[Hashable, _Reading] = field(default_factory=WeakValueDictionary)
+    _begun: dict[int, _Reading] = field(default_factory=dict)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -149,32 +99,68 @@ class Collector:
                 return  # the first run of a checkpointed layer, or a pass without gradients
             if not output.requires_grad:
                 output.requires_grad_()  # parameters are frozen: here the graph begins
-            inputs = arguments[0].detach()
+            reading = self._reading(target, arguments[0].detach())
 
-            def arrived(gradient: torch.Tensor) -> None:
-                self._add(target, inputs, gradient.detach())
+            def arrived(gradient: torch.Tensor | None) -> None:
+                if gradient is not None:  # nothing behind this layer reaches the loss
+                    self._add(target, reading, gradient.detach())
 
             output.register_hook(arrived)
 
         return watch
 
-    def _add(self, target: Target, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-        rows, slopes = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    def _reading(self, target: Target, inputs: torch.Tensor) -> _Reading:
+        """The record of an input; the same for every layer that multiplies this very tensor in this pass."""
+        place = (inputs.device, inputs.dtype, inputs.data_ptr(), tuple(inputs.shape), inputs.stride())
+        key = (*place, inputs._version, _reads_encoder(target.name))
+        reading = self._readings.get(key)
+        if reading is None:
+            self._readings[key] = reading = _Reading(key, inputs, inputs._version)
+        reading.readers.append(target.name)
+        return reading
+
+    def _add(self, target: Target, reading: _Reading, gradient: torch.Tensor) -> None:
+        slopes = gradient.reshape(-1, gradient.shape[-1])
+        mask = None
         if self.masks:
-            leading = tuple(inputs.shape[:-1])
+            leading = tuple(gradient.shape[:-1])
             mask = _mask_for(leading, _in_order(target.name, self.masks))
             if mask is None:
                 self.unmatched[target.name] = leading
                 return
-            rows, slopes = rows[mask.to(rows.device)], slopes[mask.to(slopes.device)]
-        self.moments[target.name].add(rows, slopes)
+            slopes = slopes[mask.to(slopes.device)]
+        if not reading.arrived:
+            self._begin(target, reading, mask)
+        reading.arrived.append(target.name)
+        self.sums.add(target.name, reading.inputs, slopes)
+        if len(reading.arrived) == len(reading.readers):
+            self._finish(reading)
 
-    def require_matched(self) -> None:
-        """Refuse to go on where tokens of a layer could not be told from padding.
+    def _begin(self, target: Target, reading: _Reading, mask: torch.Tensor | None) -> None:
+        """Keep the rows that count until every layer had its gradient."""
+        if reading.inputs._version != reading.version:
+            raise InputError(
+                f"the input of {target.name} was changed in place after that layer read it, so it is gone when the "
+                "gradient arrives: leave that matrix out with include=, or switch in-place activations off"
+            )
+        rows = reading.inputs.reshape(-1, reading.inputs.shape[-1])
+        reading.inputs = rows if mask is None else rows[mask.to(rows.device)]
+        self._readings.pop(reading.key, None)  # the tensor itself may be let go, and its address given to another
+        self._begun[id(reading)] = reading
+
+    def _finish(self, reading: _Reading) -> None:
+        self.sums.add_inputs(tuple(sorted(reading.arrived)), reading.inputs)
+        del self._begun[id(reading)]
+
+    def end_pass(self) -> None:
+        """Account for inputs of which some layer had no gradient; to be called when the backward pass is over.
 
         Raises:
-            InputError: Naming the layer.
+            InputError: Where tokens of a layer could not be told from padding, naming the layer.
         """
+        for reading in list(self._begun.values()):
+            self._finish(reading)
+        self._readings.clear()
         if self.unmatched:
             name, leading = next(iter(self.unmatched.items()))
             shapes = ", ".join(str(list(mask.shape)) for mask in self.masks.values())
@@ -185,12 +171,16 @@ class Collector:
             )
 
 
-def _in_order(name: str, masks: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The mask of the tokens that a matrix multiplies first: keys and values of cross-attention read the encoder's."""
+def _reads_encoder(name: str) -> bool:
+    """Whether a matrix multiplies the encoder's tokens: its own, or as keys and values of cross-attention."""
     parts = name.split(".")
     crosses = any(part in ("EncDecAttention", "encoder_attn", "crossattention") for part in parts)
-    reads_encoder = "encoder" in parts or (crosses and any(part in ("k", "v", "k_proj", "v_proj") for part in parts))
-    order = ("encoder", "main") if reads_encoder else ("main", "encoder")
+    return "encoder" in parts or (crosses and any(part in ("k", "v", "k_proj", "v_proj") for part in parts))
+
+
+def _in_order(name: str, masks: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The mask of the tokens that a matrix multiplies first."""
+    order = ("encoder", "main") if _reads_encoder(name) else ("main", "encoder")
     return [masks[side] for side in order if side in masks]
 
 
@@ -205,9 +195,3 @@ def _mask_for(leading: tuple[int, ...], masks: list[torch.Tensor]) -> torch.Tens
         if len(leading) > 2 and math.prod(leading) == mask.numel():
             return mask.flatten()
     return None
-
-
-def flops_per_token(targets: Mapping[str, Target] | tuple[Target, ...]) -> int:
-    """Floating point operations that collecting adds for each token: 2 (d_in^2 + d_out^2) a matrix."""
-    chosen = targets.values() if isinstance(targets, Mapping) else targets
-    return sum(2 * (one.d_in**2 + one.d_out**2) for one in chosen)

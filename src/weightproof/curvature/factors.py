@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,12 @@ class Factors:
         return len(self.by_name)
 
     @property
+    def nbytes(self) -> int:
+        """Memory that they take; a sum that matrices share counts once."""
+        tensors = {id(tensor): tensor for one in self.by_name.values() for _, tensor in _tensors_of(one)}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    @property
     def digest(self) -> str:
         """SHA-256 over all factors and what they were fitted on."""
         lines = [f"{name}={self.by_name[name].digest}" for name in sorted(self.by_name)]
@@ -158,7 +164,7 @@ class Factors:
             InputError: If they are of different matrices, weights, losses or labels, or of the same data.
         """
         _require_alike(self, other)
-        merged = {name: _added(self.by_name[name], other.by_name[name]) for name in self.by_name}
+        merged = summed(self.by_name, other.by_name)
         digests = sorted((self.source.data_digest, other.source.data_digest))
         source = replace(
             self.source,
@@ -173,7 +179,18 @@ class Factors:
         Raises:
             InputError: Naming the first matrix that is missing, of another shape, or of other weights (by hash).
         """
-        found = {one.name: one for one in iter_weight_matrices(model) if one.refusal is None}
+        found = self.require_matrices(iter_weight_matrices(model))
+        for name, matrix in found.items():
+            require_digest(self.by_name[name], matrix)
+        return found
+
+    def require_matrices(self, matrices: Iterable[WeightMatrix]) -> dict[str, WeightMatrix]:
+        """Those of some matrices that have factors, by name; their weights are not read.
+
+        Raises:
+            InputError: Naming the first matrix that is missing or of another shape.
+        """
+        found = {one.name: one for one in matrices if one.refusal is None}
         for name, factor in self.by_name.items():
             if name not in found:
                 raise InputError(f"these factors belong to another model: it has no matrix {name}")
@@ -183,7 +200,6 @@ class Factors:
                 raise InputError(
                     f"these factors belong to another model: {name} is {matrix.d_out} x {matrix.d_in} here, not {shape}"
                 )
-            require_digest(factor, matrix)
         return {name: found[name] for name in self.by_name}
 
     def require_enough_tokens(self) -> None:
@@ -254,12 +270,21 @@ def require_digest(factor: Factor, matrix: WeightMatrix) -> None:
     Raises:
         InputError: Naming both hashes.
     """
+    require_values(factor, matrix.load())
+
+
+def require_values(factor: Factor, weight: torch.Tensor) -> None:
+    """The same for weights (d_out, d_in) that are at hand.
+
+    Raises:
+        InputError: Naming both hashes.
+    """
     if not factor.weight_digest:
         return
-    digest = tensor_digest(matrix.load())
+    digest = tensor_digest(weight)
     if digest != factor.weight_digest:
         raise InputError(
-            f"these factors belong to other weights: {matrix.name} has the hash {digest[:12]} here and had "
+            f"these factors belong to other weights: {factor.name} has the hash {digest[:12]} here and had "
             f"{factor.weight_digest[:12]} when they were fitted. Fit them again on this model"
         )
 
@@ -271,18 +296,33 @@ def _tensors_of(factor: Factor) -> Iterator[tuple[str, torch.Tensor]]:
         yield "corrected", factor.corrected_sum
 
 
-def _added(first: Factor, second: Factor) -> Factor:
-    if first.corrected_sum is not None or second.corrected_sum is not None:
-        raise InputError(
-            f"{first.name}: corrected eigenvalues belong to the eigenbases of their own factors and cannot be merged; "
-            "merge the factors without them, then fit the correction for the result"
-        )
-    return replace(
-        first,
-        activation_sum=first.activation_sum + second.activation_sum.to(first.activation_sum.device),
-        gradient_sum=first.gradient_sum + second.gradient_sum.to(first.gradient_sum.device),
-        tokens=first.tokens + second.tokens,
-    )
+def summed(first: Mapping[str, Factor], second: Mapping[str, Factor]) -> dict[str, Factor]:
+    """Factors of the data of both, by name; sums that matrices share in both they share in the result.
+
+    Raises:
+        InputError: If one of them has corrected eigenvalues.
+    """
+    sums: dict[tuple[int, int], torch.Tensor] = {}
+
+    def add(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        pair = id(one), id(other)
+        if pair not in sums:
+            sums[pair] = one + other.to(one.device)
+        return sums[pair]
+
+    found = {}
+    for name, mine in first.items():
+        theirs = second[name]
+        if mine.corrected_sum is not None or theirs.corrected_sum is not None:
+            raise InputError(
+                f"{name}: corrected eigenvalues belong to the eigenbases of their own factors and cannot be merged; "
+                "merge the factors without them, then fit the correction for the result"
+            )
+        activation = add(mine.activation_sum, theirs.activation_sum)
+        gradient = add(mine.gradient_sum, theirs.gradient_sum)
+        digest = mine.weight_digest or theirs.weight_digest
+        found[name] = Factor(name, activation, gradient, mine.tokens + theirs.tokens, digest)
+    return found
 
 
 def _require_alike(first: Factors, second: Factors) -> None:

@@ -1,13 +1,12 @@
-"""Fitting Kronecker factors: which matrices, in how many passes over the data, on which process."""
+"""Fitting Kronecker factors: passes over the data, on one process or several, resumed and checkpointed."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +16,20 @@ from tqdm import tqdm
 
 from weightproof.activations import undisturbed
 from weightproof.collective import Processes
-from weightproof.curvature.collector import Collector, CorrectedMoments, Moments, Target, TokenSums, flops_per_token
+from weightproof.curvature.collector import Collector, Target
 from weightproof.curvature.eigenbasis import eigenbasis
-from weightproof.curvature.factors import Factor, Factors, Source
+from weightproof.curvature.factors import Factor, Factors, Source, summed
+from weightproof.curvature.moments import CorrectedMoments, Moments, TokenSums
 from weightproof.curvature.objectives import Objective, objective_of, prepared
+from weightproof.curvature.targets import FitCost, dealt_passes, find_targets, fit_cost
 from weightproof.errors import InputError
 from weightproof.forward.windows import digest_items, takes
 from weightproof.snapshots.tensor_store import readable, tensor_digest
-from weightproof.types import WeightMatrix
-from weightproof.weights import iter_tensors, iter_weight_matrices, storage_identity, unwrap
+from weightproof.weights import unwrap
 
 __all__ = ["FitCost", "correct_eigenvalues", "fit_cost", "fit_factors"]
 
 logger = logging.getLogger("weightproof")
-
-DEFAULT_FAMILIES = ("attn", "ffn")
-
-# A factor of this many dimensions takes 16 GiB in float32; heads of large vocabularies have such outputs.
-LARGEST_DIMENSION = 65536
-
-_STACKED = "its experts are stacked in one parameter that no linear layer multiplies by: no hook sees their inputs"
-
-
-@dataclass(frozen=True)
-class FitCost:
-    """What fitting would take.
-
-    Attributes:
-        matrices: Names of the matrices.
-        refused: Why others that the patterns name have no factors.
-        passes: How often the data is read.
-        bytes_of_factors: Memory of all factors together.
-        bytes_at_once: Memory of the largest pass.
-        flops_per_token: Floating point operations beside the model's own forward and backward pass.
-    """
-
-    matrices: tuple[str, ...]
-    refused: Mapping[str, str]
-    passes: int
-    bytes_of_factors: int
-    bytes_at_once: int
-    flops_per_token: int
-
-    def __str__(self) -> str:
-        """In words."""
-        return (
-            f"{len(self.matrices)} matrices in {self.passes} pass{'es' * (self.passes > 1)} over the data, "
-            f"{readable(self.bytes_of_factors)} of factors ({readable(self.bytes_at_once)} at once), "
-            f"{self.flops_per_token:.3g} operations a token beside the model's own"
-        )
 
 
 def fit_factors(  # noqa: PLR0913 - the first five are fixed, the others have defaults that suit most
@@ -113,8 +77,8 @@ def fit_factors(  # noqa: PLR0913 - the first five are fixed, the others have de
         InputError: If a pattern matches nothing or only what has no factors, a matrix is too large, a batch cannot be
             used, a gradient is not finite, the data is not what `resume` was fitted on, or there are too few tokens.
     """
-    targets, refused = _targets(model, include)
-    passes = _passes(targets, max_bytes)
+    targets, refused = find_targets(model, include)
+    passes = dealt_passes(targets, max_bytes)
     objective = objective_of(unwrap(model), labels, seed, loss_tokens_only=loss_tokens_only)
     if len(passes) > 1 and iter(batches) is iter(batches):
         raise InputError(
@@ -129,10 +93,11 @@ def fit_factors(  # noqa: PLR0913 - the first five are fixed, the others have de
         runs = [_Run(unwrap(model), objective, chosen, processes, resume) for chosen in passes]
         fitted: dict[str, Factor] = {}
         for run in runs:
-            run.checkpoint = None if checkpoint is None else (Path(checkpoint), checkpoint_every, refused)
+            moments = _zeros(run.targets, run.device)
+            save = None if checkpoint is None else _Checkpoint(Path(checkpoint), checkpoint_every, moments, refused)
             with processes.together("reading batches for factors"):
-                run.read(batches, _zeros, progress=progress)
-            fitted.update(run.factors())
+                run.read(batches, moments, save, progress=progress)
+            fitted.update(run.factors(moments))
         factors = Factors({one.name: fitted[one.name] for one in targets}, runs[0].source, refused)
     finally:
         processes.close()
@@ -168,43 +133,33 @@ def correct_eigenvalues(
         InputError: As `fit_factors`, or if the factors are of other weights.
     """
     factors.require_weights(model)
-    targets, _ = _targets(model, tuple(factors))
+    targets, _ = find_targets(model, tuple(factors))
     source = factors.source
     objective = objective_of(unwrap(model), source.labels, source.seed, loss_tokens_only=source.loss_tokens_only)
-
-    def make(target: Target, device: torch.device) -> CorrectedMoments:
-        factor = factors[target.name]
-        left, right = (
-            eigenbasis(one, f"a factor of {target.name}").vectors.to(device)
-            for one in (factor.gradient_covariance, factor.activation_covariance)
-        )
-        return CorrectedMoments(left, right, left.new_zeros(target.d_out, target.d_in))
 
     processes = Processes.join(timeout)
     try:
         run = _Run(unwrap(model), objective, targets, processes, None)
+        moments = CorrectedMoments({one.name: _vectors(factors[one.name], run.device) for one in targets})
         with processes.together("reading batches for corrected eigenvalues"):
-            run.read(batches, make, progress=progress)
+            run.read(batches, moments, progress=progress)
         found = {}
-        for target in targets:
-            (total,), tokens = run.totals(target)
-            factor = factors[target.name]
-            found[target.name] = replace(factor, corrected_sum=total * (factor.tokens / max(1, tokens)))
+        for name, (total, tokens) in moments.over(processes).items():
+            factor = factors[name]
+            found[name] = replace(factor, corrected_sum=total * (factor.tokens / max(1, tokens)))
     finally:
         processes.close()
     return Factors({name: found[name] for name in factors}, source, factors.refused)
 
 
-def fit_cost(model: nn.Module, include: str | Sequence[str] | None = None, *, max_bytes: int = 8 << 30) -> FitCost:
-    """What `fit_factors` would take, without running the model.
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Where the factors of the batches so far are written, and how often."""
 
-    Raises:
-        InputError: As `fit_factors`.
-    """
-    targets, refused = _targets(model, include)
-    passes = [sum(_bytes(one) for one in chosen) for chosen in _passes(targets, max_bytes)]
-    names = tuple(one.name for one in targets)
-    return FitCost(names, refused, len(passes), sum(passes), max(passes), flops_per_token(targets))
+    path: Path
+    every: int
+    moments: Moments
+    refused: Mapping[str, str]
 
 
 class _Run:
@@ -218,12 +173,10 @@ class _Run:
         processes: Processes,
         resume: Factors | None,
     ) -> None:
-        self._model, self._objective, self._targets, self._processes = model, objective, targets, processes
-        self._resume = resume
-        self._device = next(model.parameters()).device
-        self._moments: dict[str, TokenSums] = {}
+        self.targets = targets
+        self.device = next(model.parameters()).device
+        self._model, self._objective, self._processes, self._resume = model, objective, processes, resume
         self._read, self._chain = 0, ""
-        self.checkpoint: tuple[Path, int, Mapping[str, str]] | None = None
 
     @property
     def source(self) -> Source:
@@ -232,11 +185,15 @@ class _Run:
         return Source(o.labels, o.task, o.seed, self._read, self._chain, o.loss_tokens_only)
 
     def read(
-        self, batches: Iterable[Mapping[str, Any]], make: Callable[[Target, torch.device], TokenSums], *, progress: bool
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        sums: TokenSums,
+        checkpoint: _Checkpoint | None = None,
+        *,
+        progress: bool,
     ) -> None:
         """Add every batch behind those of `resume`; of a run of several processes, this one's share."""
-        self._moments = {one.name: make(one, self._device) for one in self._targets}
-        collector = Collector(self._targets, self._moments)
+        collector = Collector(self.targets, sums)
         behind = 0 if self._resume is None else self._resume.source.batches
         bar = tqdm(batches, desc="factors", unit="batch", disable=None if progress else True, leave=False)
         shown = bar if self._processes.rank == 0 else batches
@@ -248,8 +205,8 @@ class _Run:
                     self._add(collector, batch, number)
                 if number + 1 == behind:
                     self._require_same_data()
-                if number >= behind:
-                    self._save_now_and_then()
+                if number >= behind and checkpoint is not None:
+                    self._save_now_and_then(checkpoint)
         if self._read <= behind:
             raise InputError("there is no batch" + (" behind those that were read before" if behind else ""))
 
@@ -265,7 +222,7 @@ class _Run:
             )
 
     def _add(self, collector: Collector, batch: Mapping[str, Tensor], number: int) -> None:
-        batch = {name: value.to(self._device) for name, value in batch.items()}
+        batch = {name: value.to(self.device) for name, value in batch.items()}
         collector.masks = self._objective.masks(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         switches = {"use_cache": False} if takes(self._model, "use_cache") else {}
@@ -276,135 +233,38 @@ class _Run:
             raise InputError(f"the loss of batch {number} is {float(loss)}: the factors would hold NaN")
         if loss.requires_grad:
             loss.backward()
-        collector.require_matched()
+        collector.end_pass()
 
-    def _save_now_and_then(self) -> None:
-        if self.checkpoint is None or self._read % self.checkpoint[1]:
+    def _save_now_and_then(self, checkpoint: _Checkpoint) -> None:
+        if self._read % checkpoint.every:
             return
-        path, _, refused = self.checkpoint
-        factors = Factors(self.factors(), self.source, refused)
+        factors = Factors(self.factors(checkpoint.moments), self.source, checkpoint.refused)
         if self._processes.rank == 0:
-            factors.save(path)
+            factors.save(checkpoint.path)
 
-    def totals(self, target: Target) -> tuple[list[Tensor], int]:
-        """The sums and the tokens of one matrix over all processes, on the CPU.
-
-        Raises:
-            InputError: If a sum is not finite.
-        """
-        moments = self._moments[target.name]
-        mine = [one.cpu().clone() for one in moments.sums()]
-        mine.append(torch.tensor([moments.tokens], dtype=torch.float64))
-        *sums, count = self._processes.sum(f"factors of {target.name}", mine)
-        if not all(bool(torch.isfinite(one).all()) for one in sums):
-            raise InputError(f"the inputs or gradients of {target.name} are not finite: it has no factors")
-        return sums, int(count)
-
-    def factors(self) -> dict[str, Factor]:
+    def factors(self, moments: Moments) -> dict[str, Factor]:
         """The factors of all processes and of what was resumed."""
-        found = {}
-        for target in self._targets:
-            (activation, gradient), tokens = self.totals(target)
-            new = Factor(target.name, activation, gradient, tokens, _weight_digest(target))
-            before = None if self._resume is None else self._resume.by_name[target.name]
-            found[target.name] = new if before is None else _behind(before, new)
-        return found
-
-
-def _zeros(target: Target, device: torch.device) -> Moments:
-    # The processor adds in float64 for the price of a copy; an accelerator in float32.
-    return Moments.zeros(target, torch.float64 if device.type == "cpu" else torch.float32, device)
-
-
-def _behind(before: Factor, new: Factor) -> Factor:
-    return replace(
-        new,
-        activation_sum=before.activation_sum + new.activation_sum,
-        gradient_sum=before.gradient_sum + new.gradient_sum,
-        tokens=before.tokens + new.tokens,
-    )
-
-
-def _targets(model: nn.Module, include: str | Sequence[str] | None) -> tuple[tuple[Target, ...], dict[str, str]]:
-    """The matrices to fit with the modules that multiply by them, and why others that were asked for are not."""
-    patterns = None if include is None else (include,) if isinstance(include, str) else tuple(include)
-    matrices = list(iter_weight_matrices(model))
-    modules = _linear_modules(model)
-    names = {named.name: storage_identity(named.tensor) for named in iter_tensors(model)}
-    targets, refused = [], {}
-    for matrix in matrices:
-        if not _is_chosen(matrix, patterns):
-            continue
-        owners = modules.get(names.get(matrix.tensor_name), ())
-        reason = _refusal(matrix, owners)
-        if reason is None:
-            targets.append(Target(matrix.name, matrix.d_out, matrix.d_in, tuple(owners)))
-        else:
-            refused[matrix.name] = reason
-    for pattern in patterns or ():
-        if not any(_matches(matrix, pattern) for matrix in matrices):
-            raise InputError(f"{pattern!r} matches no weight matrix of this model: see `weightproof inspect` for names")
-    if not targets:
-        name, reason = next(iter(refused.items()), ("the model", "it has no linear layer of a known family"))
-        raise InputError(f"no matrix can have factors; {name}: {reason}")
-    return tuple(targets), refused
-
-
-def _refusal(matrix: WeightMatrix, owners: Sequence[nn.Module]) -> str | None:
-    if matrix.refusal is not None:
-        return matrix.refusal
-    if not owners:
-        return _STACKED if matrix.name != matrix.tensor_name else "no linear layer multiplies by it"
-    if matrix.shard is not None:
-        return "it is sharded over processes: fit the factors on a whole copy of the model"
-    largest = max(matrix.d_out, matrix.d_in)
-    if largest > LARGEST_DIMENSION:
-        return f"a factor of {largest} x {largest} would take {readable(4 * largest**2)}"
-    return None
-
-
-def _is_chosen(matrix: WeightMatrix, patterns: tuple[str, ...] | None) -> bool:
-    if patterns is None:
-        return matrix.family in DEFAULT_FAMILIES or (matrix.family == "expert")
-    return any(_matches(matrix, pattern) for pattern in patterns)
-
-
-def _matches(matrix: WeightMatrix, pattern: str) -> bool:
-    labels = (matrix.name, matrix.name.removesuffix(".weight"), matrix.family)
-    return any(fnmatchcase(label, pattern) for label in labels)
-
-
-def _linear_modules(model: nn.Module) -> dict[Any, list[nn.Module]]:
-    """Modules of which the output is input times weight, by the storage of that weight."""
-    found: dict[Any, list[nn.Module]] = {}
-    for module in unwrap(model).modules():
-        is_conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-        if (isinstance(module, nn.Linear) or is_conv1d) and isinstance(module.weight, Tensor):
-            found.setdefault(storage_identity(module.weight), []).append(module)
-    return found
-
-
-def _passes(targets: tuple[Target, ...], max_bytes: int) -> list[tuple[Target, ...]]:
-    """Matrices that are fitted together, in their order."""
-    passes: list[list[Target]] = [[]]
-    room = max_bytes
-    for target in targets:
-        size = _bytes(target)
-        if size > max_bytes:
-            raise InputError(
-                f"the factors of {target.name} ({target.d_out} x {target.d_in}) take {readable(size)}, more than the "
-                f"{readable(max_bytes)} allowed: give more memory (max_bytes=) or leave it out (include=)"
+        sums = moments.over(self._processes)
+        found = {
+            one.name: Factor(
+                one.name, sums[one.name].activation, sums[one.name].gradient, sums[one.name].tokens, _weight_digest(one)
             )
-        if size > room:
-            passes.append([])
-            room = max_bytes
-        passes[-1].append(target)
-        room -= size
-    return [tuple(chosen) for chosen in passes]
+            for one in self.targets
+        }
+        return found if self._resume is None else summed(self._resume.by_name, found)
 
 
-def _bytes(target: Target) -> int:
-    return 8 * (target.d_in**2 + target.d_out**2)
+def _zeros(targets: tuple[Target, ...], device: torch.device) -> Moments:
+    # The processor adds in float64 for the price of a copy; an accelerator in float32.
+    sizes = {one.name: (one.d_out, one.d_in) for one in targets}
+    return Moments(sizes, torch.float64 if device.type == "cpu" else torch.float32, device)
+
+
+def _vectors(factor: Factor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of G and of A."""
+    what = f"a factor of {factor.name}"
+    gradient = eigenbasis(factor.gradient_covariance, what).vectors.to(device)
+    return gradient, eigenbasis(factor.activation_covariance, what).vectors.to(device)
 
 
 def _weight_digest(target: Target) -> str:
