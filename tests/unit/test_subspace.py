@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weightproof.errors import InputError
-from weightproof.numerics.two_sides import bisector_weights, inner, sides
 from weightproof.subspace import (
     activation_recovery,
     activation_target,
@@ -242,42 +241,6 @@ def test_joint_score_and_gap_say_why_zero_has_no_logarithm():
     assert activation_weight_gap(4.0, 1.0) == pytest.approx(2.0)
     assert "weights is 0" in str(joint_score(4.0, 0.0))
     assert "activations is 0" in str(activation_weight_gap(0.0, 1.0))
-
-
-def test_the_sides_of_a_contrast_from_factors_and_from_whole_matrices():
-    plus, minus = (Product(gaussian(D, 3, seed=s), gaussian(3, 40, seed=s + 10)) for s in (1, 2))
-    whole = [side.left @ side.right for side in (plus, minus)]
-    assert inner(plus, whole[1]) == pytest.approx(inner(plus, minus), rel=1e-10)
-    assert inner(whole[0], minus) == pytest.approx(float((whole[0] * whole[1]).sum()), rel=1e-10)
-    found = sides([(plus, minus), (plus, None)])
-    tau = torch.cat([whole[0], whole[0]]), torch.cat([whole[1], torch.zeros_like(whole[1])])
-    drift, contrast = tau[0] + tau[1], tau[0] - tau[1]
-    assert found.cosine == pytest.approx(-float((tau[0] * tau[1]).sum() / (tau[0].norm() * tau[1].norm())))
-    assert found.norm_ratio == pytest.approx(float(tau[0].norm() / tau[1].norm()))
-    assert found.drift_ratio == pytest.approx(float(drift.norm() / contrast.norm()))
-    assert found.drift_cosine == pytest.approx(float((drift * contrast).sum().abs() / drift.norm() / contrast.norm()))
-
-
-def test_opposite_sides_have_no_drift_and_one_empty_side_has_no_cosine():
-    one = gaussian(D, 20)
-    opposite = sides([(one, -one)])
-    assert (opposite.cosine, opposite.norm_ratio, opposite.drift_ratio) == pytest.approx((1.0, 1.0, 0.0))
-    alone = sides([(one, None)])
-    assert alone.cosine is None
-    assert alone.norm_ratio is None
-    assert alone.drift_ratio == pytest.approx(1.0)
-
-
-def test_the_bisector_weighs_both_sides_alike_and_has_the_length_of_the_contrast():
-    plus, minus = 10.0 * gaussian(D, 20, seed=1), gaussian(D, 20, seed=2)
-    weights = bisector_weights(plus, minus)
-    assert weights is not None
-    found = weights[0] * plus - weights[1] * minus
-    assert float(found.norm()) == pytest.approx(float((plus - minus).norm()), rel=1e-10)
-    cosines = [float((found * side).sum() / (found.norm() * side.norm())) for side in (plus, -minus)]
-    assert cosines[0] == pytest.approx(cosines[1], rel=1e-10)
-    assert bisector_weights(plus, torch.zeros_like(plus)) is None
-    assert bisector_weights(plus, 3 * plus) is None
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ guess can do better on its side.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+WEIGHTS = "weights"
 NEEDS = frozenset({"weights", "clean", "contrast", "attention", "mlp", "delta"})
 AXIS_KINDS = ("write", "mixed", "read", "ceiling")
 
@@ -44,14 +45,24 @@ class Sources:
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """`make()` the first time, what it gave after that: for what several candidates or layers share."""
+        """`make()` the first time, what it gave after that: for what several candidates or layers share.
+
+        What depends on the weights alone has a key that is a tuple with `WEIGHTS` in front: it outlives other prompts
+        and other changes (`again`).
+        """
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
 
     def basis(self, candidate: Candidate, layer: int) -> Tensor | str:
         """What `candidate.build` gives for a layer, built once."""
-        return self.once((candidate.name, layer), lambda: candidate.build(self, layer))
+        kind = WEIGHTS if candidate.needs == {WEIGHTS} else "made"
+        return self.once((kind, candidate.name, layer), lambda: candidate.build(self, layer))
+
+    def again(self, captures: Captures | None, delta: Delta | None) -> Sources:
+        """The same model with other activations, or another change: what was made of the weights is kept."""
+        kept = {key: value for key, value in self._known.items() if isinstance(key, tuple) and key[0] == WEIGHTS}
+        return replace(self, captures=captures, delta=delta, _known=kept)
 
 
 @dataclass(frozen=True)

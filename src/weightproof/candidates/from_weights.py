@@ -13,7 +13,7 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 
-from weightproof.candidates.candidate import Candidate, Sources
+from weightproof.candidates.candidate import WEIGHTS, Candidate, Sources
 from weightproof.candidates.weight_side import READS, WRITES
 from weightproof.subspace import Target, balanced, oracle_basis, signed, union, weight_target, without
 
@@ -63,13 +63,13 @@ def directions(found: Tensor | str, rank: int) -> Tensor | str:
 
 
 def _head_gram(sources: Sources) -> Tensor | str:
-    return sources.once("head gram", sources.weights.head_gram)
+    return sources.once((WEIGHTS, "head gram"), sources.weights.head_gram)
 
 
 def _head(sources: Sources, layer: int, rank: int) -> Tensor | str:
     if not sources.weights.is_last_stack(layer):
         return f"the head does not read the stream of {sources.weights.layers[layer].name}"
-    return sources.once(("head", rank), lambda: directions(_head_gram(sources), rank))
+    return sources.once((WEIGHTS, "head", rank), lambda: directions(_head_gram(sources), rank))
 
 
 def _lm_head_read(sources: Sources, layer: int) -> Tensor | str:
@@ -88,7 +88,7 @@ def _logits_null(sources: Sources, layer: int) -> Tensor | str:
         vectors = torch.linalg.eigh(gram).eigenvectors
         return signed(vectors[:, : min(sources.rank, vectors.shape[1])])
 
-    return sources.once("logits_null", make)
+    return sources.once((WEIGHTS, "logits_null"), make)
 
 
 # ---------------------------------------------------------------- one layer
@@ -104,7 +104,8 @@ def _read(*parts: str) -> Build:
 def _write(*parts: str) -> Build:
     def build(sources: Sources, layer: int) -> Tensor | str:
         return sources.once(
-            ("write", parts, layer), lambda: directions(sources.weights.write_gram(layer, *parts), sources.rank)
+            (WEIGHTS, "write", parts, layer),
+            lambda: directions(sources.weights.write_gram(layer, *parts), sources.rank),
         )
 
     return build
@@ -166,12 +167,12 @@ def _global_write(sources: Sources, layer: int) -> Tensor | str:
             total += gram
         return directions(total, sources.rank)
 
-    return sources.once("global_write", make)
+    return sources.once((WEIGHTS, "global_write"), make)
 
 
 def _reads(sources: Sources) -> dict[int, Tensor] | str:
     """Broad bases: of what later layers and the head read, by layer; of what anything reads, under -1."""
-    return sources.once("reads", lambda: _all_reads(sources))
+    return sources.once((WEIGHTS, "reads"), lambda: _all_reads(sources))
 
 
 def _all_reads(sources: Sources) -> dict[int, Tensor] | str:
@@ -250,6 +251,10 @@ def _not(first: Build, *removed: Build) -> Build:
 
 def write_targets(sources: Sources, layer: int) -> dict[str, Target] | str:
     """What the change does to each matrix of a layer that writes to the stream; as text, why there is nothing."""
+    return sources.once(("targets", layer), lambda: _write_targets(sources, layer))
+
+
+def _write_targets(sources: Sources, layer: int) -> dict[str, Target] | str:
     if sources.delta is None:
         return "there is no change to look at"
     parts = sources.delta.parts
@@ -266,7 +271,7 @@ def _is_zero(part: object) -> bool:
 
 
 def _weight_ceiling(sources: Sources, layer: int) -> Tensor | str:
-    targets = sources.once(("targets", layer), lambda: write_targets(sources, layer))
+    targets = write_targets(sources, layer)
     if isinstance(targets, str):
         return targets
     return oracle_basis(balanced(list(targets.values())), sources.rank)
@@ -277,7 +282,7 @@ def _weight_ceiling(sources: Sources, layer: int) -> Tensor | str:
 
 def _candidate(name: str, family: str, build: Build, axis_kind: str | None = None) -> Candidate:
     kind = axis_kind or ("read" if family in ("W:read", "W:unembed") else "write")
-    return Candidate(name, family, kind, frozenset({"weights"}), build)
+    return Candidate(name, family, kind, frozenset({WEIGHTS}), build)
 
 
 _BESIDE = "W:write-not-read"
@@ -306,5 +311,5 @@ WEIGHT_SIDE: tuple[Candidate, ...] = (
 )
 
 WEIGHT_CEILINGS: tuple[Candidate, ...] = (
-    Candidate("dW_left_basis_ceiling", "ceiling", "ceiling", frozenset({"weights", "delta"}), _weight_ceiling),
+    Candidate("dW_left_basis_ceiling", "ceiling", "ceiling", frozenset({WEIGHTS, "delta"}), _weight_ceiling),
 )
