@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from weightproof.policy import Policy, load_policy
     from weightproof.session import GuardSession
     from weightproof.spectrum import measure_spectrum
+    from weightproof.steering import steer
     from weightproof.types import Action, BulkFit, Decision, Outcome, Spectrum, Verdict, WeightMatrix
     from weightproof.weights import iter_weight_matrices
     from weightproof_callbacks.accelerator import attach
@@ -63,6 +64,7 @@ _HOMES = {
     "ReplayableLoader": "weightproof_callbacks.data_position",
     "LossData": "weightproof.losses",
     "Delta": "weightproof.deltas",
+    "steer": "weightproof.steering",
     "fit_factors": "weightproof.curvature",
     "predict_loss_change": "weightproof.curvature",
     "GuardSession": "weightproof.session",
@@ -109,6 +111,7 @@ __all__ = [  # noqa: RUF022 - grouped by what a reader is looking for
     "edits",
     "kinds",
     "Delta",
+    "steer",
     # curvature
     "fit_factors",
     "predict_loss_change",

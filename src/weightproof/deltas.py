@@ -114,6 +114,12 @@ class Delta:
             raise InputError(f"the delta has no {name!r}: it changes {', '.join(self.names[:3])} ({len(self.parts)})")
         return self.parts[name]
 
+    def __repr__(self) -> str:
+        """How many matrices, how they are kept, and where they come from."""
+        factored = sum(isinstance(part, LowRank) for part in self.parts.values())
+        mode, source = self.metadata["mode"], self.metadata["source"]
+        return f"Delta({len(self.parts)} matrices, {factored} of them factored, {mode}, source={source!r})"
+
     # -- where it comes from -------------------------------------------------------------------
 
     @classmethod

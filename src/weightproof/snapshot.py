@@ -561,15 +561,23 @@ class MatrixBits:
     Of sharded matrices the part that lies here. Nothing is divided or recomputed: what comes back are the same bits.
     """
 
-    def __init__(self, matrices: Sequence[WeightMatrix]) -> None:
+    def __init__(self, matrices: Sequence[WeightMatrix], device: torch.device | str | None = None) -> None:
         """Copy them.
+
+        Args:
+            matrices: To copy.
+            device: Where the copies are kept; None: each beside its matrix.
 
         Raises:
             InputError: If one of them cannot be written.
         """
         for matrix in matrices:
             _require_writable(matrix)
-        self._kept = [(one, _part_here(one), _part_here(one).detach().clone()) for one in matrices]
+        self._kept = [(one, _part_here(one), _part_here(one).detach().to(device, copy=True)) for one in matrices]
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """The copies by matrix name; do not write to them."""
+        return {matrix.name: kept for matrix, _, kept in self._kept}
 
     def put_back(self) -> None:
         """Write the bits back; again and again gives the same.

@@ -28,13 +28,13 @@ class LoraMerge:
     """Each matrix grew by exactly its adapter's delta, biases and replaced modules went as the adapter says.
 
     Attributes:
-        adapter: An `Adapter`, or full deltas: matrix name -> (d_out, d_in), that is scaling * B @ A. What is not
-            named there must not change.
+        adapter: An `Adapter`, or deltas: matrix name -> (d_out, d_in), that is scaling * B @ A, or its factors. What
+            is not named there must not change.
         reverse: The adapter was taken out of the weights (PEFT's `unmerge`), not merged into them.
         same_base: Whether the base must be the one that the adapter was trained on, where that is known.
     """
 
-    adapter: Adapter | Mapping[str, Tensor]
+    adapter: Adapter | Mapping[str, Tensor | AdapterDelta]
     reverse: bool = False
     same_base: bool = True
     # Replaced matrices as they are read, (d_out, d_in); known once the model is (`bound`).
@@ -44,7 +44,7 @@ class LoraMerge:
 
     def __init__(
         self,
-        adapter: Adapter | Mapping[str, Tensor] | Path | str | nn.Module,
+        adapter: Adapter | Mapping[str, Tensor | AdapterDelta] | Path | str | nn.Module,
         *,
         adapter_name: str = "default",
         reverse: bool = False,
@@ -54,7 +54,7 @@ class LoraMerge:
 
         Args:
             adapter: What was merged: the folder of an adapter, a live model that holds it, an `Adapter` that was read,
-                or full deltas by matrix name.
+                or deltas by matrix name, whole or as factors (`AdapterDelta`).
             adapter_name: Which of several, in a folder or a live model.
             reverse: It is taken out again.
             same_base: False: into other weights than it was trained on, too.
@@ -201,7 +201,7 @@ def _require_deltas(deltas: object) -> None:
             "delta (scaling * B @ A); it is empty or none of these"
         )
     for key, delta in deltas.items():
-        if not isinstance(delta, Tensor) or delta.ndim != 2:
+        if not isinstance(delta, AdapterDelta) and (not isinstance(delta, Tensor) or delta.ndim != 2):
             raise InputError(f"LoraMerge: the delta of {key!r} must be a 2-D tensor (d_out, d_in)")
 
 

@@ -39,12 +39,26 @@ from weightproof.edits.mixed import Mixed
 from weightproof.edits.prune import Prune
 from weightproof.edits.rtn import RTN
 from weightproof.edits.selection import VECTOR_FAMILY
+from weightproof.edits.steering import Steer, steer
 from weightproof.edits.svd import SVD
 from weightproof.edits.task_arithmetic import TaskArithmetic
 from weightproof.kinds import Kind
 from weightproof.types import WeightMatrix
 
-__all__ = ["GPTQ", "KFAC", "RTN", "SVD", "VECTOR_FAMILY", "Edit", "LoraMerge", "Mixed", "Prune", "TaskArithmetic"]
+__all__ = [
+    "GPTQ",
+    "KFAC",
+    "RTN",
+    "SVD",
+    "VECTOR_FAMILY",
+    "Edit",
+    "LoraMerge",
+    "Mixed",
+    "Prune",
+    "Steer",
+    "TaskArithmetic",
+    "steer",
+]
 
 
 @runtime_checkable
