@@ -29,10 +29,12 @@ import torch
 from weightproof import kinds
 from weightproof.baseline import Baseline
 from weightproof.certificate import Certificate
+from weightproof.curvature.factors import Factors
 from weightproof.edits import VECTOR_FAMILY
 from weightproof.errors import InputError
 from weightproof.judgement import evidence
 from weightproof.judgement.assessment import Assessor
+from weightproof.judgement.curvature_probe import factors_of
 from weightproof.judgement.plans import carried_out, prepared, rewrite, selected
 from weightproof.parallel.placements import settle
 from weightproof.policy import Policy, load_policy
@@ -54,7 +56,7 @@ from weightproof.transactions.rolling import Rolling
 from weightproof.transactions.steps import Cost, MasterWeights, Step
 from weightproof.transactions.training_turns import TrainingTurns
 from weightproof.transactions.training_windows import TrainingWindows, Window
-from weightproof.types import Action
+from weightproof.types import Action, WindowReport
 
 logger = logging.getLogger("weightproof")
 
@@ -81,6 +83,8 @@ class GuardSession:
         snapshot_dir: Keep snapshots in this folder instead of in memory.
         timeout: Seconds that a process waits for the others before it gives the run up and says for whom it waited.
         tokenizer_digest: What made the token ids of the data, where it is known: goes into the evidence.
+        factors: Kronecker factors of this very model (`weightproof.fit_factors`), or their file: the guard `curvature`
+            then foretells what each edit costs and names the matrix that is to blame. Advice; it decides nothing.
         masters: fp32 copies that the optimizer writes back (DeepSpeed); `weightproof.attach` finds them.
 
     Attributes:
@@ -91,8 +95,8 @@ class GuardSession:
         BaselineError: The model already holds NaN or inf, differs between processes, or `baseline` is of another
             model.
         CollectiveError: Another process failed, or did not come within `timeout`.
-        InputError: `retain` is empty or unusable, an argument is unknown or of a wrong type, or processes were given
-            different policies or data.
+        InputError: `retain` is empty or unusable, an argument is unknown or of a wrong type, `factors` are of other
+            weights, or processes were given different policies, data or factors.
     """
 
     def __init__(  # noqa: PLR0913 - the public signature is the issue's
@@ -110,6 +114,7 @@ class GuardSession:
         timeout: float = 600.0,
         masters: MasterWeights | None = None,
         tokenizer_digest: str | None = None,
+        factors: Factors | Path | str | None = None,
     ) -> None:
         self.processes = processes_of(accelerator, timeout)
         self._open: Step | None = None
@@ -118,15 +123,19 @@ class GuardSession:
         try:
             with self.processes.together("making the guard session"):
                 self.policy = _policy_for(model, policy)
+                known = None if factors is None else factors_of(factors)
                 assessor = Assessor(
-                    model, self.policy, retain, self.processes, target=target, tokenizer_digest=tokenizer_digest
-                )
+                    model, self.policy, retain, self.processes,
+                    target=target, tokenizer_digest=tokenizer_digest, factors=known,
+                )  # fmt: skip
                 self.output_dir = Path(output_dir) if output_dir is not None else None
                 folder = Path(snapshot_dir) if snapshot_dir is not None else None
                 settings = settings_of(assessor, masters)
             advice = "Give every process the same (retain data before it is sharded over processes, for example)"
             require_same(self.processes, "settings of the guard", settings, advice)
+            assessor.prove_factors()
             self.guarded = GuardedModel(assessor, baseline, masters=masters, snapshot_dir=folder)
+            assessor.factors_are_of(self.guarded.baseline.model_digest)
             self._publisher = Publisher(self.processes, self.certificate, trackers, self.output_dir, accelerator)
             self.training = TrainingWindows(self.guarded, self._publisher)
         except BaseException:
@@ -336,6 +345,9 @@ class GuardSession:
         in_warmup: bool = False,
         impossible_moments: Sequence[str] = (),
         disagreements: Sequence[str] = (),
+        guessing: float | None = None,
+        update_size: float | None = None,
+        reports: Sequence[WindowReport] = (),
         on_violation: str = "rollback",
         name: str = "train",
     ) -> Step:
@@ -355,6 +367,9 @@ class GuardSession:
             in_warmup: Whether the learning rate is still warming up.
             impossible_moments: What is wrong with the optimizer's state on this process, in words.
             disagreements: What is wrong with the batches of the processes, in words; the same on all of them.
+            guessing: Loss of a model that guesses, nats per token: the logarithm of the number of symbols.
+            update_size: Sum of the learning rates that these steps were taken with.
+            reports: What else this process noted; it is put beside the verdicts, and judged by nobody.
             on_violation: As in `edit`.
             name: Shown in the log.
 
@@ -363,7 +378,10 @@ class GuardSession:
             RestoreError: If a restore could not be proven exact (the decision is then HALT).
         """
         with self._begun(name, "train", on_violation, step) as handle:
-            seen = Window(raw_losses, grad_norms, num_skipped, in_warmup, impossible_moments, disagreements)
+            seen = Window(
+                raw_losses, grad_norms, num_skipped, in_warmup, impossible_moments, disagreements,
+                guessing, update_size, reports,
+            )  # fmt: skip
             window = self.training.judge(handle, seen, on_violation)
         if handle.decision is not None and handle.decision.action is Action.KEEP:
             self.training.learn(window)

@@ -364,6 +364,35 @@ class CircuitReading:
 
 
 @dataclass(frozen=True, slots=True)
+class CurvatureReading:
+    """Loss change that the change of one matrix should cost by its Kronecker factors (`weightproof.curvature`).
+
+    `predicted` is 1/2 tr(G E A E') in nats per token, E the difference to the weights at which the factors were fitted;
+    `relative_change` is ||E||_F / ||W||_F (None where W is zero). `reason` says why it was not measured (then both
+    are None).
+    """
+
+    name: str
+    family: str
+    predicted: float | None
+    relative_change: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LossForecast:
+    """What a change should cost by curvature, without a forward pass.
+
+    `factors` is the digest of the factors, `matrices` the readings of the changed matrices that have some, in their
+    order, and `not_covered` the names of the changed matrices that have none.
+    """
+
+    factors: str
+    matrices: tuple[CurvatureReading, ...]
+    not_covered: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Reach:
     """How much of a model's matrices an edit changed (values or storage), in parameters.
 
@@ -434,6 +463,7 @@ class Readings:
     `unmeasured` maps a probe's name to the reason why it gave nothing at all.
     `second_moments` maps (windows, tap) names joined by `:` to mean squared block outputs.
     `raw_losses` are the unfiltered losses of a window of training steps, `window` what else was seen of it.
+    `curvature` is None where nobody gave factors.
     """
 
     model_digest: str
@@ -452,6 +482,7 @@ class Readings:
     in_warmup: bool = False
     untrained: frozenset[str] = frozenset()
     window: WindowReading | None = None
+    curvature: LossForecast | None = None
 
 
 @dataclass(frozen=True, slots=True)

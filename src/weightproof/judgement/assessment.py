@@ -18,6 +18,7 @@ from weightproof.baseline import Baseline
 from weightproof.collective import Processes
 from weightproof.contracts.preserving import NAME as PRESERVING
 from weightproof.contracts.preserving import preserving_readings
+from weightproof.curvature.factors import Factors
 from weightproof.divergence import (
     OutputCache,
     OutputPass,
@@ -32,10 +33,11 @@ from weightproof.forward.calibration import calibration_windows
 from weightproof.forward.windows import Windows, random_windows
 from weightproof.guards.corrections import Correction, corrections
 from weightproof.guards.limits import for_family
-from weightproof.judgement.judging import Judged, decide_on, judge_one
+from weightproof.judgement.curvature_probe import MOVED, CurvatureProbe
+from weightproof.judgement.judging import Judged, decide_on, is_asked, judge_one
 from weightproof.losses import LossData, LossProbe
 from weightproof.policy import Policy, with_digests
-from weightproof.probes import State
+from weightproof.probes import State, common_matrices
 from weightproof.readings.changes import ChangeScope, read_change
 from weightproof.registry import load_plugin, plugins
 from weightproof.snapshot import Snapshot
@@ -47,6 +49,7 @@ from weightproof.types import (
     ContractReading,
     Decision,
     DivergenceReading,
+    LossForecast,
     LossReading,
     MatrixReading,
     Outcome,
@@ -80,6 +83,7 @@ class Assessor:
         processes: Who takes part; every one of them calls every method alike.
         target: Data on which an edit must gain.
         tokenizer_digest: What made the token ids of both, where it is known.
+        factors: Kronecker factors of the model; see `prove_factors`.
 
     Raises:
         InputError: `retain` or `target` is empty or the model cannot run on it.
@@ -94,6 +98,7 @@ class Assessor:
         *,
         target: Any = None,
         tokenizer_digest: str | None = None,
+        factors: Factors | None = None,
     ) -> None:
         self.model = model
         self.processes = processes
@@ -110,6 +115,9 @@ class Assessor:
         self._random, self._calibration = random, calibration
         self._stale = True
         self.turns = TrainingTurns()
+        self.factors = factors
+        self._curvature: CurvatureProbe | None = None
+        self._fitted_at = ""
 
     def _calibration_windows(self, retain: Any) -> Windows:
         """The first windows of the retain data, also where that was read to its end already, or is a file."""
@@ -228,6 +236,30 @@ class Assessor:
             )
             return OutputPass(divergence=lost, second_moments={})
 
+    # -- curvature -----------------------------------------------------------------------------
+
+    def prove_factors(self) -> None:
+        """Prove that the factors, where there are some, are of the weights as they are now.
+
+        Raises:
+            InputError: They are of another model or of other weights (both hashes are named), or unusable.
+        """
+        if self.factors is not None:
+            every = common_matrices(self.model, self.processes)
+            self._curvature = CurvatureProbe.of(self.factors, every, self.processes, is_live=True)
+
+    def factors_are_of(self, model_digest: str) -> None:
+        """The digest of the model whose factors were proven: a baseline of other weights is not what they are of."""
+        self._fitted_at = model_digest
+
+    def _forecast(self, baseline: Readings, after: Readings, subject: Subject) -> LossForecast | str | None:
+        """What an edit should cost by curvature, or why that is not known; None where nobody asks."""
+        if self._curvature is None or subject.kind.name == "train":
+            return None
+        if baseline.model_digest != self._fitted_at:
+            return MOVED
+        return self._curvature.read(common_matrices(self.model, self.processes), baseline.tensors, after.tensors)
+
     # -- one change ----------------------------------------------------------------------------
 
     def assess(self, snapshot: Snapshot, current: State, baseline: Baseline, subject: Subject, step: int) -> Assessment:
@@ -256,6 +288,9 @@ class Assessor:
             unmeasured["losses"] = "there is no loss data: give retain= data"
         if outputs is None:
             unmeasured["divergence"] = unmeasured["outputs"] = unmeasured["second_moments"] = self.no_outputs
+        forecast = self._forecast(baseline.readings, read, subject)
+        if isinstance(forecast, str):
+            unmeasured["curvature"] = forecast
         record = record_of(subject, current.readings, change, found, model=self.model, processes=self.processes)
         if subject.kind.name == PRESERVING and subject.contract is None:
             record = replace(record, contract=(*record.contract, *self._preserved(current.readings, read)))
@@ -270,10 +305,11 @@ class Assessor:
             loss_spike=subject.loss_spike,
             in_warmup=subject.in_warmup,
             window=subject.window,
+            curvature=forecast if isinstance(forecast, LossForecast) else None,
         )
         before = replace(baseline.readings, second_moments=self._moments_before(outputs))
         judged = Judged(before, current.readings, readings)
-        verdicts = {name: self._judge(name, judged) for name in self.guards}
+        verdicts = {name: self._judge(name, judged) for name in self.guards if is_asked(self.guards[name], readings)}
         failed = verdicts["divergence"].outcome is Outcome.FAIL
         if failed and subject.kind.name != "train" and any(reading.finite for reading in readings.divergence):
             judged = replace(judged, after=self._located(readings))

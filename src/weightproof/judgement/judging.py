@@ -8,6 +8,7 @@ from typing import Any
 
 from weightproof.policy import Policy, decide
 from weightproof.registry import load_plugin, plugins
+from weightproof.statistics.window_reports import FAMILY
 from weightproof.types import Decision, Measurement, Outcome, Readings, Verdict
 
 # Guards that decide in a window of ordinary training; the others are reported there.
@@ -38,22 +39,37 @@ def judge_one(guard: Any, limits: Any, judged: Judged) -> Verdict:
     return guard.judge(_finite_as(judged.before, judged.reference) if exact else judged.before, after, limits)
 
 
+def is_asked(guard: Any, after: Readings) -> bool:
+    """Whether a guard gives a verdict on these readings.
+
+    All do but `optional` ones: they speak where what they need was read, or was to be read and could not be.
+    """
+    if not getattr(guard, "optional", False):
+        return True
+    return any(getattr(after, need, None) or need in after.unmeasured for need in guard.needs)
+
+
 def judge_all(policy: Policy, judged: Judged) -> dict[str, Verdict]:
-    """The verdict of every registered guard under the limits of a policy, by name."""
+    """The verdict of every registered guard that is asked under the limits of a policy, by name."""
     found: dict[str, Verdict] = {}
     for name in plugins(GUARDS):
         guard = load_plugin(GUARDS, name)()
-        found[name] = judge_one(guard, policy.limits_for(type(guard)), judged)
+        if is_asked(guard, judged.after):
+            found[name] = judge_one(guard, policy.limits_for(type(guard)), judged)
     return found
 
 
 def decide_on(policy: Policy, verdicts: Mapping[str, Verdict], *, kind: str, step: int, world_size: int) -> Decision:
     """The decision on a change of this kind; in training most guards only report."""
     judged = [verdict for name, verdict in verdicts.items() if kind != "train" or name in JUDGED_IN_TRAINING]
-    reported: list[Measurement] = []
+    reported = [item for verdict in judged for item in verdict.measurements if item.family == FAMILY]
     for verdict in verdicts.values():
         if verdict not in judged:
             reported += [replace(item, limit=None, outcome=Outcome.PASS) for item in verdict.measurements]
+    # What a guard only reports of a window of training is no part of its verdict.
+    judged = [
+        replace(one, measurements=tuple(item for item in one.measurements if item.family != FAMILY)) for one in judged
+    ]
     return decide(policy, tuple(judged), kind=kind, step=step, reported=tuple(reported), world_size=world_size)
 
 

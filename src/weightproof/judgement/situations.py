@@ -31,11 +31,13 @@ SITUATIONS: Mapping[str, str] = {
 }
 
 RAISED = (Outcome.WARN, Outcome.FAIL)
+# Tier of guards that only advise: no situation looks at them.
+ADVICE = "advice"
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Verdicts sorted by tier: T0 exact, T1 weights, T2 outputs, T3 loss."""
+    """Verdicts sorted by tier: T0 exact, T1 weights, T2 outputs, T3 loss; `ADVICE` decides nothing."""
 
     by_guard: Mapping[str, Verdict]
     tiers: Mapping[str, str]
@@ -151,8 +153,10 @@ def _by_weights(evidence: Evidence) -> tuple[str, str]:
 
 
 def _calm(evidence: Evidence) -> str:
-    """Which guards passed, and which could not be measured: the latter is never silent."""
+    """Which guards passed, which advise against it, and which could not be measured: the latter is never silent."""
     passed = [guard for guard, verdict in evidence.by_guard.items() if verdict.outcome is Outcome.PASS]
     unread = [verdict for verdict in evidence.by_guard.values() if verdict.outcome is Outcome.NOT_MEASURED]
     text = f"{', '.join(passed) or 'nothing'} passed"
+    if advice := evidence.raised(ADVICE):
+        text += "; advice, which decides nothing: " + "; ".join(f"{v.guard} ({v.reason})" for v in advice)
     return f"{text}; not measured: " + "; ".join(f"{v.guard} ({v.reason})" for v in unread) if unread else text

@@ -48,6 +48,8 @@ def readings_json(readings: Readings) -> dict[str, Any]:
     Canonical JSON sorts the keys of objects, but measurements follow the order of the model: `order` keeps it.
     """
     content = to_jsonable(readings)
+    if content["curvature"] is None:
+        del content["curvature"]  # an optional reading that nobody took leaves no trace
     content["order"] = {path: list(_at(content, path) or ()) for path in ORDERED}
     return content
 

@@ -40,6 +40,7 @@ def settings_of(assessor: Assessor, masters: MasterWeights | None) -> dict[str, 
         "model class": type(unwrap(model)).__name__,
         "number of tensors": str(sum(1 for _ in iter_tensors(model))),
         "master weights": "none" if masters is None else type(masters).__name__,
+        "factors": "none" if assessor.factors is None else assessor.factors.digest[:12],
     }
 
 

@@ -10,7 +10,7 @@ from weightproof.certifying.form import Content, StepForm, VerdictForm
 from weightproof.errors import InputError, WeightproofError
 from weightproof.folders.jsonable import json_digest
 from weightproof.judgement.evidence import not_tested
-from weightproof.judgement.judging import GUARDS, Judged, decide_on, judge_one
+from weightproof.judgement.judging import GUARDS, Judged, decide_on, is_asked, judge_one
 from weightproof.policy import Policy, decide, is_named_like_a_tier
 from weightproof.registry import load_plugin, plugins
 from weightproof.types import Action, Measurement, Readings, Verdict
@@ -113,7 +113,7 @@ def _judge_again(content: Content, policy: Policy, where: str, step: StepForm, f
     assert step.judged_on is not None
     sides = (content.readings[name] for name in (step.judged_on.before, step.judged_on.reference, step.judged_on.after))
     judged = Judged(*sides)
-    names = _guards(step, findings, where)
+    names = [name for name in _guards(step, findings, where) if is_asked(load_plugin(GUARDS, name), judged.after)]
     found = {name: _verdict(policy, name, judged) for name in names}
     kind = judged.after.edit.kind if judged.after.edit is not None else step.kind
     again = decide_on(policy, found, kind=kind, step=step.step, world_size=step.world_size)
