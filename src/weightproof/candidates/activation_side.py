@@ -87,7 +87,7 @@ def _candidate(name: str, family: str, needs: str, build: Build, axis_kind: str 
     return Candidate(name, family, axis_kind, wanted, checked)
 
 
-def _everywhere(build: Callable[[Captures, int], Tensor]) -> Build:
+def _everywhere(build: Callable[[Captures, int], Tensor | str]) -> Build:
     """The same basis for every layer, made once."""
     return lambda at: at.sources.once(("everywhere", build), lambda: build(at.captures, at.rank))
 
@@ -100,8 +100,10 @@ def _magnitude_changes(captures: Captures) -> Tensor:
     return captures.all_states("clean").abs().diff(dim=0)
 
 
-def suppressed(captures: Captures, rank: int) -> Tensor:
+def suppressed(captures: Captures, rank: int) -> Tensor | str:
     """PCA over prompts of min(sum over layers of rises of |h|, sum of its falls): what comes and goes again."""
+    if len(captures.layers) < 3:
+        return "what comes and goes again takes three blocks or more"
     changes = _magnitude_changes(captures)
     return shapes.principal(torch.minimum(changes.relu().sum(0), (-changes).relu().sum(0)), rank)
 
