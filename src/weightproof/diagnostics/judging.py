@@ -1,0 +1,288 @@
+"""From readings to statuses: pure functions, each of one diagnostic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from weightproof.diagnostics.agreement import Agreement
+from weightproof.diagnostics.depth import DepthReading
+from weightproof.diagnostics.limits import HealthLimits
+from weightproof.diagnostics.numerics import batch_stability, block_growth, total_growth
+from weightproof.diagnostics.readings import Place
+from weightproof.diagnostics.report import Diagnostic, Layers, Status
+
+__all__ = ["Levels", "judged"]
+
+# A summed loss below this a token is learned by heart: its gradient is small because nothing is left to learn.
+NOTHING_LEFT = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """What was read at every place.
+
+    Attributes:
+        places: In forward order.
+        norms: Median norm of the residual stream at real tokens.
+        maxima: The largest.
+        gradients: Median norm of the summed loss's gradient at tokens that count; None where none came.
+        underflow: Share of exact zeros and subnormal numbers among its entries.
+    """
+
+    places: tuple[Place, ...]
+    norms: Layers
+    maxima: Layers
+    gradients: Layers
+    underflow: Layers
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Public names of the places."""
+        return tuple(place.name for place in self.places)
+
+    def trunks(self) -> list[list[int]]:
+        """Indices of the places of each list of blocks."""
+        found: dict[int, list[int]] = {}
+        for index, place in enumerate(self.places):
+            found.setdefault(place.trunk, []).append(index)
+        return list(found.values())
+
+
+def judged(  # noqa: PLR0913 - what is judged, then how
+    levels: Levels,
+    agreement: Agreement | str,
+    depth: DepthReading | str,
+    limits: HealthLimits,
+    *,
+    in_warmup: bool = False,
+    loss: float | None = None,
+) -> dict[str, Diagnostic]:
+    """Every diagnostic.
+
+    Args:
+        levels: Norms and gradients.
+        agreement: Of gradients, or why there is none.
+        depth: Use of the blocks, or why it was not measured.
+        limits: The thresholds.
+        in_warmup: Whether the network is in the warm-up of its training: agreement and depth are not judged then.
+        loss: Mean loss a token.
+    """
+    found = [
+        *_growth(levels, limits),
+        _floor(levels, limits, loss),
+        _underflow(levels, limits),
+        _product(levels),
+        _stability(levels, agreement, limits, in_warmup=in_warmup),
+        _depth(depth, limits, in_warmup=in_warmup),
+    ]
+    return {one.name: one for one in found}
+
+
+# -- growth ------------------------------------------------------------------------------------------------------------
+
+
+def _growth(levels: Levels, limits: HealthLimits) -> list[Diagnostic]:
+    ratios: list[float | None] = [None] * len(levels.places)
+    totals: list[float | None] = [None] * len(levels.places)
+    for trunk in levels.trunks():
+        norms = [levels.norms[index] for index in trunk]
+        known = [one for one in norms if one is not None]
+        if len(known) < 2 or len(known) < len(norms):
+            continue
+        for index, ratio in zip(trunk[1:], block_growth(known), strict=True):
+            ratios[index] = ratio
+            totals[index] = total_growth(known[: trunk.index(index) + 1])
+    if not any(one is not None for one in ratios):
+        reason = "there are no norms of the residual stream at two places or more"
+        return [_skipped(name, levels, reason) for name in ("residual_growth", "total_growth", "collapse")]
+    ends = [trunk[-1] for trunk in levels.trunks()]
+    final: Layers = tuple(totals[index] if index in ends else None for index in range(len(totals)))
+    finite = all(one is None or math.isfinite(one) for one in levels.maxima)
+    found = [
+        _extreme("residual_growth", levels, tuple(ratios), limits.block_growth, Status.FAIL, max),
+        _extreme("total_growth", levels, final, limits.total_growth, Status.WARN, max),
+        _extreme("collapse", levels, tuple(ratios), limits.collapse, Status.FAIL, min),
+    ]
+    return found if finite else [_overflowed(one, levels) for one in found]
+
+
+def _extreme(  # noqa: PLR0913, PLR0917 - the parts of one diagnostic
+    name: str, levels: Levels, values: Layers, limit: float, if_beyond: Status, pick: Callable[..., int]
+) -> Diagnostic:
+    """The largest (or smallest) number of a kind against its limit."""
+    known = [index for index, value in enumerate(values) if value is not None]
+    broken = [index for index in known if not math.isfinite(_number(values, index))]
+    at = broken[0] if broken else pick(known, key=lambda index: _number(values, index))
+    value, where = _number(values, at), levels.names[at]
+    if broken:
+        message = f"{where}: {_words(name)} is {value}, which is no ratio of two norms: the network has diverged"
+        return Diagnostic(name, value, values, limit, Status.INVALID, where, message)
+    beyond = value > limit if pick is max else value < limit
+    side = "above" if pick is max else "below"
+    message = f"{where}: {_words(name)} is {value:.3g}" + (f", {side} {limit:g}" if beyond else f" (limit {limit:g})")
+    return Diagnostic(name, value, values, limit, if_beyond if beyond else Status.PASS, where, message)
+
+
+def _overflowed(one: Diagnostic, levels: Levels) -> Diagnostic:
+    at = next(i for i, value in enumerate(levels.maxima) if value is not None and not math.isfinite(value))
+    message = f"{levels.names[at]}: a token's norm is {levels.maxima[at]}: the network has diverged"
+    return Diagnostic(one.name, one.value, one.per_layer, one.threshold, Status.INVALID, levels.names[at], message)
+
+
+def _words(name: str) -> str:
+    return {
+        "residual_growth": "growth in one block",
+        "total_growth": "growth over all blocks",
+        "collapse": "the smallest growth in one block",
+    }[name]
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def _floor(levels: Levels, limits: HealthLimits, loss: float | None) -> Diagnostic:
+    name, limit, values = "gradient_floor", limits.gradient_floor, levels.gradients
+    known = [index for index, value in enumerate(values) if value is not None]
+    if not known:
+        return _skipped(name, levels, "no gradient reaches any block: the graph is cut, or none was given")
+    broken = [index for index in known if not math.isfinite(_number(values, index))]
+    at = broken[0] if broken else min(known, key=lambda index: _number(values, index))
+    value, where = _number(values, at), levels.names[at]
+    if broken:
+        return Diagnostic(name, value, values, limit, Status.INVALID, where, f"{where}: the gradient is {value}")
+    message = f"{where}: the gradient of a token is {value:.3g}"
+    cut = [levels.names[index] for index in range(len(values)) if values[index] is None]
+    status = Status.WARN if cut else Status.PASS
+    if value < limit:
+        status = Status.WARN if loss is not None and loss < NOTHING_LEFT else Status.FAIL
+        message += f", below {limit:g}"
+        if status is Status.WARN:
+            message += f" (the loss is {loss:.1g} a token: nothing is left to learn)"
+        elif (product := _times(levels, at)) is not None:
+            message += f"; times its residual norm that is {product:.2g}"
+    else:
+        message += f" (limit {limit:g})"
+    if cut:
+        message += f"; none reaches {cut[0]}" + (f" and {len(cut) - 1} more" if len(cut) > 1 else "")
+    return Diagnostic(name, value, values, limit, status, where, message)
+
+
+def _underflow(levels: Levels, limits: HealthLimits) -> Diagnostic:
+    name, limit, values = "gradient_underflow", limits.underflow, levels.underflow
+    known = [index for index, value in enumerate(values) if value is not None]
+    if not known:
+        return _skipped(name, levels, "no gradient reaches any block")
+    at = max(known, key=lambda index: _number(values, index))
+    value, where = _number(values, at), levels.names[at]
+    beyond = value > limit
+    message = f"{where}: {value:.1%} of the gradient's entries are zero or subnormal"
+    message += f", above {limit:.0%}: train in bfloat16 or with loss scaling" if beyond else f" (limit {limit:.0%})"
+    return Diagnostic(name, value, values, limit, Status.WARN if beyond else Status.PASS, where, message)
+
+
+def _product(levels: Levels) -> Diagnostic:
+    """||h|| ||g||, which no rescaling of the residual stream under a final normalisation changes; reported."""
+    values: Layers = tuple(_times(levels, index) for index in range(len(levels.places)))
+    known = [index for index, value in enumerate(values) if value is not None]
+    if not known:
+        return _skipped("scale_product", levels, "it needs norms and gradients at one place")
+    broken = [index for index in known if not math.isfinite(_number(values, index))]
+    at = broken[0] if broken else known[-1]
+    value, where = _number(values, at), levels.names[at]
+    message = f"{where}: residual norm times gradient norm of a token is {value:.3g} (reported, not judged)"
+    status = Status.INVALID if broken else Status.PASS
+    return Diagnostic("scale_product", value, values, None, status, where, message)
+
+
+def _times(levels: Levels, index: int) -> float | None:
+    norm, gradient = levels.norms[index], levels.gradients[index]
+    return None if norm is None or gradient is None else norm * gradient
+
+
+# -- agreement and depth -----------------------------------------------------------------------------------------------
+
+
+def _stability(levels: Levels, agreement: Agreement | str, limits: HealthLimits, *, in_warmup: bool) -> Diagnostic:
+    name, limit, rows = "stability", limits.stability, limits.stability_rows
+    if isinstance(agreement, str):
+        return _skipped(name, levels, agreement)
+    values = tuple(None if one is None else batch_stability(one, rows) for one in agreement.per_sample)
+    known = [index for index, value in enumerate(values) if value is not None]
+    if not known:
+        return _skipped(name, levels, "fewer than two samples have a gradient")
+    broken = [index for index in known if not math.isfinite(_number(values, index))]
+    at = broken[0] if broken else max(known, key=lambda index: abs(_number(values, index)))
+    value, where = _number(values, at), levels.names[at]
+    if broken:
+        return Diagnostic(name, value, values, limit, Status.INVALID, where, f"{where}: the agreement is {value}")
+    ends = _converted(agreement.intervals[at], rows)
+    message = (
+        f"{where}: gradients of batches of {rows} agree to {value:.2g} (per sample {agreement.per_sample[at]:.2g})"
+    )
+    opposed = agreement.intervals[at] is not None and agreement.intervals[at][1] < 0  # pyright: ignore[reportOptionalSubscript]
+    status = Status.SKIPPED
+    if agreement.batches < limits.min_batches:
+        message += f"; {agreement.batches} batches were read, {limits.min_batches} are needed to judge it"
+    elif in_warmup:
+        message += "; not judged before the warm-up has ended, when samples share the gradient of token frequencies"
+    elif value > limit or opposed:
+        status = Status.WARN
+        message += f", above {limit:g}" if value > limit else ", below zero: samples are no independent draws"
+    else:
+        status, message = Status.PASS, f"{message} (limit {limit:g})"
+    return Diagnostic(name, value, values, limit, status, where, message, ends)
+
+
+def _converted(interval: tuple[float, float] | None, rows: int) -> tuple[float, float] | None:
+    """An interval of the agreement of samples as one of batches; None where an end has none."""
+    if interval is None:
+        return None
+    low, high = (batch_stability(end, rows) for end in interval)
+    return None if low is None or high is None else (low, high)
+
+
+def _depth(depth: DepthReading | str, limits: HealthLimits, *, in_warmup: bool) -> Diagnostic:
+    name, margin = "depth_utility", limits.depth_margin
+    if isinstance(depth, str):
+        return Diagnostic(name, None, (), margin, Status.SKIPPED, None, depth)
+    values: Layers = tuple(one.estimate for one in depth.intervals)
+    if not all(one is None or math.isfinite(one) for one in values):
+        return Diagnostic(name, math.nan, values, margin, Status.INVALID, None, "a score is not a number")
+    at = max(range(len(values)), key=lambda index: _number(values, index))
+    best, where = depth.intervals[at], depth.names[at]
+    message = f"{where}: {depth.unit} better by {best.estimate:+.3g}"
+    if best.lower is None or best.upper is None:
+        return _without_interval(depth, best.estimate, where, message, margin)
+    ends = (best.lower, best.upper)
+    message += f" [{best.lower:+.3g}, {best.upper:+.3g}] than {depth.baseline}"
+    if best.undecided is not None or in_warmup:
+        why = best.undecided or "not judged before the warm-up has ended"
+        return Diagnostic(name, best.estimate, values, margin, Status.SKIPPED, where, f"{message}; {why}", ends)
+    useless = [one for one in depth.intervals if one.upper is not None and one.upper < margin]
+    if best.upper < margin:
+        status, message = Status.FAIL, f"{message}: less than the margin of {margin:g}"
+    elif best.lower < margin:
+        status, message = Status.WARN, f"{message}: the interval holds the margin of {margin:g}"
+    elif useless:
+        status = Status.WARN
+        message += f"; {len(useless)} of {len(values)} blocks are not worth the margin of {margin:g}"
+    else:
+        status, message = Status.PASS, f"{message} (margin {margin:g})"
+    return Diagnostic(name, best.estimate, values, margin, status, where, message, ends)
+
+
+def _without_interval(depth: DepthReading, value: float, where: str, message: str, margin: float) -> Diagnostic:
+    status = Status.PASS if value >= margin else Status.FAIL
+    message = f"{message} than {depth.baseline} (margin {margin:g}), of two means without the number of items"
+    return Diagnostic("depth_utility", value, (value,), margin, status, where, message)
+
+
+def _skipped(name: str, levels: Levels, reason: str) -> Diagnostic:
+    return Diagnostic(name, None, (None,) * len(levels.places), None, Status.SKIPPED, None, reason)
+
+
+def _number(values: Sequence[float | None], index: int) -> float:
+    value = values[index]
+    return math.nan if value is None else value
