@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import pytest
 import torch
+from torch_memory import peak_bytes
 
 from weightproof.curvature.eigenbasis import Eigenbasis, EigenbasisCache, eigenbasis
 from weightproof.curvature.mask import ragged, staircase
@@ -222,6 +224,38 @@ def test_what_does_not_fit_is_named(broken, message):
     given = {"weight": W, "activation_covariance": A1, "gradient_covariance": G1, "energy": 0.5} | broken
     with pytest.raises(InputError, match=message):
         edit_matrix(**given)
+
+
+@pytest.mark.parametrize(("formula", "energy"), [("original", 0.9), ("original", 0.99999), ("modified", 0.9)])
+def test_an_edit_takes_three_matrices_at_most(formula, energy):
+    """In float64, with the result: beside the weights and the eigenbases, which were there before."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2048, 768, generator=generator)
+    bases = FactorBases(
+        *(
+            Eigenbasis(
+                torch.arange(1, n + 1, dtype=torch.float64) ** -1.0,
+                torch.linalg.qr(torch.randn(n, n, generator=generator)).Q.double(),
+                1.0,
+            )
+            for n in weight.shape
+        )
+    )
+    assert peak_bytes(lambda: torch.empty(1000)) == pytest.approx(4000, abs=64), "allocations are seen"
+    found = peak_bytes(lambda: project(weight, bases, energy, formula))
+    assert 2 * weight.nbytes < found < 3.01 * weight.nbytes
+
+
+def test_the_mask_of_a_large_matrix_needs_no_array_of_its_size():
+    lam, mu = (torch.arange(1, n + 1, dtype=torch.float64) ** -power for n, power in ((11008, 1.1), (4096, 0.8)))
+    assert peak_bytes(lambda: staircase(lam, mu, 0.6)) < 11008 * 4096 / 50
+    found = staircase(lam, mu, 0.6)
+    assert 0 < found.kept_pairs < 11008 * 4096
+    begin = time.process_time()
+    for _ in range(5):
+        staircase(lam, mu, 0.6)
+    # 8 ms on an idle core; the limit is 50.
+    assert (time.process_time() - begin) / 5 < 0.05
 
 
 def test_decompositions_are_kept_by_digest_within_a_budget():

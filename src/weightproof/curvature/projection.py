@@ -17,7 +17,7 @@ Nothing is damped in the ranking, pairs of equal saliency stay or go together, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,9 @@ __all__ = ["FORMULAS", "FactorBases", "edit_matrix", "project"]
 
 FORMULAS = ("original", "modified", "ekfac")
 
-_BLOCK_ELEMENTS = 1 << 20
+# Products of fewer rows run slower; of saliencies several copies of a block are held at once.
+_PRODUCT_ELEMENTS = 1 << 19
+_SALIENCY_ELEMENTS = 1 << 17
 
 
 def edit_matrix(
@@ -127,7 +129,9 @@ def _by_products(weight: torch.Tensor, bases: FactorBases, energy: float) -> tup
     if mask.kept_pairs == weight.numel():
         return weight.detach().clone(), mask
     left, right = bases.gradient.vectors[:, : mask.rows], bases.activation.vectors[:, : mask.columns]
-    return _back(weight, left, mask.zero_outside(_rotated(weight, left, right)), right), mask
+    room, left, right = _room(weight, left, right)
+    mask.zero_outside(_rotate(room, left, right))
+    return _rotate_back(room, left, right).to(weight.dtype), mask
 
 
 def _by_saliency(
@@ -137,10 +141,11 @@ def _by_saliency(
         return torch.zeros_like(weight), RaggedMask(math.inf, 0.0, 0)
     if energy == 1.0:
         return weight.detach().clone(), RaggedMask(0.0, 1.0, weight.numel())
-    coefficients = _rotated(weight, bases.gradient.vectors, bases.activation.vectors)
+    room, left, right = _room(weight, bases.gradient.vectors, bases.activation.vectors)
+    coefficients = _rotate(room, left, right)
 
     def saliencies() -> Iterator[torch.Tensor]:
-        for start, stop in _row_blocks(coefficients):
+        for start, stop in _row_blocks(coefficients, _SALIENCY_ELEMENTS):
             if corrected is None:
                 curvature = bases.gradient.values[start:stop, None] * bases.activation.values
                 yield (curvature * coefficients[start:stop].to(torch.float64).square()).cpu()
@@ -150,21 +155,58 @@ def _by_saliency(
     mask = ragged(saliencies, energy)
     if mask.kept_pairs == weight.numel():
         return weight.detach().clone(), mask
-    for (start, stop), block in zip(_row_blocks(coefficients), saliencies(), strict=True):
-        coefficients[start:stop].masked_fill_((block < mask.threshold).to(coefficients.device), 0.0)
-    return _back(weight, bases.gradient.vectors, coefficients, bases.activation.vectors), mask
+    _zero_below(coefficients, saliencies, mask.threshold)
+    return _rotate_back(room, left, right).to(weight.dtype), mask
 
 
-def _rotated(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """U' W V of two bases, in the dtype of the bases."""
-    return left.T @ weight.detach().to(left.dtype) @ right.to(left.dtype)
+def _zero_below(coefficients: torch.Tensor, saliencies: Callable[[], Iterator[torch.Tensor]], threshold: float) -> None:
+    places = _row_blocks(coefficients, _SALIENCY_ELEMENTS)
+    for (start, stop), block in zip(places, saliencies(), strict=True):
+        coefficients[start:stop].masked_fill_((block < threshold).to(coefficients.device), 0.0)
 
 
-def _back(weight: torch.Tensor, left: torch.Tensor, kept: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return (left @ kept @ right.to(left.dtype).T).to(weight.dtype)
+def _room(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A copy of the weights in which all work is done, and the bases in its dtype.
+
+    float64 where both bases are: twice the memory of a float32 matrix. With the result, rounded from it at the end,
+    three such matrices; products are made in blocks and put where their factors were.
+    """
+    both = left.dtype == right.dtype == torch.float64
+    dtype = torch.float64 if both or weight.dtype == torch.float64 else torch.float32
+    return weight.detach().to(dtype, copy=True), left.to(dtype), right.to(dtype)
 
 
-def _row_blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
-    step = max(1, _BLOCK_ELEMENTS // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        yield start, min(start + step, matrix.shape[0])
+def _rotate(room: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Replace W by C = U' W V in the upper left corner, of which a view is returned: (rows, columns) of the bases."""
+    for start, stop in _row_blocks(room):
+        room[start:stop, : right.shape[1]] = room[start:stop] @ right
+    corner = room[:, : right.shape[1]]
+    for start, stop in _column_blocks(corner):
+        corner[: left.shape[1], start:stop] = left.T @ corner[:, start:stop]
+    return corner[: left.shape[1]]
+
+
+def _rotate_back(room: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Replace C in the upper left corner by U C V', which fills all of it."""
+    for start, stop in _row_blocks(room[: left.shape[1]]):
+        room[start:stop] = room[start:stop, : right.shape[1]] @ right.T
+    for start, stop in _column_blocks(room):
+        room[:, start:stop] = left @ room[: left.shape[1], start:stop]
+    return room
+
+
+def _row_blocks(matrix: torch.Tensor, elements: int = _PRODUCT_ELEMENTS) -> Iterator[tuple[int, int]]:
+    return _blocks(matrix.shape[0], matrix.shape[1], elements)
+
+
+def _column_blocks(matrix: torch.Tensor) -> Iterator[tuple[int, int]]:
+    return _blocks(matrix.shape[1], matrix.shape[0], _PRODUCT_ELEMENTS)
+
+
+def _blocks(count: int, length: int, elements: int) -> Iterator[tuple[int, int]]:
+    """Ranges of `count` rows of `length` elements, so that each holds about `elements`."""
+    step = max(1, elements // max(1, length))
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
