@@ -56,7 +56,8 @@ from weightproof.transactions.rolling import Rolling
 from weightproof.transactions.steps import Cost, MasterWeights, Step
 from weightproof.transactions.training_turns import TrainingTurns
 from weightproof.transactions.training_windows import TrainingWindows, Window
-from weightproof.types import Action, WindowReport
+from weightproof.transactions.transaction import Unrecorded
+from weightproof.types import Action, WeightMatrix, WindowReport
 
 logger = logging.getLogger("weightproof")
 
@@ -260,18 +261,44 @@ class GuardSession:
         Raises:
             InputError: If the edit selects no matrix of this model, or one that it cannot change.
         """
+        edit, chosen, targets = self._selected(edit)
+        with self.edit(edit.name, edit.kind, targets, on_violation, step=step) as handle:
+            self._write(handle, edit, chosen, targets)
+        return carried_out(handle, edit)
+
+    def trial(self, edit: Any) -> Step:
+        """Judge an edit as `apply` does and take it back, whatever the verdict; `step.decision` is what it would be.
+
+        It stands in no history, certificate or log: what is kept in the end is applied, and judged, once more. Each
+        trial is one more look at the same data.
+
+        Raises:
+            InputError: As `apply`.
+            RestoreError: If taking it back could not be proven exact.
+        """
+        edit, chosen, targets = self._selected(edit)
+        with self._begun(edit.name, edit.kind, "rollback", None) as handle:
+            require_same_call(self.processes, handle, "rollback", targets=tuple(targets))
+            with edit_of(self.guarded, handle, tuple(targets), Unrecorded()) as change:
+                self._write(handle, edit, chosen, targets)
+            change.take_back()
+            handle.applied = "restored"
+        return carried_out(handle, edit)
+
+    def _selected(self, edit: Any) -> tuple[Any, list[WeightMatrix], list[str]]:
+        """The edit after it saw the model, what it changes, and the tensors that that lies in."""
         with self.processes.together("selecting the matrices of an edit"):
             settle(self.model)  # what a forward pass left gathered goes away, and what was read through it
             edit = prepared(edit, self)
             chosen = selected(self.model, edit)
-        targets = sorted({matrix.tensor_name for matrix in chosen})
-        with self.edit(edit.name, edit.kind, targets, on_violation, step=step) as handle:
-            planned = rewrite(self.processes, edit.name, chosen, lambda matrix: edit.plan(matrix, self))
-            matrices = {matrix.name for matrix in chosen if matrix.family != VECTOR_FAMILY}
-            handle.planned.update({name: digest for name, digest in planned.items() if name in matrices})
-            written = {matrix.tensor_name for matrix in chosen if matrix.name in planned}
-            handle.left_alone = frozenset(targets) - written
-        return carried_out(handle, edit)
+        return edit, chosen, sorted({matrix.tensor_name for matrix in chosen})
+
+    def _write(self, handle: Step, edit: Any, chosen: Sequence[WeightMatrix], targets: Sequence[str]) -> None:
+        planned = rewrite(self.processes, edit.name, chosen, lambda matrix: edit.plan(matrix, self))
+        matrices = {matrix.name for matrix in chosen if matrix.family != VECTOR_FAMILY}
+        handle.planned.update({name: digest for name, digest in planned.items() if name in matrices})
+        written = {matrix.tensor_name for matrix in chosen if matrix.name in planned}
+        handle.left_alone = frozenset(targets) - written
 
     @contextmanager
     def _begun(self, name: str, kind: object, on_violation: str, step: int | None) -> Iterator[Step]:

@@ -19,8 +19,10 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from weightproof.alpha.bounds import AlphaTable, SafeAlpha, safe_alpha
 from weightproof.alpha.fitting import Target, fitted, moved, require_alpha, require_base, require_range
 from weightproof.alpha.hooks import OutputHook, hooked_modules
+from weightproof.alpha.search import AlphaSearch, Trial, search_alpha
 from weightproof.deltas import Delta
 from weightproof.errors import InputError, RestoreError
 from weightproof.snapshot import MatrixBits, write_matrix
@@ -28,7 +30,7 @@ from weightproof.snapshots.tensor_store import same_bits, tensor_digest
 from weightproof.types import WeightMatrix
 from weightproof.weights import iter_weight_matrices, unwrap
 
-__all__ = ["Steering", "steer"]
+__all__ = ["AlphaSearch", "AlphaTable", "SafeAlpha", "Steering", "Trial", "safe_alpha", "search_alpha", "steer"]
 
 # Model -> the steerings that are in force, the outermost first.
 _ACTIVE: weakref.WeakKeyDictionary[nn.Module, list[Steering]] = weakref.WeakKeyDictionary()

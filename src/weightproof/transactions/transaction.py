@@ -41,6 +41,16 @@ class Recorder(Protocol):
         ...
 
 
+class Unrecorded:
+    """Nobody is told: of a trial that is taken back whatever the verdict."""
+
+    def draw(self, step: Step, model: nn.Module, baseline: Baseline) -> None:
+        """Nothing is drawn."""
+
+    def publish(self, step: Step) -> None:
+        """Nothing is recorded."""
+
+
 class Transaction:
     """One change of a guarded model. All ranks make the same calls.
 
