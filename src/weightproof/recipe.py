@@ -40,8 +40,8 @@ from weightproof.registry import plugins
 __all__ = ["DEMO", "GROUPS", "Cadence", "Data", "Recipe", "RecipeStep", "load_recipe", "parse_recipe"]
 
 _KEYS = (
-    "description", "model", "device", "data", "policy", "guards", "required", "cadence", "trackers", "training",
-    "edits", "chain", "out",
+    "description", "model", "device", "data", "policy", "guards", "required", "factors", "cadence", "trackers",
+    "training", "edits", "chain", "out",
 )  # fmt: skip
 
 
@@ -76,6 +76,7 @@ class Recipe:
         device: Where the model is put, as torch names it.
         data: Texts.
         policy: The resolved policy.
+        factors: File of Kronecker factors of the model: foretell what each edit costs; None for none.
         cadence: How training is guarded.
         trackers: Names.
         steps: In order.
@@ -100,6 +101,7 @@ class Recipe:
     folder: Path
     content: Mapping[str, Any]
     fast: bool = False
+    factors: str | None = None
 
     def path(self, written: str) -> Path:
         """A path of the recipe: relative ones begin where its file lies."""
@@ -158,6 +160,7 @@ def _parsed(text: RecipeText) -> Recipe:
         folder=text.folder,
         content=text.content,
         fast=text.fast,
+        factors=top.get("factors", str | None, None),
     )
 
 

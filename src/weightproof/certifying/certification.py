@@ -14,14 +14,17 @@ from pathlib import Path
 from weightproof.certificate import Certificate
 from weightproof.certifying.comparison import Comparison, compare_folders
 from weightproof.certifying.model_pair import Data, PairReadings, compare_models, tokenizers_differ
+from weightproof.collective import Processes
 from weightproof.contracts.preserving import NAME as PRESERVING
 from weightproof.contracts.preserving import preserving_readings
+from weightproof.curvature.factors import Factors
 from weightproof.errors import InputError
 from weightproof.folders.checkpoints import open_checkpoint
 from weightproof.folders.file_digests import WEIGHT_FILES
 from weightproof.folders.loading import LOADERS
 from weightproof.folders.text_data import read_examples
 from weightproof.judgement.case_file import Base, CaseFile, statement_of
+from weightproof.judgement.curvature_probe import CurvatureProbe, factors_of
 from weightproof.judgement.evidence import environment, not_tested, now, step_json, windows_json
 from weightproof.judgement.judging import Judged, decide_on, judge_all
 from weightproof.kinds import parse_kind
@@ -62,6 +65,7 @@ class Request:
         weights_only: Whether no model is loaded and run.
         data: What the models are run on.
         parent: Certificate of the base, where it has one.
+        factors: Kronecker factors of the base, or their file: what the change should cost by them is reported.
     """
 
     base: Path
@@ -72,6 +76,7 @@ class Request:
     weights_only: bool = False
     data: Data = field(default_factory=Data)
     parent: Certificate | None = None
+    factors: Factors | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ def certify_folders(request: Request, *, progress: bool = False) -> Certified:
     """
     started = time.perf_counter()
     check_request(request)
+    probe = _curvature_probe(request)
     request.data.say("reading the weights of base and subject")
     comparison = compare_folders(
         request.base,
@@ -120,7 +126,7 @@ def certify_folders(request: Request, *, progress: bool = False) -> Certified:
     _require_parent(request, comparison)
     read = time.perf_counter()
     pair = _run(request, comparison)
-    judged = _judged(comparison, pair)
+    judged = _with_forecast(_judged(comparison, pair), probe, request)
     kind = parse_kind(request.kind)
     request.data.say("judging")
     decision = decide_on(request.policy, judge_all(request.policy, judged), kind=kind.name, step=1, world_size=1)
@@ -224,6 +230,24 @@ def _with_contract(before: Readings, after: Readings) -> Readings:
     why = after.unmeasured.get("divergence", "no outputs were compared")
     contract = preserving_readings(before, after, after.divergence, why)
     return replace(after, edit=replace(after.edit, contract=(*after.edit.contract, *contract)))
+
+
+def _curvature_probe(request: Request) -> CurvatureProbe | None:
+    """The factors that were given, proven to be those of the base before anything long."""
+    if request.factors is None or parse_kind(request.kind).name == TRAINING:
+        return None
+    request.data.say("proving the factors against the weights of the base")
+    matrices = open_checkpoint(request.base).matrices
+    return CurvatureProbe.of(factors_of(request.factors), matrices, Processes.alone(), is_live=False)
+
+
+def _with_forecast(judged: Judged, probe: CurvatureProbe | None, request: Request) -> Judged:
+    """The readings with what the change should cost by curvature."""
+    if probe is None:
+        return judged
+    matrices = open_checkpoint(request.subject).matrices
+    forecast = probe.read(matrices, judged.before.tensors, judged.after.tensors)
+    return replace(judged, after=replace(judged.after, curvature=forecast))
 
 
 def _known(unmeasured: Mapping[str, str]) -> dict[str, str]:

@@ -36,6 +36,9 @@ def certify(  # noqa: PLR0913, PLR0917 - one option a line
     policy: Annotated[str, typer.Option(help="conservative, balanced, aggressive, or a policy file.")] = "balanced",
     kind: Annotated[str | None, typer.Option(help=f"What the change claims to be: {KINDS}.")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="Glob of tensors that may change; may be repeated.")] = None,
+    factors: Annotated[
+        Path | None, typer.Option(help="Factors of the base (weightproof factors fit): foretell the loss by matrix.")
+    ] = None,
     sign: Annotated[Path | None, typer.Option(help="Private key (weightproof keygen) to sign with.")] = None,
     parent: Annotated[Path | None, typer.Option(help="Certificate of the base: the new one refers to it.")] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Run no model: tiers T0 and T1.")] = False,
@@ -68,6 +71,7 @@ def certify(  # noqa: PLR0913, PLR0917 - one option a line
         weights_only=weights_only,
         data=Data(retain, target, device, _say),
         parent=_parent(parent),
+        factors=factors,
     )
     certified = certify_folders(request, progress=True)
     paths = write_evidence(certified.certificate, output, key)

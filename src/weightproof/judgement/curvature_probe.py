@@ -8,7 +8,7 @@ they are the same on every process, and the same for sharded weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from weightproof.collective import Processes
 from weightproof.curvature.eigenbasis import checked_factor
 from weightproof.curvature.factors import Factor, Factors, require_values
-from weightproof.curvature.prediction import quadratic_form
+from weightproof.curvature.prediction import loss_form
 from weightproof.errors import InputError
 from weightproof.parallel.shards import Part, dealt
 from weightproof.probes import values_of
@@ -61,6 +61,7 @@ class CurvatureProbe:
     digest: str
     fitted_at: Mapping[str, Callable[[], torch.Tensor]]
     processes: Processes
+    _forms: dict[str, Callable[[torch.Tensor], float | None]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -140,7 +141,16 @@ class CurvatureProbe:
         if original.shape != weight.shape:
             shapes = f"{list(original.shape)} to {list(weight.shape)}"
             return replace(reading, reason=f"it changed its shape from {shapes}")
-        return _predicted(reading, item.factor, original, weight)
+        return _predicted(reading, self._form(item.factor, weight.device), original, weight)
+
+    def _form(self, factor: Factor, device: torch.device) -> Callable[[torch.Tensor], float | None]:
+        """The quadratic form of one matrix; that of EK-FAC is kept, for it takes a decomposition to make."""
+        if factor.name in self._forms:
+            return self._forms[factor.name]
+        form = loss_form(_on(factor, _place(device)))
+        if factor.corrected_sum is not None:
+            self._forms[factor.name] = form
+        return form
 
 
 def factors_of(given: Factors | Path | str) -> Factors:
@@ -157,18 +167,31 @@ def factors_of(given: Factors | Path | str) -> Factors:
 
 
 def _predicted(
-    reading: CurvatureReading, factor: Factor, original: torch.Tensor, weight: torch.Tensor
+    reading: CurvatureReading,
+    form: Callable[[torch.Tensor], float | None],
+    original: torch.Tensor,
+    weight: torch.Tensor,
 ) -> CurvatureReading:
-    place = weight.device if weight.device.type == "cuda" else torch.device("cpu")
-    dtype = factor.activation_sum.dtype
-    before = original.to(place, dtype)
-    change = weight.detach().to(place, dtype) - before
-    covariances = factor.activation_covariance.to(place), factor.gradient_covariance.to(place)
-    value = quadratic_form(change, *covariances)
+    place = _place(weight.device)
+    before = original.to(place, torch.float64)
+    change = weight.detach().to(place, torch.float64) - before
+    value = form(change)
     if value is None:
         return replace(reading, reason="it is not finite")
     norm = float(before.norm())
     return replace(reading, predicted=value, relative_change=float(change.norm()) / norm if norm else None)
+
+
+def _place(device: torch.device) -> torch.device:
+    """Where matrices of this device are multiplied: not every kind of device knows float64."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _on(factor: Factor, place: torch.device) -> Factor:
+    """The factor on a device."""
+    corrected = None if factor.corrected_sum is None else factor.corrected_sum.to(place)
+    sums = factor.activation_sum.to(place), factor.gradient_sum.to(place)
+    return replace(factor, activation_sum=sums[0], gradient_sum=sums[1], corrected_sum=corrected)
 
 
 def _refusal(factor: Factor, weight: torch.Tensor) -> str | None:

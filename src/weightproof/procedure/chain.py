@@ -104,7 +104,8 @@ class Chain:
         return Link(folder, certificate, str(certified.decision.action), notes)
 
     def _certified(self, folder: Path, kind: object) -> Certified:
-        texts = self._source.texts
+        texts, written = self._source.texts, self._recipe.factors
+        is_first = self._folder == self._source.folder
         request = Request(
             base=self._folder,
             subject=folder,
@@ -112,5 +113,6 @@ class Chain:
             kind=kind if isinstance(kind, kinds.Kind) else None,
             data=Data(texts.get("retain"), texts.get("target"), self._recipe.device, self._say),
             parent=self._certificate,
+            factors=self._recipe.path(written) if written is not None and is_first else None,
         )
         return certify_folders(request, progress=self._progress)

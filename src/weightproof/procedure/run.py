@@ -91,6 +91,8 @@ def _as_run(recipe: Recipe, source: Source, model: str | None) -> str:
         for role, value in written.items()
         if value is not None
     }
+    if recipe.factors is not None:
+        content["factors"] = str(recipe.path(recipe.factors).absolute())
     policy = str(content.get("policy", ""))
     if policy.endswith((".yaml", ".yml")):
         content["policy"] = str((recipe.folder / policy).absolute())
@@ -169,6 +171,7 @@ class _Run:
                 tokenizer_digest=self.tokenizer,
                 retain=self._data("retain"),
                 target=self._data("target"),
+                factors=self._factors(),
             )
             self._sessions += 1
             self.moved = False
@@ -178,6 +181,11 @@ class _Run:
     def _data(self, role: str) -> LossData | None:
         text = self.source.texts.get(role)
         return None if text is None else LossData(text, self.encode)
+
+    def _factors(self) -> Path | None:
+        """Those of the model that the recipe begins with; a trained one has others."""
+        written = self.recipe.factors
+        return None if written is None or self._sessions else self.recipe.path(written)
 
     def _end_session(self, *, is_last: bool) -> None:
         session, self.session = self.session, None
