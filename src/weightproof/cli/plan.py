@@ -37,6 +37,11 @@ def plan(  # noqa: PLR0913, PLR0917 - one option a line
     ] = False,
     include: Annotated[list[str] | None, typer.Option(help="Glob of matrices or families; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of those to leave out; may be repeated.")] = None,
+    predictor: Annotated[
+        str,
+        typer.Option(help="What foretells the harm of a width: measured (KL), curvature (of --factors), frobenius."),
+    ] = "measured",
+    factors: Annotated[Path | None, typer.Option(help="Factors of this model (weightproof factors fit).")] = None,
     retain: Annotated[Path | None, typer.Option(help="Text or JSONL on which the perplexity is measured.")] = None,
     policy: Annotated[str, typer.Option(help="conservative, balanced, aggressive, or a policy file.")] = "balanced",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for recipe, certificate and summary.")] = None,
@@ -74,6 +79,8 @@ def plan(  # noqa: PLR0913, PLR0917 - one option a line
         device=device,
         save_model=save_model,
         key=key,
+        predictor=predictor,
+        factors=factors,
     )
     console = _console(quiet=as_json)
     listener = Listener(

@@ -20,6 +20,7 @@ from weightproof import report
 from weightproof.certificate import Certificate
 from weightproof.certifying.certification import Request, certify_folders, exit_code
 from weightproof.certifying.model_pair import Data
+from weightproof.curvature.factors import Factors
 from weightproof.folders.checkpoints import open_checkpoint
 from weightproof.folders.files import write_atomically
 from weightproof.folders.loading import LOADERS, LoadedModel, load_model, resolve_folder
@@ -29,6 +30,7 @@ from weightproof.losses import LossData
 from weightproof.planner.mixed_plan import MixedPlan, check_request, plan
 from weightproof.planner.rounds import Carried, Round, budget_policy, carry_out
 from weightproof.planner.sizes import Grid
+from weightproof.planner.weight_errors import Curvature, Frobenius, predictor_named
 from weightproof.policy import Policy, load_policy
 from weightproof.procedure.output import RECIPE, SUMMARY, check_place, output_folder
 from weightproof.registry import load_plugin
@@ -55,6 +57,8 @@ class PlanRequest:
         device: Where the model is put.
         save_model: Whether the quantized model is written.
         key: Signs the certificates.
+        predictor: One of `weight_errors.PREDICTORS`.
+        factors: File of factors, for the predictor "curvature".
     """
 
     model: str
@@ -69,6 +73,17 @@ class PlanRequest:
     device: str = "cpu"
     save_model: bool = False
     key: Any = None
+    predictor: str = "measured"
+    factors: Path | None = None
+
+    def unprepared_predictor(self) -> Curvature | Frobenius | None:
+        """What predicts, with its factors read.
+
+        Raises:
+            InputError: The name is unknown, or factors are missing, unused or damaged.
+        """
+        factors = None if self.factors is None else Factors.load(self.factors)
+        return predictor_named(self.predictor, factors)
 
     def resolved_policy(self) -> Policy:
         """The policy under which the budget decides."""
@@ -121,6 +136,7 @@ def plan_model(request: PlanRequest, out: Path | None = None, listener: Listener
     listener = listener or Listener()
     check_request(request.budget, request.bits, request.grid)
     policy = request.resolved_policy()
+    predictor = request.unprepared_predictor()
     if out is not None:
         check_place(out)
     folder = resolve_folder(request.model)
@@ -130,7 +146,7 @@ def plan_model(request: PlanRequest, out: Path | None = None, listener: Listener
     listener.say(f"loading {folder}")
     loaded = load_model(folder, device=request.device)
     with _scratch(out) as scratch:
-        result = PlannedModel(*_guarded(request, loaded, policy, scratch, listener), scratch)
+        result = PlannedModel(*_guarded(request, loaded, policy, predictor, scratch, listener), scratch)
         if scratch is not None:
             _write(request, loaded.model, folder, result, listener)
     return replace(result, out=out)
@@ -145,8 +161,13 @@ def _scratch(out: Path | None) -> Iterator[Path | None]:
         yield scratch
 
 
-def _guarded(
-    request: PlanRequest, loaded: LoadedModel, policy: Policy, scratch: Path | None, listener: Listener
+def _guarded(  # noqa: PLR0913, PLR0917 - all that a session is made of
+    request: PlanRequest,
+    loaded: LoadedModel,
+    policy: Policy,
+    predictor: Curvature | Frobenius | None,
+    scratch: Path | None,
+    listener: Listener,
 ) -> tuple[Carried, Certificate]:
     """The session: plan, rounds, and the statement over them."""
     listener.say("reading the model as it is")
@@ -168,6 +189,7 @@ def _guarded(
             together=request.together,
             include=request.include,
             exclude=request.exclude,
+            predictor=predictor,
             progress=listener.progress,
         )
         listener.on_plan(found)

@@ -20,7 +20,9 @@ from weightproof.errors import InputError
 from weightproof.planner.predictors import MeasuredDivergence, Predictor, Scene
 from weightproof.types import WeightMatrix
 
-__all__ = ["Curvature", "Frobenius", "WeightErrors"]
+__all__ = ["PREDICTORS", "Curvature", "Frobenius", "WeightErrors", "predictor_named"]
+
+PREDICTORS = ("measured", "curvature", "frobenius")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Curvature:
                     require_digest(factor, matrix)
         source = self.factors.source
         tokens = max((self.factors[one.name].tokens for one in scene.matrices), default=0)
-        name = f"curvature, {source.labels} labels of {tokens:,} tokens"
+        name = f"curvature, {source.labels} labels of {tokens:,} tokens, factors {self.factors.digest[:12]}"
         # All widths of a matrix are asked for one after the other: its form is made once.
         form = lru_cache(maxsize=4)(lambda name: loss_form(self.factors[name]))
         found = WeightErrors(name, scene, lambda matrix, change: _finite(form(matrix.name)(change)))
@@ -128,6 +130,25 @@ class Frobenius:
         """The predictor for one plan."""
         found = WeightErrors("squared Frobenius error", scene, _squared)
         return found.calibrated() if self.calibrate else found
+
+
+def predictor_named(name: str, factors: Factors | None) -> Curvature | Frobenius | None:
+    """A predictor by one of `PREDICTORS`, for `plan`; None is the measured one.
+
+    Raises:
+        InputError: If there is none of that name, or factors are missing or not used.
+    """
+    if name not in PREDICTORS:
+        raise InputError(f"predictor must be {', '.join(PREDICTORS[:-1])} or {PREDICTORS[-1]}, not {name!r}")
+    if name != "curvature":
+        if factors is not None:
+            raise InputError(f"the {name} predictor uses no factors: leave them out, or choose curvature")
+        return None if name == "measured" else Frobenius()
+    if factors is None:
+        raise InputError(
+            "the curvature predictor needs factors: fit them (weightproof factors fit) and name their file"
+        )
+    return Curvature(factors)
 
 
 def _finite(value: float | None) -> float:
