@@ -14,7 +14,7 @@ What is measured, on held-out batches in eval mode, at every place of the residu
 | gradient_floor | median norm of the summed loss's gradient at a token | below 1e-7 |
 | gradient_underflow | share of zeros and subnormal numbers in it | warns above 10 % |
 | scale_product | ||h|| ||g||, which no final normalisation changes | reported |
-| stability | agreement of the gradients of batches of 128 | warns above .30, after warm-up |
+| stability | mean cosine of the gradients of two samples | warns above .0033 (.30 for batches of 128), after warm-up |
 | depth_utility | gain over a network without (useful) blocks, paired | interval below .02 |
 
 A number that is not finite is "invalid", a number that is not there "skipped", and neither is a pass. Nothing of a

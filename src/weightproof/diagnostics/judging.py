@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from weightproof.diagnostics.agreement import Agreement
 from weightproof.diagnostics.depth import DepthReading
 from weightproof.diagnostics.limits import HealthLimits
-from weightproof.diagnostics.numerics import batch_stability, block_growth, total_growth
+from weightproof.diagnostics.numerics import batch_stability, block_growth, per_sample_limit, total_growth
 from weightproof.diagnostics.readings import Place
 from weightproof.diagnostics.report import Diagnostic, Layers, Status
 
@@ -205,42 +205,48 @@ def _times(levels: Levels, index: int) -> float | None:
 
 
 def _stability(levels: Levels, agreement: Agreement | str, limits: HealthLimits, *, in_warmup: bool) -> Diagnostic:
-    name, limit, rows = "stability", limits.stability, limits.stability_rows
+    """Agreement of samples, which no batch size enters, against the limit for batches of a stated size."""
+    name, rows = "stability", limits.stability_rows
     if isinstance(agreement, str):
         return _skipped(name, levels, agreement)
-    values = tuple(None if one is None else batch_stability(one, rows) for one in agreement.per_sample)
+    values, limit = agreement.per_sample, per_sample_limit(limits.stability, rows)
     known = [index for index, value in enumerate(values) if value is not None]
     if not known:
         return _skipped(name, levels, "fewer than two samples have a gradient")
     broken = [index for index in known if not math.isfinite(_number(values, index))]
-    at = broken[0] if broken else max(known, key=lambda index: abs(_number(values, index)))
+    at = broken[0] if broken else max(known, key=lambda index: _number(values, index))
     value, where = _number(values, at), levels.names[at]
     if broken:
         return Diagnostic(name, value, values, limit, Status.INVALID, where, f"{where}: the agreement is {value}")
-    ends = _converted(agreement.intervals[at], rows)
-    message = (
-        f"{where}: gradients of batches of {rows} agree to {value:.2g} (per sample {agreement.per_sample[at]:.2g})"
-    )
-    opposed = agreement.intervals[at] is not None and agreement.intervals[at][1] < 0  # pyright: ignore[reportOptionalSubscript]
+    interval = agreement.intervals[at]
+    message = f"{where}: gradients of two samples agree to {value:.2g}{_for_batches(value, rows)}"
     status = Status.SKIPPED
     if agreement.batches < limits.min_batches:
         message += f"; {agreement.batches} batches were read, {limits.min_batches} are needed to judge it"
     elif in_warmup:
         message += "; not judged before the warm-up has ended, when samples share the gradient of token frequencies"
-    elif value > limit or opposed:
-        status = Status.WARN
-        message += f", above {limit:g}" if value > limit else ", below zero: samples are no independent draws"
     else:
-        status, message = Status.PASS, f"{message} (limit {limit:g})"
-    return Diagnostic(name, value, values, limit, status, where, message, ends)
+        status, words = _agreement_status(value, interval, limit)
+        message += words
+    return Diagnostic(name, value, values, limit, status, where, message, interval)
 
 
-def _converted(interval: tuple[float, float] | None, rows: int) -> tuple[float, float] | None:
-    """An interval of the agreement of samples as one of batches; None where an end has none."""
-    if interval is None:
-        return None
-    low, high = (batch_stability(end, rows) for end in interval)
-    return None if low is None or high is None else (low, high)
+def _agreement_status(value: float, interval: tuple[float, float] | None, limit: float) -> tuple[Status, str]:
+    """A warning only where the whole interval says so: few samples agree by chance."""
+    low, high = (value, value) if interval is None else interval
+    if low > limit:
+        return Status.WARN, f", above {limit:.2g}"
+    if interval is not None and high < 0:
+        return Status.WARN, ", surely below zero: samples are no independent draws of the data"
+    if value > limit:
+        return Status.PASS, f", of which the interval from {low:.2g} does not say that it is above {limit:.2g}"
+    return Status.PASS, f" (limit {limit:.2g})"
+
+
+def _for_batches(value: float, rows: int) -> str:
+    """The same for batches, in words, where the formula has a value."""
+    converted = batch_stability(value, rows)
+    return "" if converted is None or converted < 0 else f", those of two batches of {rows} to {converted:.2g}"
 
 
 def _depth(depth: DepthReading | str, limits: HealthLimits, *, in_warmup: bool) -> Diagnostic:
