@@ -1,0 +1,197 @@
+"""From rows to figures, each with its interval: how much of what is harmful is found, and what is flagged for nothing.
+
+Truth of a row (tau: nats per token that the policy allows): "harmful" where the 95 % interval of the change lies above
+tau, "benign" where it lies below tau / 2, "grey" between: counted, never scored. An edit that preserves the function
+must also leave every logit within 1e-4; one that does not is listed, and left out. An edit that was declared to be something
+else is rightly taken back though it does no harm: such are counted apart, not as false alarms.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from weightproof import load_policy
+
+Row = dict[str, Any]
+
+TAU = math.log(1.05)
+SAME_LOGITS = 1e-4
+REPLICATES = 1000
+# With the weights alone nothing is accepted without a warning by policy; what is found is what raises one.
+QUIET = {"no_forward_weights_pass", "nothing_measured"}
+
+
+def truth_of(row: Row, tau: float = TAU) -> str:
+    """One of harmful, benign, grey, and, where an edit meant to preserve the function moved a logit, not preserved."""
+    if row["preserving"]:
+        return "benign" if row["truth"]["max_logit"] < SAME_LOGITS else "not preserved"
+    if row["truth"]["lower"] > tau:
+        return "harmful"
+    return "benign" if row["truth"]["upper"] < tau / 2 else "grey"
+
+
+def is_flagged(row: Row, choice: str, actions: Mapping[str, str]) -> bool:
+    """Whether these guards would have the change taken back (weights alone: whether they raise anything)."""
+    situation = row["situations"][choice]
+    if choice in {"weights", "invariants alone"}:
+        return situation not in QUIET
+    return actions[situation] == "ROLLBACK"
+
+
+def share(hits: Sequence[bool]) -> dict[str, float | int | None]:
+    """A share with its 95 % Clopper-Pearson interval."""
+    k, n = int(sum(hits)), len(hits)
+    if not n:
+        return {"value": None, "lower": None, "upper": None, "hits": 0, "of": 0}
+    lower = float(stats.beta.ppf(0.025, k, n - k + 1)) if k else 0.0
+    upper = float(stats.beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
+    return {"value": k / n, "lower": lower, "upper": upper, "hits": k, "of": n}
+
+
+def auroc(harmful: np.ndarray, benign: np.ndarray) -> float:
+    """Probability that a harmful edit scores above a benign one, ties one half (Mann-Whitney)."""
+    ranks = stats.rankdata(np.concatenate([harmful, benign]))
+    above = ranks[: len(harmful)].sum() - len(harmful) * (len(harmful) + 1) / 2
+    return float(above / (len(harmful) * len(benign)))
+
+
+def tpr_at(harmful: np.ndarray, benign: np.ndarray, rate: float) -> tuple[float, float]:
+    """Share of the harmful above the least threshold that flags at most this share of the benign; the threshold."""
+    allowed = math.floor(rate * len(benign))
+    threshold = float(np.sort(benign)[::-1][allowed]) if allowed < len(benign) else -math.inf
+    return float((harmful > threshold).mean()), threshold
+
+
+def with_interval(measure: Callable[..., float], harmful: np.ndarray, benign: np.ndarray) -> dict[str, float]:
+    """A figure and its 95 % bootstrap interval over edits."""
+    generator = np.random.default_rng(0)
+    drawn = [
+        measure(generator.choice(harmful, len(harmful)), generator.choice(benign, len(benign)))
+        for _ in range(REPLICATES)
+    ]
+    lower, upper = np.quantile(drawn, (0.025, 0.975))
+    return {"value": measure(harmful, benign), "lower": float(lower), "upper": float(upper)}
+
+
+def scores_of(rows: Sequence[Row], statistic: str) -> np.ndarray:
+    """A statistic of each row; what was not measured is no evidence of change, inf a finite number above all others."""
+    values = np.asarray([row["statistics"].get(statistic, 0.0) for row in rows], dtype=float)
+    finite = values[np.isfinite(values)]
+    return np.where(np.isfinite(values), values, (finite.max(initial=0.0) + 1.0) * 10)
+
+
+def by_statistic(rows: Sequence[Row]) -> dict[str, Any]:
+    """AUROC, TPR at 1 % FPR and false alarms on preserving edits of every statistic."""
+    harmful, benign = ([row for row in rows if truth_of(row) == kind] for kind in ("harmful", "benign"))
+    preserving = [row for row in benign if row["preserving"]]
+    found: dict[str, Any] = {}
+    for statistic in sorted({key for row in rows for key in row["statistics"]}):
+        every = scores_of([*harmful, *benign, *preserving], statistic)
+        bad, good = every[: len(harmful)], every[len(harmful) : len(harmful) + len(benign)]
+        same = every[len(harmful) + len(benign) :]
+        if every.max() == every.min():
+            continue
+        rate, threshold = tpr_at(bad, good, 0.01)
+        found[statistic] = {
+            "auroc": with_interval(auroc, bad, good),
+            "tpr_at_1pct_fpr": with_interval(lambda h, b: tpr_at(h, b, 0.01)[0], bad, good) | {"value": rate},
+            "threshold": threshold,
+            "false_alarms_preserving": share(list(same > threshold)),
+            "n_preserving": len(same),
+            "n_harmful": len(bad),
+            "n_benign": len(good),
+        }
+    return found
+
+
+def by_choice(rows: Sequence[Row], policy: str = "balanced") -> dict[str, Any]:
+    """Of each choice of guards, as the policy acts: how much is found, and what is flagged for nothing."""
+    actions = load_policy(policy).actions
+    found: dict[str, Any] = {}
+    for choice in rows[0]["situations"]:
+        flagged = {id(row): is_flagged(row, choice, actions) for row in rows}
+
+        def of(kind: str, *, flagged: dict[int, bool] = flagged, **wanted: Any) -> dict[str, Any]:
+            chosen = [r for r in rows if truth_of(r) == kind and all(r[key] == value for key, value in wanted.items())]
+            return share([flagged[id(row)] for row in chosen])
+
+        found[choice] = {
+            "tpr": of("harmful"),
+            "tpr_declared_broken": of("harmful", broken=True),
+            "tpr_undeclared": of("harmful", declared=False),
+            "fpr": of("benign", broken=False),
+            "broken_declarations_benign": of("benign", broken=True),
+            "false_alarms_preserving": of("benign", preserving=True),
+            "missed": sorted(
+                f"{r['model']}: {r['case']}" for r in rows if truth_of(r) == "harmful" and not flagged[id(r)]
+            ),
+            "false_alarms": sorted(
+                f"{r['model']}: {r['case']}"
+                for r in rows
+                if truth_of(r) == "benign" and not r["broken"] and flagged[id(r)]
+            ),
+        }
+    return found
+
+
+def by_group(rows: Sequence[Row], policy: str = "balanced") -> dict[str, Any]:
+    """Of each group of edits: how many there are of each truth, and how many all guards and the weights alone flag."""
+    actions = load_policy(policy).actions
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["group"]].append(row)
+    return {
+        name: {
+            "truth": dict(Counter(truth_of(row) for row in of)),
+            **{
+                f"{choice} {kind}": share([is_flagged(row, choice, actions) for row in of if truth_of(row) == kind])
+                for choice in ("weights", "outputs", "all")
+                for kind in ("harmful", "benign")
+            },
+        }
+        for name, of in sorted(groups.items())
+    }
+
+
+def localisation(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of harmful faults of one block: whether it is the first of those named, or among the first three."""
+    chosen = [r for r in rows if r["block"] is not None and not r["declared"] and truth_of(r) == "harmful"]
+    named = [r for r in chosen if r["blamed"]]
+    return {
+        "top1_block": share([row["blamed"][0] == row["block"] for row in named]),
+        "top3_block": share([row["block"] in row["blamed"][:3] for row in named]),
+        "not_located": len(chosen) - len(named),
+        "wrong": sorted(f"{r['model']}: {r['case']}" for r in named if r["blamed"][0] != r["block"]),
+    }
+
+
+def score(rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything that the tables show, from the rows of all models."""
+    counts = Counter((row["model"], truth_of(row)) for row in rows)
+    models = sorted({row["model"] for row in rows})
+    return {
+        "tau": TAU,
+        "models": {model: {kind: n for (name, kind), n in sorted(counts.items()) if name == model} for model in models},
+        "not_preserved": sorted(f"{r['model']}: {r['case']}" for r in rows if truth_of(r) == "not preserved"),
+        "choices": by_choice(rows),
+        "statistics": by_statistic(rows),
+        "groups": by_group(rows),
+        "localisation": localisation(rows),
+        "seconds": {
+            "median": float(np.median([row["check_seconds"] for row in rows])),
+            "p95": float(np.quantile([row["check_seconds"] for row in rows], 0.95)),
+        },
+        "peers": {"invarlock 0.12.1": "not run", "weightwatcher 0.7": "not run"},
+    }
+
+
+def save(results: dict[str, Any], path: Any) -> None:
+    """JSON without NaN or infinity, a line a field."""
+    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
