@@ -132,14 +132,15 @@ class Delta:
         """What an adapter adds: s B A in float32, kept as factors.
 
         DoRA scales whole rows, so that what it changes depends on the base: its parts are the merged weights minus the
-        base, dense, which `metadata["notes"]` says. Biases and norms are not part of a delta, and replaced matrices
+        base, dense, which `metadata["notes"]` says. So are those of other methods (IA3, LoHa, ...), which PEFT itself
+        merges into a copy. Biases and norms are not part of a delta, and replaced matrices
         (`modules_to_save`) are only where the base is given; `metadata["not_included"]` names them.
 
         Args:
             source: The folder that PEFT saved the adapter to, or a live model with LoRA layers.
             adapter_name: Which of several.
-            base: The model that it belongs to, or its folder. Needed for DoRA out of a folder; where it is given, an
-                adapter of another base is refused.
+            base: The model that it belongs to, or its folder; needed for what is no plain LoRA out of a folder. Where
+                it is given, an adapter of another base is refused.
 
         Raises:
             InputError: No adapter there, none of LoRA weights, a kind that is not understood, DoRA without its base,

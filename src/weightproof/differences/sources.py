@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from weightproof.differences.factors import LowRank, Part
 from weightproof.errors import InputError
+from weightproof.folders.checkpoint_files import read_json
 from weightproof.folders.checkpoints import open_checkpoint
+from weightproof.folders.loading import LOADERS, load_model
 from weightproof.lora.adapters import Adapter, AdapterDelta, read_adapter, require_fits
+from weightproof.lora.folders import CONFIG
 from weightproof.lora.live import lora_layers, merged_names
+from weightproof.registry import load_plugin
 from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.types import WeightMatrix
-from weightproof.weights import iter_tensors, iter_weight_matrices
+from weightproof.weights import iter_tensors, iter_weight_matrices, unwrap
 
 Model = nn.Module | Path | str
 Found = tuple[dict[str, Part], dict[str, Any]]
@@ -32,6 +36,9 @@ def of_adapter(source: Model, adapter_name: str, base: Model | None) -> Found:
     Raises:
         InputError: As there.
     """
+    method, where = _method(source, adapter_name)
+    if method not in (None, "LORA"):
+        return _of_other_method(source, adapter_name, base, method, where)
     adapter = read_adapter(source, adapter_name)
     if not adapter.deltas:
         raise InputError(
@@ -55,6 +62,47 @@ def of_adapter(source: Model, adapter_name: str, base: Model | None) -> Found:
         "notes": notes,
     }
     return parts, metadata
+
+
+def _method(source: Model, adapter_name: str) -> tuple[str | None, str | None]:
+    """PEFT's name of the method, and of the base; None where nobody says."""
+    if isinstance(source, nn.Module):
+        known = getattr(unwrap(source), "peft_config", None)
+        settings = known.get(adapter_name) if isinstance(known, Mapping) else None
+        found = getattr(settings, "peft_type", None), getattr(settings, "base_model_name_or_path", None)
+    else:
+        file = Path(source) / CONFIG
+        config = read_json(file) if file.is_file() else {}
+        found = config.get("peft_type"), config.get("base_model_name_or_path")
+    method, base = (None if one is None else str(getattr(one, "value", one)) for one in found)
+    return method, base
+
+
+def _of_other_method(source: Model, adapter_name: str, base: Model | None, method: str, where: str | None) -> Found:
+    """An adapter that is no LoRA: PEFT merges a copy, and the base is subtracted."""
+    if not isinstance(source, nn.Module) and base is None:
+        raise InputError(
+            f"{source} is an adapter of the method {method}: what it changes is known only beside its base. Give base= "
+            "(the model, or its folder); it is then merged minus base"
+        )
+    model = base if base is None or isinstance(base, nn.Module) else load_model(Path(base)).model
+    parts, missing = load_plugin(LOADERS, "peft-delta")(source, adapter_name, model)
+    if not parts:
+        raise InputError(f"{_called(source)}: merging its adapter {adapter_name!r} changes no weight matrix")
+    name = where or (None if base is None else _called(base))
+    metadata = {
+        "mode": "adapter",
+        "source": _called(source),
+        "adapter": {"name": adapter_name, "method": method},
+        "base": {"name": name, "digests": {} if model is None else _digests_of(model, parts)},
+        "not_included": missing,
+        "notes": [f"{method}: merged minus base, dense, by PEFT"],
+    }
+    return parts, metadata
+
+
+def _digests_of(model: nn.Module, names: Container[str]) -> dict[str, str]:
+    return _digests({name: one for name, one in _by_name(iter_weight_matrices(model)).items() if name in names})
 
 
 def _base_matrices(adapter: Adapter, source: Model, base: Model | None) -> Mapping[str, WeightMatrix]:
