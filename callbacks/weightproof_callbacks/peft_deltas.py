@@ -63,7 +63,7 @@ def _copies(
     if base is None:
         raise InputError(f"{source}: what its method changes is known only beside the base model: give base=")
     plain: Any = copy.deepcopy(base).float()
-    adapted = peft.PeftModel.from_pretrained(plain, str(source), adapter_name=name)
+    adapted = peft.PeftModel.from_pretrained(plain, str(source), adapter_name=adapter_name)
     return adapted, copy.deepcopy(base).float()
 
 
