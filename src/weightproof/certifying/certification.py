@@ -97,7 +97,12 @@ def exit_code(decision: Decision) -> int:
     """0 kept; 1 rejected; 2 undecided: not kept because too little was measured."""
     if decision.action is Action.KEEP:
         return KEPT
-    return UNDECIDED if decision.situation in _UNDECIDED and decision.action is Action.ROLLBACK else REJECTED
+    return UNDECIDED if is_undecided(decision.situation) and decision.action is Action.ROLLBACK else REJECTED
+
+
+def is_undecided(situation: str) -> bool:
+    """Whether a change that is not kept in this situation was turned down for want of evidence."""
+    return situation in _UNDECIDED
 
 
 def certify_folders(request: Request, *, progress: bool = False) -> Certified:

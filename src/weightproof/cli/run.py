@@ -42,7 +42,7 @@ def run(  # noqa: PLR0913, PLR0917 - one option a line
     if as_json:
         sys.stdout.write(json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n")
     else:
-        _show(result)
+        show_result(result)
     if result.code:
         raise typer.Exit(result.code)
 
@@ -53,7 +53,8 @@ def _say(words: str) -> None:
         sys.stderr.write(f"{words} ...\n")
 
 
-def _show(result: RecipeResult) -> None:
+def show_result(result: RecipeResult) -> None:
+    """What a recipe led to: a table, reasons, and where it lies."""
     from weightproof.cli.decision_view import open_console
 
     console = open_console()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,6 +99,8 @@ class Source:
         batches: How many batches were read.
         data_digest: SHA-256 chain over the batches in their order; of merged parts, over the parts' digests.
         loss_tokens_only: Whether tokens whose label is ignored were left out.
+        origin: The program that fitted them, where it was another one ("kronfluence", "bergson"): what that does not
+            tell (seed, batches) is 0, labels may be "unknown".
     """
 
     labels: str
@@ -106,6 +109,7 @@ class Source:
     batches: int
     data_digest: str
     loss_tokens_only: bool = False
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,9 @@ class Factors:
     def digest(self) -> str:
         """SHA-256 over all factors and what they were fitted on."""
         lines = [f"{name}={self.by_name[name].digest}" for name in sorted(self.by_name)]
-        return hashlib.sha256("\n".join([json.dumps(vars(self.source), sort_keys=True), *lines]).encode()).hexdigest()
+        # Factors that were fitted here have the digest that they had before there was an origin.
+        source = {key: value for key, value in vars(self.source).items() if key != "origin" or value}
+        return hashlib.sha256("\n".join([json.dumps(source, sort_keys=True), *lines]).encode()).hexdigest()
 
     def merge(self, other: Factors) -> Factors:
         """The factors of both data sets together: sums and counts add.
@@ -217,7 +223,8 @@ class Factors:
                 f"{poorest.name} was fitted on {poorest.tokens} tokens and has {size} dimensions, so its factors have "
                 f"no full rank: fit on {int(ENOUGH_TOKENS_PER_DIMENSION * size):,} tokens or more"
             )
-        if poorest.tokens_per_dimension < ENOUGH_TOKENS_PER_DIMENSION:
+        if poorest.tokens_per_dimension < ENOUGH_TOKENS_PER_DIMENSION and _WARNED.get(id(self)) is not self:
+            _WARNED[id(self)] = self  # an edit, a guard and a certificate ask alike: it is said once
             logger.warning(
                 "factors are noisy: %s saw %.1f tokens for each of its %d dimensions, fewer than %d",
                 poorest.name, poorest.tokens_per_dimension, size, int(ENOUGH_TOKENS_PER_DIMENSION),
@@ -262,6 +269,27 @@ class Factors:
         if not header or metadata.get("digest") != _sha(header) or altered:
             raise InputError(f"the factors {path} were altered or are of another kind: a digest does not match")
         return _decoded(json.loads(header), tensors, path)
+
+
+_WARNED: WeakValueDictionary[int, Factors] = WeakValueDictionary()
+_READ: WeakValueDictionary[tuple[str, int, int], Factors] = WeakValueDictionary()
+
+
+def load_factors(path: Path | str) -> Factors:
+    """As `Factors.load`; a file that is in memory already, of the same size and time, is not read again.
+
+    Raises:
+        InputError: As `Factors.load`.
+    """
+    file = _file_in(Path(path))
+    if not file.is_file():
+        return Factors.load(file)
+    known = file.stat()
+    key = str(file.resolve()), known.st_size, known.st_mtime_ns
+    found = _READ.get(key)
+    if found is None:
+        found = _READ[key] = Factors.load(file)
+    return found
 
 
 def require_digest(factor: Factor, matrix: WeightMatrix) -> None:

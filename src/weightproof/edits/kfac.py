@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from weightproof.curvature.eigenbasis import EigenbasisCache, eigenbasis
-from weightproof.curvature.factors import Factor, Factors
+from weightproof.curvature.factors import Factor, Factors, load_factors
 from weightproof.curvature.fitting import fit_factors
 from weightproof.curvature.mask import check_energy
 from weightproof.curvature.prediction import quadratic_form
 from weightproof.curvature.projection import FORMULAS, FactorBases, edit_matrix, project
+from weightproof.curvature.targets import too_large
 from weightproof.edits.selection import Selection
 from weightproof.errors import InputError
 from weightproof.kinds import Plain
@@ -95,7 +96,7 @@ class KFAC(Selection):
         """Validate the parameters."""
         super().__post_init__()
         if isinstance(self.factors, str | Path):
-            object.__setattr__(self, "factors", Factors.load(self.factors))
+            object.__setattr__(self, "factors", load_factors(self.factors))
         if not isinstance(self.factors, Factors):
             raise InputError("KFAC needs factors: fit them (weightproof.fit_factors) or give the path of a file")
         for energy in (self.energy, *self.energies.values()):
@@ -136,8 +137,37 @@ class KFAC(Selection):
         return matrix.name in self.factors and super().selects(matrix)
 
     def unmatched(self, matrices: Iterable[WeightMatrix]) -> tuple[str, ...]:
-        """Patterns of `include` that choose nothing; of the default ones some always do."""
-        return () if self.include == DEFAULT_TARGETS else super().unmatched(matrices)
+        """Patterns of `include` that choose nothing; of the default ones some always do.
+
+        Raises:
+            InputError: If what a pattern chooses has no factors; says why.
+        """
+        matrices = list(matrices)
+        if self.include == DEFAULT_TARGETS:
+            self._require_default(matrices)
+            return ()
+        for glob in self.include:
+            chosen = [one for one in matrices if one.refusal is None and self._chooses(glob, one)]
+            if chosen and not any(one.name in self.factors for one in chosen):
+                raise InputError(f"{glob!r} chooses nothing with factors: {self._why_none(chosen[0])}")
+        return super().unmatched(matrices)
+
+    def _require_default(self, matrices: Iterable[WeightMatrix]) -> None:
+        if not any(self.selects(one) for one in matrices):
+            raise InputError(
+                "these factors are of none of the matrices that are edited by default, the maps into the hidden layer "
+                f"of MLPs: choose others by include (factors: {', '.join(list(self.factors)[:3])}, ...)"
+            )
+
+    def _why_none(self, matrix: WeightMatrix) -> str:
+        """Why a matrix has no factors."""
+        shape = f"{matrix.name} ({matrix.d_out} x {matrix.d_in})"
+        reason = self.factors.refused.get(matrix.name) or too_large(matrix.d_out, matrix.d_in)
+        return f"{shape}: {reason or f'it was not among the {len(self.factors)} matrices that were fitted'}"
+
+    def _chooses(self, pattern: str, matrix: WeightMatrix) -> bool:
+        """As elsewhere, and by names without `.weight`, as `fit_factors` takes them."""
+        return super()._chooses(pattern, matrix) or fnmatchcase(matrix.name.removesuffix(".weight"), pattern)
 
     def energy_of(self, name: str) -> float:
         """The share that one matrix keeps."""
@@ -206,6 +236,22 @@ class KFAC(Selection):
         finally:
             kept.put_back()
         return found
+
+
+def readings_of(edit: KFAC, model: torch.nn.Module) -> list[KFACReading]:
+    """What an edit would do to each matrix that it selects; the model stays as it is.
+
+    Raises:
+        InputError: If the factors are not of this model, or nothing is selected.
+    """
+    edit.factors.require_weights(model)
+    edit.factors.require_enough_tokens()
+    matrices = list(iter_weight_matrices(model))
+    if unmatched := edit.unmatched(matrices):
+        raise InputError(
+            f"{unmatched[0]!r} chooses no weight matrix of this model: see `weightproof inspect` for names"
+        )
+    return [edit.read(matrix) for matrix in matrices if matrix.refusal is None and edit.selects(matrix)]
 
 
 def _bases_of(factor: Factor) -> FactorBases:

@@ -15,7 +15,7 @@ import torch
 
 from weightproof.collective import Processes
 from weightproof.curvature.eigenbasis import checked_factor
-from weightproof.curvature.factors import Factor, Factors, require_values
+from weightproof.curvature.factors import Factor, Factors, load_factors, require_values
 from weightproof.curvature.prediction import loss_form
 from weightproof.errors import InputError
 from weightproof.parallel.shards import Part, dealt
@@ -160,7 +160,7 @@ def factors_of(given: Factors | Path | str) -> Factors:
         InputError: If they are neither, or the file cannot be used.
     """
     if isinstance(given, str | Path):
-        return Factors.load(given)
+        return load_factors(given)
     if not isinstance(given, Factors):
         raise InputError(f"factors must be Factors (weightproof.fit_factors) or their file, not {type(given).__name__}")
     return given

@@ -115,6 +115,11 @@ def _judge_again(content: Content, policy: Policy, where: str, step: StepForm, f
     judged = Judged(*sides)
     names = [name for name in _guards(step, findings, where) if is_asked(load_plugin(GUARDS, name), judged.after)]
     found = {name: _verdict(policy, name, judged) for name in names}
+    if judged.after.curvature is not None:
+        known = judged.after.curvature.factors[:12]
+        findings.notes.append(
+            f"{where}: what curvature foretold (factors {known}) was not computed again; it is advice"
+        )
     kind = judged.after.edit.kind if judged.after.edit is not None else step.kind
     again = decide_on(policy, found, kind=kind, step=step.step, world_size=step.world_size)
     stated = {one.guard: one for one in step.verdicts}
