@@ -65,6 +65,7 @@ class Drill:
             )
         self._train, self._heldout = self.windows[:needed], self.windows[needed:][: 4 * self.procedure.batch_size]
         self._twins: dict[frozenset[int], Life] = {}
+        self._watched: Life | None = None
 
     def twin(self, without: Collection[int] = ()) -> Life:
         """The clean run; with `without` the one that was never given those batches (positions from 0)."""
@@ -72,6 +73,12 @@ class Drill:
         if key not in self._twins:
             self._twins[key] = self.live((), guarded=False, without=key)
         return self._twins[key]
+
+    def watched(self) -> Life:
+        """The clean run under guard."""
+        if self._watched is None:
+            self._watched = self.live((), guarded=True)
+        return self._watched
 
     def row(self, fault: Fault) -> Row:
         """Both runs with a fault, held against the clean twin."""
@@ -86,12 +93,13 @@ class Drill:
             unguarded=unguarded,
             guarded=guarded,
             state=self._state_of(guarded),
+            clean=self.watched(),
             at=fault.at,
         )
 
     def clean_row(self) -> Row:
         """A healthy run under guard, which nothing may act on."""
-        guarded = self.live((), guarded=True)
+        guarded = self.watched()
         twin = self.twin()
         return row_of(
             "none",

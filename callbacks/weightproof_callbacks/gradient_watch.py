@@ -27,10 +27,13 @@ from torch import Tensor
 
 from weightproof.parallel.placements import is_dtensor
 from weightproof.statistics.spikes import HISTORY, Score, is_gross_norm, norm_score
+from weightproof.statistics.window_reports import rate_peak
+from weightproof.types import WindowReport
 from weightproof_callbacks.accelerator_checks import torch_optimizer
 from weightproof_callbacks.accelerator_trigger import only_fills_its_state
 from weightproof_callbacks.moment_watch import MomentWatch
 from weightproof_callbacks.sharded import zero_optimizer
+from weightproof_callbacks.step_times import StepTimes
 
 __all__ = ["GradientWatch", "gradient_norm"]
 
@@ -69,6 +72,10 @@ class GradientWatch:
         self._accepted: list[float] = []
         self._window: list[tuple[float, bool]] = []  # norm, whether the step was left out
         self._rates: list[float] = []  # the largest learning rate of each group so far
+        self._peak: tuple[float, float] | None = None  # of this window: the largest rate, and the largest before it
+        self._update_size: float | None = None  # sum of the rates of this window's steps
+        self._drained: tuple[tuple[float, float] | None, float | None] = (None, None)  # both of the window before
+        self._times = StepTimes()
         self._handle: Any = None
         self._moments: MomentWatch | None = None
         scaler = getattr(wrapper, "scaler", None) or getattr(optimizer, "scaler", None)
@@ -76,6 +83,7 @@ class GradientWatch:
             self._handle = torch_optimizer(optimizer).register_step_pre_hook(self._before_step)
             self._watch_clipping(accelerator)
             self._moments = None if model is None else MomentWatch(optimizer, model)
+            self._times.hang_in(model, torch_optimizer(optimizer))
 
     @property
     def watches(self) -> bool:
@@ -89,6 +97,7 @@ class GradientWatch:
             self._handle = None
         if self._moments is not None:
             self._moments.remove()
+        self._times.remove()
         if self._clipper is not None and vars(self._clipper).get("clip_grad_norm_") is self._clip:
             del self._clipper.clip_grad_norm_
         self._clipper = None
@@ -121,16 +130,43 @@ class GradientWatch:
         """Whether a group's learning rate is far beyond all before it; else it is one of them from now on."""
         rates = [float(group.get("lr", 0.0)) for group in optimizer.param_groups]
         before = [*self._rates, *[0.0] * (len(rates) - len(self._rates))][: len(rates)]
-        known = zip(rates, before, optimizer.param_groups, strict=True)
-        if any(_is_gross_rate(rate, most, _noted(group, optimizer)) for rate, most, group in known):
+        noted = [_noted(group, optimizer) for group in optimizer.param_groups]
+        known = list(zip(rates, before, noted, strict=True))
+        if any(_is_gross_rate(rate, most, made) for rate, most, made in known):
             return True
+        self._note_rates(known)
         self._rates = [max(rate, most) for rate, most in zip(rates, before, strict=True)]
         return False
 
+    def _note_rates(self, known: Sequence[tuple[float, float, float]]) -> None:
+        """Of the rates of a step: how far the largest lies beyond what was known, and how much it moves weights."""
+        # A group that never stepped may begin with any rate.
+        leaps = [(rate, max(most, made)) for rate, most, made in known if most > 0.0]
+        self._peak = max([*leaps, *([self._peak] if self._peak else [])], key=lambda one: one[0] / one[1], default=None)
+        self._update_size = (self._update_size or 0.0) + max((rate for rate, _, _ in known), default=0.0)
+
     def drain(self) -> list[tuple[float, bool]]:
-        """Norm of every step since the last call, and whether it was left out."""
+        """Norm of every step since the last call, and whether it was left out; a new window begins."""
         found, self._window = self._window, []
+        self._drained = (self._peak, self._update_size)
+        self._peak = self._update_size = None
+        self._times.drain()
         return found
+
+    @property
+    def update_size(self) -> float | None:
+        """Sum of the largest learning rates of the window drained last; None where there were none, or only zeros."""
+        return self._drained[1] or None
+
+    def reports(self, rank: int) -> tuple[WindowReport, ...]:
+        """What is reported of the window drained last; ask for `impossible_moments` first."""
+        peak, _ = self._drained
+        found = (
+            None if peak is None else rate_peak(*peak),
+            None if self._moments is None else self._moments.growth(),
+            self._times.slowest(f"rank {rank}"),
+        )
+        return tuple(one for one in found if one is not None)
 
     def impossible_moments(self) -> tuple[str, ...]:
         """Moments on this process that the gradients so far could not have made (`MomentWatch`)."""
@@ -148,6 +184,9 @@ class GradientWatch:
     def learn(self, norms: Iterable[float]) -> None:
         """Norms of a window that was kept: what is usual from now on."""
         self._accepted = [*self._accepted, *norms][-HISTORY:]
+        if self._moments is not None:
+            self._moments.learn()
+        self._times.learn()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if only_fills_its_state(optimizer):
@@ -162,7 +201,8 @@ class GradientWatch:
         present = gradient_norm(gradients)
         norm = self._norm(present)
         taken = [value for value, left_out in self._window if not left_out]
-        left_out = self._acts and (self._leaps(optimizer) or is_gross_norm([*self._accepted, *taken], norm))
+        leaps = self._leaps(optimizer)
+        left_out = self._acts and (leaps or is_gross_norm([*self._accepted, *taken], norm))
         self._window.append((norm, left_out))
         if self._moments is not None and not left_out:
             self._moments.saw(present)

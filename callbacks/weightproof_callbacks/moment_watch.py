@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from weightproof.parallel.placements import local_of
+from weightproof.statistics.window_reports import Usual, moment_growth
+from weightproof.types import WindowReport
 from weightproof.weights import clean_name
 from weightproof_callbacks.accelerator_checks import torch_optimizer
 from weightproof_callbacks.sharded import zero_optimizer
@@ -65,9 +67,11 @@ class MomentWatch:
 
     def __init__(self, optimizer: Any, model: torch.nn.Module) -> None:
         self._model = model
+        self._names: dict[int, str] = {}
         self._norm = 0.0  # the largest that any step was taken with
         self._trusted: dict[int, float] = {}  # by power: the largest moment that was there before
         self._is_blind = False
+        self._usual, self._sizes = Usual(), dict[str, float]()
         self._handle: Any = None
         self._inner: torch.optim.Optimizer | None = None
         self._averages: Mapping[str, int] = {}
@@ -106,13 +110,24 @@ class MomentWatch:
             self._is_blind = False
             self.trust_present()
         found: list[str] = []
+        self._sizes = {}
         for moment, (least, most) in self._extremes():
+            key = f"{moment.key} of {self._name(moment.parameter)}"
+            self._sizes[key] = max(abs(least), abs(most)) ** (1.0 / moment.power)
             limit = SLACK * self._bound(moment)
             if -limit * (moment.power == 1) <= least and most <= limit:  # also false for NaN
                 continue
             worst = most if not most <= limit else least
-            found.append(f"{moment.key} of {self._name(moment.parameter)} holds {worst:.3g}")
+            found.append(f"{key} holds {worst:.3g}")
         return tuple(found)
+
+    def growth(self) -> WindowReport | None:
+        """The moment whose largest element grew most beyond its usual, as `impossible` saw them last."""
+        return moment_growth(self._usual, self._sizes)
+
+    def learn(self) -> None:
+        """What `impossible` saw last is of a window that was kept."""
+        self._usual.learn(self._sizes)
 
     def _bound(self, moment: _Moment) -> float:
         """The largest element that this average can have."""
@@ -146,8 +161,11 @@ class MomentWatch:
                         yield _Moment(parameter, key, power, group, values)
 
     def _name(self, parameter: Any) -> str:
-        names = (clean_name(name) for name, one in self._model.named_parameters() if one is parameter)
-        return next(names, "a parameter outside of the model")
+        known = self._names.get(id(parameter))
+        if known is None:  # parameters may be replaced while a run lasts
+            self._names = {id(one): clean_name(name) for name, one in self._model.named_parameters()}
+            known = self._names.setdefault(id(parameter), "a parameter outside of the model")
+        return known
 
 
 def _is_plain(values: Tensor) -> bool:

@@ -7,6 +7,7 @@ what a rollback restored. The session decides, and holds the good states (`weigh
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +21,11 @@ from weightproof.session import GuardSession
 from weightproof.snapshots.ring_stores import KeepWeights, PinnedStore
 from weightproof.snapshots.tensor_store import readable
 from weightproof.statistics.spikes import MAX_SKIPPED, NORM_RATIO, NORM_Z
+from weightproof.statistics.window_reports import noted, words_of_report
 from weightproof.transactions.rolling import Rolling, RollingOptions, TrainingPart
 from weightproof.transactions.steps import Step
 from weightproof.types import Action
+from weightproof.weights import unwrap
 from weightproof_callbacks.batch_watch import BatchWatch
 from weightproof_callbacks.data_place import DataPlace
 from weightproof_callbacks.data_position import BatchMemory, ReplayableLoader
@@ -200,24 +203,28 @@ class RollingPolicy:
         # What nobody stepped with has harmed nothing. Where it was too often, it is the evidence.
         if losses is not None and len(losses) == len(seen) and len(left_out) <= MAX_SKIPPED:
             losses = tuple(loss for index, loss in enumerate(losses) if index not in left_out)
+        impossible = self._gradients.impossible_moments()
         judged = self.session.check_window(
             step=step,
             raw_losses=losses,
             grad_norms=norms if self._gradients.watches else None,
             num_skipped=len(left_out),
-            impossible_moments=self._gradients.impossible_moments(),
+            impossible_moments=impossible,
             disagreements=self._batches.disagreements(),
+            guessing=_guessing(self.session.model),
+            update_size=self._gradients.update_size,
+            reports=self._gradients.reports(self.session.processes.rank),
             in_warmup=in_warmup,
             on_violation="monitor" if on_violation == "monitor" else "rollback",
         )
         if judged.decision is not None and judged.decision.action is Action.KEEP:
-            self._tell(step, len(left_out), norms)
+            self._tell(judged, len(left_out), norms)
             self._gradients.learn(norms)
         if judged.applied == "restored":
             self._batches.forget()
         return judged
 
-    def _tell(self, step: int, num_left_out: int, norms: tuple[float, ...]) -> None:
+    def _tell(self, judged: Step, num_left_out: int, norms: tuple[float, ...]) -> None:
         """What was strange in a window that was kept all the same."""
         found: list[str] = []
         if num_left_out:
@@ -229,8 +236,9 @@ class RollingPolicy:
         score = self._gradients.score(norms)
         if score is not None and score.beyond(NORM_Z, NORM_RATIO):
             found.append(f"a gradient norm was {score.ratio:.3g} times the usual, and was stepped with")
+        found += [words_of_report(one) for one in noted(judged.decision)]
         if found and self.session.processes.is_main:
-            logger.warning("the window that ends at step %d is kept; %s", step, "; ".join(found))
+            logger.warning("the window that ends at step %d is kept; %s", judged.step, "; ".join(found))
 
     def forget(self) -> None:
         """Steps since the last check belong to something else: an edit."""
@@ -277,6 +285,17 @@ class RollingPolicy:
     @property
     def _replays(self) -> bool:
         return self.options.data == "replay"
+
+
+def _guessing(model: torch.nn.Module) -> float | None:
+    """Loss of a language model that guesses: the logarithm of the number of symbols that its configuration names.
+
+    Of other models (a few classes, numbers) a loss never comes there: nothing is judged by it.
+    """
+    config = getattr(unwrap(model), "config", None)
+    text = getattr(config, "get_text_config", None)
+    size = getattr(text() if callable(text) else config, "vocab_size", None)
+    return math.log(size) if isinstance(size, int) and size > 1 else None
 
 
 def _pinned(run: Run) -> tuple[Run, KeepWeights | None]:

@@ -7,6 +7,7 @@ A value that was not measured is None, never 0.0, 1.0 or -1, and comes with a re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -433,6 +434,32 @@ class EditRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowReport:
+    """A number that is reported of a window of training, and judged by nobody.
+
+    `reference` is what was usual before, `level` where it begins to be noted, both in the units of `value`; `where`
+    names the tensor or process that it is of.
+    """
+
+    target: str
+    statistic: str
+    value: float
+    reference: float
+    level: float
+    where: str = ""
+
+    @property
+    def share(self) -> float:
+        """How far it lies towards its level: 1 and more is noted."""
+        return self.value / self.level if self.level else math.inf
+
+    @property
+    def is_noted(self) -> bool:
+        """Whether it lies at or beyond its level, or is no number."""
+        return not self.value < self.level
+
+
+@dataclass(frozen=True, slots=True)
 class WindowReading:
     """What a window of training steps showed beside its raw losses (see `weightproof.statistics.spikes`).
 
@@ -441,7 +468,10 @@ class WindowReading:
     mildest of the last three losses with what was usual, `norm_z` and `norm_ratio` the largest gradient norm; None
     where too little is known. `stale_masters` are weights that the optimizer's next step would undo,
     `impossible_moments` states of it that no gradients could have made, and `disagreements` what is proven to be wrong
-    with what the processes trained on; the last two in words.
+    with what the processes trained on; the last two in words. `num_steps` were given losses, `num_worse` of which, with
+    those just before, lie above `guessing`, the loss of a model that guesses (nats per token; None where nobody knows).
+    `reports` are judged by nobody; `usual_moves` is how far, relative to its norm, a matrix usually moves in such a
+    window.
     """
 
     grad_norms: tuple[float, ...] | None = None
@@ -454,6 +484,11 @@ class WindowReading:
     stale_masters: tuple[str, ...] = ()
     impossible_moments: tuple[str, ...] = ()
     disagreements: tuple[str, ...] = ()
+    num_steps: int = 0
+    guessing: float | None = None
+    num_worse: int | None = None
+    reports: tuple[WindowReport, ...] = ()
+    usual_moves: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)

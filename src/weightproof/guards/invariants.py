@@ -9,8 +9,8 @@ No number here is a tuned limit: each is exact. In the order in which they are r
 - finiteness of every parameter and buffer, and of the raw losses of a window of training;
 - what else a window of training showed: too many steps without a usable gradient, masters that hold other weights,
   moments that no gradients could have made, processes that were given each other's batches,
-  and a loss that rose and stayed there (limits in `weightproof.statistics.spikes`; the one entry that is
-  no exact fact);
+  a loss that rose and stayed there, and losses worse than guessing (limits in `weightproof.statistics.spikes`; these
+  two are no exact facts). Beside them stands what is only reported (`weightproof.statistics.window_reports`);
 - scope: a changed tensor that no declared target covers is FAIL;
 - reach: block matrices that a declared quantization left as they were are WARN, with their share;
 - contract: a breach of a rigorous bound is FAIL, of a typical size WARN, an unmeasured one WARN (`guards.contract`).
@@ -27,7 +27,8 @@ from weightproof.guards.contract import judge_contract, no_op_words
 from weightproof.guards.reach import judge_reach
 from weightproof.guards.scope import Scope, changed_tensors
 from weightproof.guards.structure import judge_structure
-from weightproof.statistics.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is_witnessed
+from weightproof.statistics.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is_witnessed, most_worse
+from weightproof.statistics.window_reports import FAMILY, measurement_of, weight_move, worst_reports
 from weightproof.types import EditRecord, Measurement, Outcome, Readings, Verdict
 
 WITH_CONTRACT = frozenset({"cast", "quantize", "prune", "lora_merge", "low_rank"})
@@ -59,6 +60,7 @@ class Invariants:
             *_judge_replicas(before, after),
             *_judge_losses(after),
             *_judge_window(after),
+            *_report_window(after),
             *judge_structure(before, after),
             *_judge_edit(before, after),
             *judge_reach(before, after),
@@ -152,6 +154,15 @@ def _judge_window(after: Readings) -> Iterator[Measurement]:
             outcome=Outcome.FAIL if lasting or witnessed else Outcome.PASS,
             reason=why if lasting or witnessed else None,
         )  # fmt: skip
+    if window.num_worse is not None and window.guessing is not None:
+        limit = most_worse(window.num_steps)
+        bad = window.num_worse > limit
+        why = f"steps with a loss of {window.guessing:.3g} or more, which a model that guesses has"
+        yield Measurement(
+            "invariants", "raw losses", "num_worse_than_guessing", float(window.num_worse), 0.0, float(limit),
+            outcome=Outcome.FAIL if bad else Outcome.PASS,
+            reason=why if bad else None,
+        )  # fmt: skip
     if window.grad_norms is not None or window.num_skipped:
         many = window.num_skipped > MAX_SKIPPED
         yield Measurement(
@@ -166,6 +177,20 @@ def _judge_window(after: Readings) -> Iterator[Measurement]:
         yield _broken("optimizer", "impossible_moment", 1.0, 0.0, reason)
     for found in window.disagreements:
         yield _broken("batches", "inputs_disagree", 1.0, 0.0, f"{found}: going back to older weights repairs no loader")
+
+
+def _report_window(after: Readings) -> Iterator[Measurement]:
+    """What is reported of a window of training; `judgement.judging` puts it beside the verdicts."""
+    if after.window is None:
+        return
+    moves = {} if after.edit is None else after.edit.relative_delta
+    move = weight_move(after.window.usual_moves, moves)
+    reports = worst_reports([*after.window.reports, *([move] if move else [])])
+    for report in reports:
+        yield measurement_of(report)
+    if reports:
+        count = float(sum(report.is_noted for report in reports))
+        yield Measurement("invariants", "window", "num_noted", count, 0.0, None, FAMILY)
 
 
 def _is_finite(value: float) -> bool:

@@ -26,6 +26,7 @@ from weightproof.numerics.spectrum_sketch import sketch, spectrum_cost, worst_ch
 from weightproof.parallel.shards import dealt
 from weightproof.probes import values_of
 from weightproof.reporting.plots import spectrum_png
+from weightproof.statistics.window_reports import is_noted
 from weightproof.trackers import GuardEvent, metric_rows, severity, worst_measurements
 from weightproof.types import Decision, Measurement, Outcome, Readings, WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices, unwrap
@@ -131,8 +132,8 @@ def step_json(step: Step) -> dict[str, Any]:
 
 
 def _kept(measurements: tuple[Measurement, ...]) -> list[Measurement]:
-    loud = [m for m in measurements if m.outcome is not Outcome.PASS]
-    quiet = sorted((m for m in measurements if m.outcome is Outcome.PASS), key=severity, reverse=True)
+    loud = [m for m in measurements if m.outcome is not Outcome.PASS or is_noted(m)]
+    quiet = sorted((m for m in measurements if m not in loud), key=severity, reverse=True)
     return [*loud, *quiet[:_KEPT_PASSES]]
 
 

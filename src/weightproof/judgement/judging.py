@@ -9,7 +9,7 @@ from typing import Any
 from weightproof.policy import Policy, decide
 from weightproof.registry import load_plugin, plugins
 from weightproof.statistics.window_reports import FAMILY
-from weightproof.types import Decision, Measurement, Outcome, Readings, Verdict
+from weightproof.types import Decision, Outcome, Readings, Verdict
 
 # Guards that decide in a window of ordinary training; the others are reported there.
 JUDGED_IN_TRAINING = ("invariants", "spectral")

@@ -16,6 +16,7 @@ losses fall and gradient norms wander by factors.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,15 @@ START_UP = 25
 HISTORY = 128
 # No spread of a logarithm is taken for smaller than this: 2 % wandering is never remarkable.
 LEAST_SPREAD = 0.02
+
+# The last values alone: what one step is held against while a loss still falls.
+RECENT = 16
+
+# A loss that is worse than guessing (the logarithm of the number of symbols) in a model that was well below: only what
+# has nothing to learn in it gives that, step after step. So many steps of a window, and such a share of it, reject it.
+GUESSING_SHARE = 0.8
+MIN_WORSE = 3
+WORSE_SHARE = 0.2
 
 # A rise of the loss that acts by itself: by half, by a quarter of a nat, and by 8 spreads, at each of the last steps.
 LASTING_Z = 8.0
@@ -126,6 +136,48 @@ def level_of(history: Sequence[float]) -> Level | None:
         variance = DECAY * (variance + (1.0 - DECAY) * within**2)
         mean += (1.0 - DECAY) * within
     return Level(mean, max(math.sqrt(variance), LEAST_SPREAD))
+
+
+def recent_level(history: Sequence[float]) -> Level | None:
+    """Median of the last `RECENT` values, and the spread around the trend of all; None before there are so many.
+
+    The spread is told by differences of neighbours (their deviation is 1.41 times that of the values), so that a loss
+    that falls steeply has no wider one than a loss that stays.
+    """
+    logs = [math.log(value) for value in history if math.isfinite(value) and value > 0.0][-HISTORY:]
+    if len(logs) < RECENT:
+        return None
+    steps = [abs(late - early) for early, late in itertools.pairwise(logs)]
+    return Level(median(logs[-RECENT:]), max(1.4826 * median(steps) / math.sqrt(2.0), LEAST_SPREAD))
+
+
+def num_worse_than_guessing(history: Sequence[float], window: Sequence[float], guessing: float | None) -> int | None:
+    """Steps of a window whose loss is that of a model that guesses, with those just before it.
+
+    Symbols drawn at random cost the logarithm of their number at least, whatever a model has learned; text that
+    is merely hard costs less.
+
+    Args:
+        history: Raw losses of windows that were kept, oldest first.
+        window: Raw losses since then.
+        guessing: Loss of guessing, nats per token; None where it is not known.
+
+    Returns:
+        None where it is not known, or where the model was hardly better than guessing before.
+    """
+    recent = [loss for loss in history if math.isfinite(loss)][-RECENT:]
+    if guessing is None or len(recent) < RECENT or median(recent) > GUESSING_SHARE * guessing:
+        return None
+    before = next((count for count, loss in enumerate(reversed(recent)) if loss < guessing), 0)
+    return sum(not loss < guessing for loss in window) + (before if window and not window[0] < guessing else 0)
+
+
+def most_worse(num_steps: int) -> int:
+    """How many steps of a window may be worse than guessing before it is rejected.
+
+    Taking a window back costs its other steps, too: a few bad ones among many do less harm than that.
+    """
+    return max(MIN_WORSE, math.ceil(WORSE_SHARE * num_steps)) - 1
 
 
 def lasting_score(history: Sequence[float], window: Sequence[float]) -> Score | None:

@@ -12,10 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from weightproof.statistics.window_reports import FAMILY, is_noted, words_of_report
 from weightproof.transactions.steps import Step
 from weightproof.types import Action, Measurement, Outcome
 
-__all__ = ["ACTED", "HARMFUL", "Life", "Procedure", "Row", "Sighting", "reports", "row_of", "sightings", "table"]
+__all__ = [
+    "ACTED",
+    "HARMFUL",
+    "Life",
+    "Procedure",
+    "Report",
+    "Row",
+    "Sighting",
+    "reports",
+    "row_of",
+    "sightings",
+    "table",
+]
 
 # A loss that ends so many nats a token above the clean twin's is harm.
 HARMFUL = 0.02
@@ -78,6 +91,32 @@ class Sighting:
     action: str
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A number that the record of a window reports, and judges by nothing.
+
+    Attributes:
+        step: Step that the window ends with.
+        measurement: What is reported: statistic, value, and what was usual.
+        noted: Whether it lies at or beyond the level from which it is noted.
+    """
+
+    step: int
+    measurement: Measurement
+    noted: bool
+
+    @property
+    def distance(self) -> float:
+        """How many times the usual it is."""
+        value, usual = self.measurement.value, self.measurement.reference
+        return math.inf if value is None or not usual else value / usual
+
+    @property
+    def words(self) -> str:
+        """What it is, its value, and what was usual."""
+        return words_of_report(self.measurement)
+
+
 @dataclass
 class Life:
     """One run, and how it ended, on one process.
@@ -90,7 +129,7 @@ class Life:
         left_out: Positions of the batches whose optimizer step was left out, counted from 0.
         fired: What the fault did, in words.
         decisions: Digest of every decision, the same on all processes.
-        reported: What the record of each judged window says of its losses, with its step.
+        reported: What the record of each judged window reports beside its verdicts.
         error: What ended the run early, if anything did.
     """
 
@@ -101,7 +140,7 @@ class Life:
     left_out: set[int] = field(default_factory=set)
     fired: list[tuple[int, str]] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
-    reported: list[tuple[int, str]] = field(default_factory=list)
+    reported: list[Report] = field(default_factory=list)
     error: str | None = None
 
 
@@ -116,7 +155,9 @@ class Row:
         at: Step that it hit.
         detected: Step at which it was noticed; None if it was not.
         by: Guard and statistic.
-        reported: What the record of the first window that ends after the fault says of its losses, noticed or not.
+        reported: What the records of the windows after the fault note, within two checks; empty if nothing.
+        reported_clean: The same number in the same window of a clean run under guard; empty if it has none.
+        told: Whether a number is noted that the clean run does not note in the same window.
         action: What was done.
         state: What the run is afterwards.
         loss: Loss under guard minus that of the clean twin; None for a run that was stopped.
@@ -136,6 +177,8 @@ class Row:
     loss: float | None
     expected: bool
     decided: str = ""
+    reported_clean: str = ""
+    told: bool = False
 
     @property
     def harmful(self) -> bool:
@@ -171,14 +214,28 @@ def sightings(history: Sequence[Step]) -> list[Sighting]:
     return found
 
 
-def reports(history: Sequence[Step]) -> list[tuple[int, str]]:
-    """What the record of each judged window says of its losses, whether it was rejected or not."""
-    found: list[tuple[int, str]] = []
-    for step in history:
-        for one in _measured(step):
-            if one.statistic == "lasting_rise" and one.value is not None and one.limit is not None:
-                found.append((step.step, f"raw loss x{one.value:.3g} of the usual (limit {one.limit:g})"))
-    return found
+def reports(history: Sequence[Step]) -> list[Report]:
+    """What the record of each judged window reports beside its verdicts, whether it was rejected or not."""
+    return [
+        Report(step.step, one, is_noted(one))
+        for step in history
+        if step.decision is not None
+        for one in step.decision.reported
+        if one.family == FAMILY
+    ]
+
+
+def _told(
+    found: Sequence[Report], clean: Sequence[Report], first: int, last: int
+) -> tuple[Report | None, Report | None]:
+    """What a run notes between two steps and the clean run does not, farthest from the usual; and the clean run's."""
+    held = {(one.step, one.measurement.statistic): one for one in clean}
+    noted = [one for one in found if one.noted and first <= one.step <= last]
+    for one in sorted(noted, key=lambda one: -one.distance):
+        theirs = held.get((one.step, one.measurement.statistic))
+        if theirs is None or not theirs.noted:
+            return one, theirs
+    return None, None
 
 
 def _measured(step: Step) -> list[Measurement]:
@@ -210,6 +267,7 @@ def row_of(  # noqa: PLR0913 - one argument for each run of the comparison
     unguarded: Life,
     guarded: Life,
     state: str,
+    clean: Life | None = None,
     at: int | None = None,
 ) -> Row:
     """Hold a run under guard against the clean twin, and against the same run without a guard.
@@ -226,6 +284,7 @@ def row_of(  # noqa: PLR0913 - one argument for each run of the comparison
         unguarded: With the fault, without a guard.
         guarded: With both.
         state: What the guarded run is afterwards, in words.
+        clean: A clean run under guard, for what it reports; None: it reports nothing.
         at: Step that it hit; None: `procedure.fault_at`.
     """
     at = procedure.fault_at if at is None else at
@@ -235,7 +294,9 @@ def row_of(  # noqa: PLR0913 - one argument for each run of the comparison
     stopped = acted is not None and guarded.error is not None
     loss = None if stopped else guarded.loss - twin.loss
     unharmed = stopped or guarded.loss - matched.loss <= HARMFUL
-    in_time = acted is not None and acted.step <= at + CHECKS * procedure.every
+    last = at + CHECKS * procedure.every
+    report, theirs = _told(guarded.reported, [] if clean is None else clean.reported, at, last)
+    in_time = acted is not None and acted.step <= last
     return Row(
         fault=name,
         strength=strength,
@@ -243,16 +304,31 @@ def row_of(  # noqa: PLR0913 - one argument for each run of the comparison
         at=at,
         detected=None if first is None else first.step,
         by="" if first is None else first.by,
-        reported=next((words for step, words in guarded.reported if step >= at), ""),
+        reported="" if report is None else report.words,
         action=NOTHING if first is None else first.action,
         state=state,
         loss=loss,
         expected=unharmed and (in_time or harm <= HARMFUL),
         decided=hashlib.sha256("".join(guarded.decisions).encode()).hexdigest(),
+        reported_clean="" if theirs is None else _number(theirs.measurement.value),
+        told=report is not None,
     )
 
 
-COLUMNS = ("fault", "strength", "harm", "hit", "found", "by", "reported", "action", "state after", "loss", "")
+COLUMNS = (
+    "fault",
+    "strength",
+    "harm",
+    "hit",
+    "found",
+    "by",
+    "noted",
+    "clean twin",
+    "action",
+    "state after",
+    "loss",
+    "",
+)
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -268,6 +344,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 "-" if row.detected is None else str(row.detected),
                 row.by or "-",
                 row.reported or "-",
+                row.reported_clean or "-",
                 row.action,
                 row.state,
                 "-" if row.loss is None else _nats(row.loss),
@@ -276,6 +353,10 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             for row in rows
         ),
     ]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _nats(value: float) -> str:

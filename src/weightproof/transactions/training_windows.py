@@ -7,21 +7,33 @@ windows had. A window that is kept becomes the last good state, or waits for the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from weightproof.errors import InputError
 from weightproof.parallel.placements import settle
 from weightproof.probes import State
-from weightproof.statistics.spikes import HISTORY, is_high, is_loss_spike, lasting_score, norm_score
+from weightproof.readings.vector_moves import vector_moves
+from weightproof.statistics.spikes import (
+    HISTORY,
+    is_high,
+    is_loss_spike,
+    lasting_score,
+    norm_score,
+    num_worse_than_guessing,
+)
+from weightproof.statistics.window_reports import Usual, loss_peak, norm_peak, weight_move, worst_reports
 from weightproof.transactions.checks import as_losses, common_losses, require_same_call
 from weightproof.transactions.edit_records import Subject
 from weightproof.transactions.guarded_model import GuardedModel
 from weightproof.transactions.rolling import GoodState, Rolling
 from weightproof.transactions.steps import Step
 from weightproof.transactions.transaction import Recorder, Transaction
-from weightproof.types import Action, WindowReading
+from weightproof.types import Action, WindowReading, WindowReport
+
+# Rollbacks for losses worse than guessing in a run that sets no limit: data that stay so are meant so.
+_MAX_FOR_DATA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,9 @@ class Window:
         in_warmup: Whether the learning rate is still warming up.
         impossible_moments: States of the optimizer that no gradients could have made, in words.
         disagreements: What is proven to be wrong with what the processes trained on, in words; the same on all of them.
+        guessing: Loss of a model that guesses, nats per token, where it is known; the same on all processes.
+        update_size: Sum of the learning rates that its steps were taken with; None where nobody saw them.
+        reports: What this process reports beside that (`weightproof.statistics.window_reports`).
     """
 
     raw_losses: Sequence[float] | None = None
@@ -43,6 +58,9 @@ class Window:
     in_warmup: bool = False
     impossible_moments: Sequence[str] = ()
     disagreements: Sequence[str] = ()
+    guessing: float | None = None
+    update_size: float | None = None
+    reports: Sequence[WindowReport] = ()
 
 
 class TrainingWindows:
@@ -63,6 +81,7 @@ class TrainingWindows:
         self.rolling: Rolling | None = None
         self.losses: list[float] = []
         self._norms: list[float] = []
+        self._moves, self._gain_moves = Usual(), Usual()  # each relative, and for a unit of `update_size`
 
     # -- good states ---------------------------------------------------------------------------
 
@@ -136,6 +155,8 @@ class TrainingWindows:
         # Whole gradients have one norm; where one process steps and another does not, the weights show it.
         every = processes.gather("gradient norms", (our_norms, window.num_skipped))
         norms, skipped = every[0][0], max(count for _, count in every)
+        with processes.together("moves of biases and gains"):
+            gains = vector_moves(guarded.model, good.point.snapshot)
         subject = Subject(
             handle.name,
             handle.kind,
@@ -143,12 +164,14 @@ class TrainingWindows:
             raw_losses=losses,
             loss_spike=None if losses is None else is_loss_spike(self.losses, losses),
             in_warmup=window.in_warmup,
-            window=self._reading(losses or (), norms, skipped, window),
+            window=self._reading(losses or (), norms, skipped, window, gains),
         )
         recorder = self._recorder
         change = Transaction(guarded, handle, good.point, before=guarded.current, subject=subject, recorder=recorder)
         change.judge()
         change.settle(on_violation, keep=lambda: self._keep(change), take_back=lambda: self._go_back(handle))
+        if handle.decision is not None and handle.decision.action is Action.KEEP:
+            self._learn_moves(handle, gains, window.update_size)
         return Window(losses, norms, skipped, window.in_warmup)
 
     def learn(self, window: Window) -> None:
@@ -156,11 +179,31 @@ class TrainingWindows:
         self.losses = [*self.losses, *(window.raw_losses or ())][-HISTORY:]
         self._norms = [*self._norms, *(window.grad_norms or ())][-HISTORY:]
 
+    def _learn_moves(self, handle: Step, gains: Mapping[str, float], size: float | None) -> None:
+        """How far tensors moved in a window that was kept."""
+        moves = {} if handle.record is None else handle.record.relative_delta
+        for usual, found in ((self._moves, moves), (self._gain_moves, gains)):
+            usual.learn({name: move / (size or 1.0) for name, move in found.items() if move is not None})
+
     def _reading(
-        self, losses: Sequence[float], norms: tuple[float, ...] | None, num_skipped: int, seen: Window
+        self,
+        losses: Sequence[float],
+        norms: tuple[float, ...] | None,
+        num_skipped: int,
+        seen: Window,
+        gains: Mapping[str, float],
     ) -> WindowReading:
-        moments = self._guarded.processes.gather("impossible moments", tuple(seen.impossible_moments))
+        size = seen.update_size or 1.0
+        gain = weight_move(self._gain_moves.known(size), gains)
+        ours = (
+            tuple(seen.impossible_moments),
+            (*seen.reports, *((replace(gain, statistic="gain_move"),) if gain else ())),
+        )
+        every = self._guarded.processes.gather("moments and reports", ours)
+        moments = [theirs for theirs, _ in every]
+        peaks = (loss_peak(self.losses, losses), norm_peak(self._norms, norms or ()))
         loss, norm = lasting_score(self.losses, losses), norm_score(self._norms, norms or ())
+        guessing = seen.guessing if self._may_go_back else None
         guarded, stale = self._guarded, set[str]()
         if guarded.masters is not None:
             for theirs in guarded.processes.gather("stale master weights", sorted(guarded.masters.stale())):
@@ -176,7 +219,20 @@ class TrainingWindows:
             stale_masters=tuple(sorted(stale)),
             impossible_moments=tuple(dict.fromkeys(one for theirs in moments for one in theirs)),
             disagreements=tuple(seen.disagreements),
+            num_steps=len(losses),
+            guessing=guessing,
+            num_worse=num_worse_than_guessing(self.losses, losses, guessing),
+            reports=worst_reports([*(one for one in peaks if one), *(one for _, theirs in every for one in theirs)]),
+            usual_moves=self._moves.known(size),
         )
+
+    @property
+    def _may_go_back(self) -> bool:
+        """Whether one more rollback ends no run: data that stay worse than guessing are meant so, and let pass."""
+        if self.rolling is None:
+            return False
+        most = self.rolling.options.max_rollbacks
+        return len(self.rolling.rollbacks) < (_MAX_FOR_DATA if most is None else most)
 
     # -- keep it -------------------------------------------------------------------------------
 
@@ -195,8 +251,11 @@ class TrainingWindows:
 
     def _ends_high(self, handle: Step) -> bool:
         """Whether the last loss of a window that is kept was far too high."""
-        losses = _losses_of(handle)
-        return bool(losses) and is_high(self.losses, losses[-1])
+        losses, window = _losses_of(handle), None if handle.judged is None else handle.judged.after.window
+        if not losses:
+            return False
+        worse = num_worse_than_guessing(self.losses, losses[-1:], None if window is None else window.guessing)
+        return bool(worse) or is_high(self.losses, losses[-1])
 
     def _grew_untrained(self, state: State) -> bool:
         """Whether a matrix without learned structure changed its norm grossly."""

@@ -8,7 +8,7 @@ the same fault at a strength that training shrugs off. `REGISTRY` holds all of t
     >>> sorted(REGISTRY)[:3]
     ['bad-batch', 'desynchronised', 'gradient-bit-flip']
     >>> WeightBitFlip(at=30).mild().bit
-    20
+    6
 """
 
 from __future__ import annotations

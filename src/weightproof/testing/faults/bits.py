@@ -13,16 +13,18 @@ from weightproof.testing.faults.fault import ParameterFault
 from weightproof.testing.injection import Injection
 from weightproof.testing.tampering import flip_bit, pick_element
 
-# Bits from the most significant one: the top bit of an exponent, and one deep in the fraction of a float32.
+# Bits from the most significant one: the top bit of an exponent, and lower ones, which move a small number by 2^8 and
+# 2^4. What a fraction bit does to one number among many nobody can see.
 TOP_EXPONENT_BIT = 1
-FRACTION_BIT = 20
+LOWER_EXPONENT_BIT = 5
+LOW_EXPONENT_BIT = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class _BitFlip(ParameterFault):
     element: int | None = None
     bit: int = TOP_EXPONENT_BIT
-    weaker: ClassVar[Mapping[str, Any] | None] = {"bit": FRACTION_BIT}
+    weaker: ClassVar[Mapping[str, Any] | None] = {"bit": LOWER_EXPONENT_BIT}
 
     def flip(self, run: Injection, tensor: Tensor, what: str) -> None:
         """Flip the bit and note it."""
@@ -80,6 +82,7 @@ class WeightBitFlip(_BitFlip):
 
     name: ClassVar[str] = "weight-bit-flip"
     hits: ClassVar[str] = "a weight"
+    weaker: ClassVar[Mapping[str, Any] | None] = {"bit": LOW_EXPONENT_BIT}
 
     def after_step(self, run: Injection) -> None:
         """Flip it."""

@@ -49,7 +49,7 @@ class BadBatch(Fault):
 
     name: ClassVar[str] = "bad-batch"
     hits: ClassVar[str] = "the batch"
-    weaker: ClassVar[Mapping[str, Any] | None] = {"share": 0.1, "steps": 1}
+    weaker: ClassVar[Mapping[str, Any] | None] = {"share": 0.2, "steps": 1}
     share: float = 1.0
     steps: int = 14
     vocabulary: int | None = None
@@ -89,7 +89,7 @@ class Overflow(Fault):
 
     name: ClassVar[str] = "overflow"
     hits: ClassVar[str] = "an activation"
-    weaker: ClassVar[Mapping[str, Any] | None] = {"factor": 1.02, "steps": 1}
+    weaker: ClassVar[Mapping[str, Any] | None] = {"factor": 100.0, "steps": 1}
     factor: float = 1e20
     where: str = "activation"
     module: str | None = None

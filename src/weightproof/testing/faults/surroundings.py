@@ -23,7 +23,7 @@ class StuckRank(Fault):
 
     name: ClassVar[str] = "stuck-rank"
     hits: ClassVar[str] = "a process"
-    weaker: ClassVar[Mapping[str, Any] | None] = {"seconds": 0.2}
+    weaker: ClassVar[Mapping[str, Any] | None] = {"seconds": 2.0}
     rank: int | None = 1
     seconds: float = 60.0
 
