@@ -87,6 +87,24 @@ def merge(
     sys.stdout.write(f"written to {path}\n")
 
 
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Folder that the other program wrote.")],
+    program: Annotated[str, typer.Option("--from", help="kronfluence or bergson.")],
+    model: Annotated[str, typer.Option(help="Model folder (or Hub id) that they were fitted at.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write (.safetensors), or a folder.")],
+) -> None:
+    """Read factors that kronfluence or bergson fitted, check that they fit the model, and write them."""
+    from weightproof.curvature.importers import import_factors
+    from weightproof.folders.loading import load_model, resolve_folder
+
+    _require_place(out)
+    factors = import_factors(folder, program, load_model(resolve_folder(model)).model)
+    path = factors.save(out)
+    _show(factors)
+    sys.stdout.write(f"read from {program}, bound to the weights of {model}, written to {path}\n")
+
+
 @app.command()
 def show(
     path: Annotated[Path, typer.Argument(help="A file of factors.")],
