@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,14 @@ class AccelerateTracker:
             "log a picture",
             lambda tracker: self._log_picture(tracker, key, png, step),
             lambda wandb: wandb.log_picture(key, png, step),
+        )
+
+    def log_metrics(self, rows: Mapping[str, float], step: int) -> None:
+        """Log numbers under their own names."""
+        self._each(
+            "log metrics",
+            lambda tracker: tracker.log(dict(rows), step=step),
+            lambda wandb: wandb.log_metrics(rows, step),
         )
 
     def log_certificate(self, path: Path, *, action: str, step: int) -> None:

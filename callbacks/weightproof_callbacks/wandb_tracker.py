@@ -12,6 +12,7 @@ What one judged change writes, all against `train/global_step`:
 | an alert | on ROLLBACK and HALT |
 | artifact (`certificate`) | aliases `step-<n>`, `verdict-<action>`, `signed`; metadata: action, step, sha256, keys |
 | `guard/report` | the report of that certificate, as an HTML panel |
+| `health/...` | training health, where `HealthCallback` reports |
 
 The certificate on disk is the truth. Whatever W&B raises is reported once and changes no verdict.
 """
@@ -22,7 +23,7 @@ import hashlib
 import io
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,10 @@ class WandbTracker:
         """Log a PNG as `guard/<key>`."""
         self._attempt("log a picture", lambda run: _log_picture(run, key, png, step))
 
+    def log_metrics(self, rows: Mapping[str, float], step: int) -> None:
+        """Log numbers under their own names, `health/...` among them."""
+        self._attempt("log metrics", lambda run: run.log({**rows, STEP_METRIC: step}))
+
     def log_certificate(self, path: Path, *, action: str, step: int) -> None:
         """Log the certificate file as an artifact, the verdict into the summary, and the report as a panel."""
         self._attempt("log the certificate", lambda run: _log_certificate(run, path, action, step))
@@ -103,6 +108,7 @@ class WandbTracker:
         try:
             if self._defined_for != run.id:
                 run.define_metric("guard/*", step_metric=STEP_METRIC)
+                run.define_metric("health/*", step_metric=STEP_METRIC)
                 self._defined_for = run.id
             log(run)
         # wandb has no common base: MailboxClosedError, WandbServiceConnectionError and others derive from

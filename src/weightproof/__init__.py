@@ -7,6 +7,7 @@ A tour, in the order in which a change travels:
   read what needs a forward pass; `probes` turns a model into frozen `types.Readings`.
 - `baseline` keeps the readings taken before any change, saved and digested.
 - `edits` plan changes, `kinds` are the contracts they declare, `snapshot` is the only writer.
+- `health` diagnoses a training: scale of the residual stream, gradients, use of blocks; its parts in `diagnostics`.
 - `curvature` fits Kronecker factors and foresees the loss change of an edit.
 - `guards` judge readings with pure functions; `policy` turns verdicts into one decision.
 - `losses` pairs the loss before and after on data, `statistics` turns that into an interval: only it may accept.
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from weightproof.weights import iter_weight_matrices
     from weightproof_callbacks.accelerator import attach
     from weightproof_callbacks.data_position import ReplayableLoader
+    from weightproof_callbacks.health_callback import HealthCallback
     from weightproof_callbacks.trainer import GuardCallback
     from weightproof_callbacks.trainer_mixin import GuardedTrainer
 
@@ -62,6 +64,7 @@ _HOMES = {
     "GuardedTrainer": "weightproof_callbacks.trainer_mixin",
     "attach": "weightproof_callbacks.accelerator",
     "ReplayableLoader": "weightproof_callbacks.data_position",
+    "HealthCallback": "weightproof_callbacks.health_callback",
     "LossData": "weightproof.losses",
     "Delta": "weightproof.deltas",
     "steer": "weightproof.steering",
@@ -99,6 +102,7 @@ __all__ = [  # noqa: RUF022 - grouped by what a reader is looking for
     "GuardCallback",
     "GuardSession",
     "GuardedTrainer",
+    "HealthCallback",
     "attach",
     "LossData",
     "ReplayableLoader",

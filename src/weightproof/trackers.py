@@ -109,12 +109,29 @@ class JsonlTracker:
         write_atomically(path, png)
         self._write({"type": "picture", "key": key, "step": step, "path": path.name})
 
+    def log_metrics(self, rows: Mapping[str, float], step: int) -> None:
+        """Append numbers that belong to no judged change."""
+        self._write({"type": "metrics", "step": step, "rows": dict(rows)})
+
     def log_certificate(self, path: Path, *, action: str, step: int) -> None:
         """Append where the certificate is."""
         self._write({"type": "certificate", "path": path.name, "action": action, "step": step})
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def log_metrics(tracker: Tracker, rows: Mapping[str, float], step: int) -> None:
+    """Give finite numbers that belong to no judged change (`health/...`) to a tracker that takes any.
+
+    Args:
+        tracker: One without a method `log_metrics(rows, step)` is left alone: the protocol does not ask for it.
+        rows: By name.
+        step: Of the training.
+    """
+    log = getattr(tracker, "log_metrics", None)
+    if callable(log):
+        log(rows, step)
 
 
 def open_trackers(
