@@ -36,9 +36,11 @@ T = TypeVar("T")
 
 MARKS = {"html": '<meta name="generator" content="weightproof report">', "markdown": "[//]: # (weightproof report)"}
 """What the first lines of a report hold, so that one is known when it is to be replaced."""
+FORESEEN = "foreseen"
 _SECTIONS = (
     ("why", "Why"),
     ("loss", "Loss"),
+    (FORESEEN, "Predicted loss"),
     ("where", "Layers"),
     ("spectra", "Spectra"),
     ("guards", "Guards"),
@@ -198,8 +200,10 @@ def signer_of(certificate: Certificate) -> str:
 
 
 def _sections(facts: Facts) -> tuple[tuple[str, str], ...]:
+    has_forecast = facts.main is not None and facts.main.foreseen is not None
+    known = [one for one in _SECTIONS if has_forecast or one[0] != FORESEEN]
     return (
-        *(_SECTIONS if facts.main else ()),
+        *(known if facts.main else ()),
         *((("steps", "All changes"),) if facts.steps else ()),
         *_ALWAYS,
     )
@@ -322,6 +326,8 @@ def _why_lines(step: StepFacts) -> list[str]:
     for item in step.losses:
         about = f"{metric_words(item.reading)} on the {item.reading.get('role')} data"
         lines += ["", f"{escape(about)}: {escape(loss_sentence(item))}"]
+    if step.foreseen is not None:
+        lines += ["", escape(" ".join(filter(None, (step.foreseen.sentence, step.foreseen.left_out))))]
     return [*lines, "", *_verdict_lines(step)]
 
 

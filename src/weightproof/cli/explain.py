@@ -13,6 +13,7 @@ from weightproof.errors import InputError
 
 if TYPE_CHECKING:
     from weightproof.certificate import Certificate
+    from weightproof.reporting.foreseen import Foreseen
 
 
 def explain(
@@ -44,6 +45,9 @@ def _explain(certificate: Certificate, steps: Any, worst: int, *, as_json: bool)
         fields = ("name", "action", "applied", "situation", "reason", "warned", "assurance", "verdicts")
         found = {name: step[name] for name in fields}
         found |= {"next": NEXT.get(step["situation"]), "not_tested": predicate["not_tested"], "steps": len(steps)}
+        if (forecast := _forecast(step, predicate)) is not None:
+            ranked = {row.name: row.predicted for row in forecast.rows}
+            found |= {"predicted": {"total": forecast.total, "by_matrix": ranked, "factors": forecast.factors}}
         found |= {"subject": certificate.subject_name, "model_digest": certificate.model_digest}
         sys.stdout.write(json.dumps(found, indent=2, allow_nan=False) + "\n")
         return
@@ -58,9 +62,21 @@ def _explain(certificate: Certificate, steps: Any, worst: int, *, as_json: bool)
     if len(steps) > 1:
         console.print(f"{len(steps)} steps were judged; this is the last one", markup=False)
     show_decision(console, step, predicate["not_tested"])
+    forecast = _forecast(step, predicate)
+    if forecast is not None:
+        told = filter(None, (forecast.sentence, forecast.left_out))
+        console.print("", " ".join(told), sep="\n", markup=False, soft_wrap=True)
     table = worst_table(step, worst)
     if table is not None:
         console.print("", table)
+
+
+def _forecast(step: Any, predicate: Any) -> Foreseen | None:
+    """What curvature foretells of a step; None where no factors were given."""
+    from weightproof.reporting.foreseen import foreseen
+
+    named = (step.get("judged_on") or {}).get("after")
+    return foreseen(step, predicate["readings"].get(named) or {})
 
 
 def _keys(certificate: Certificate) -> str:

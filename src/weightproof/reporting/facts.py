@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightproof.judgement.situations import SITUATIONS
+from weightproof.reporting.foreseen import Foreseen, foreseen
 from weightproof.reporting.heat import HeatMap, heat_map
 from weightproof.reporting.pictures import is_higher_better, share_of_limit
 from weightproof.reporting.spectra import SpectralChange, spectral_changes
@@ -47,6 +48,7 @@ class StepFacts:
         heat: Change by layer; None where nothing changed, or for training, which changes all.
         spectra: Sketches of spectra before and after.
         changes: Spectral numbers before and after of the most changed matrices.
+        foreseen: What curvature foretells of it; None where there were no factors.
     """
 
     raw: Mapping[str, Any]
@@ -57,6 +59,7 @@ class StepFacts:
     heat: HeatMap | None
     spectra: tuple[Mapping[str, Any], ...]
     changes: tuple[SpectralChange, ...]
+    foreseen: Foreseen | None = None
 
     @property
     def name(self) -> str:
@@ -181,6 +184,7 @@ def _step(raw: Mapping[str, Any], readings: tuple[Mapping[str, Any], Mapping[str
         heat_map(deltas, measured) if deltas else None,
         tuple(raw.get("spectra") or ()),
         spectral_changes(deltas, before, after),
+        foreseen(raw, after),
     )
 
 
