@@ -209,6 +209,8 @@ _TAPS = (
         ),
     ),
 )
+_WRITING = "|".join([*(pattern.pattern for _, pattern in _TAPS), r"experts(?:\.\d+)?\.(?:down_proj|w2)"])
+_WRITERS = re.compile(rf"(?:^|\.)(?:{_WRITING})(?:\.weight)?(?:\[\d+\])?$")
 # The projection inside torch's MultiheadAttention: its weight is read, its forward never runs.
 _NEVER_CALLED = frozenset({"NonDynamicallyQuantizableLinear"})
 _MOE_BLOCKS = frozenset({"mlp", "block_sparse_moe", "feed_forward", "moe"})
@@ -269,6 +271,18 @@ def _block_taps(block: Block) -> Iterator[Tap]:
             roles = ["ffn"]
         for role in roles:
             yield Tap(f"{block.name}.{path}", block.name, role, module)
+
+
+def writes_to_stream(name: str) -> bool:
+    """Whether a matrix of this public name writes to the residual stream: what attention and MLPs give out.
+
+    By its name alone, so that a folder on disk gives the same answer as a model.
+
+    Example:
+        >>> [writes_to_stream(f"h.0.{name}.weight") for name in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
+        [True, True, False]
+    """
+    return _WRITERS.search(clean_name(name)) is not None
 
 
 def taps(model: nn.Module) -> tuple[Tap, ...]:

@@ -394,6 +394,50 @@ class LossForecast:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredCosine:
+    """How far the change of a matrix writes into one stored direction.
+
+    `cosine` is ||Q'E||_F / ||E||_F for directions Q of the residual stream, <E, D> / (||E||_F ||D||_F) for a stored
+    change D of the same matrix; `chance` is the root mean square of it for random directions.
+    """
+
+    direction: str
+    cosine: float
+    chance: float
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionsReading:
+    """Which directions of one matrix came with a change (see `weightproof.numerics.intruders`).
+
+    `cosines` holds, for each leading left singular vector after the change, the largest cosine with those before it;
+    `earlier` the low ones among those of earlier changes since the baseline. `stored` are cosines with directions that
+    the user keeps. `reason` says why there are no `cosines`.
+    """
+
+    name: str
+    family: str
+    cosines: tuple[float, ...] | None
+    earlier: tuple[float, ...]
+    stored: tuple[StoredCosine, ...]
+    method: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SubspaceReading:
+    """The directions of a merge or of steering: those of the changed matrices in the order of the model.
+
+    `directions` is the digest of the stored directions, None where there are none; `not_compared` names those of them
+    that no changed matrix could be compared with.
+    """
+
+    matrices: tuple[DirectionsReading, ...]
+    directions: str | None = None
+    not_compared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Reach:
     """How much of a model's matrices an edit changed (values or storage), in parameters.
 
@@ -498,7 +542,7 @@ class Readings:
     `unmeasured` maps a probe's name to the reason why it gave nothing at all.
     `second_moments` maps (windows, tap) names joined by `:` to mean squared block outputs.
     `raw_losses` are the unfiltered losses of a window of training steps, `window` what else was seen of it.
-    `curvature` is None where nobody gave factors.
+    `curvature` is None where nobody gave factors, `subspace` where no adapter was merged and nothing was steered.
     """
 
     model_digest: str
@@ -518,6 +562,7 @@ class Readings:
     untrained: frozenset[str] = frozenset()
     window: WindowReading | None = None
     curvature: LossForecast | None = None
+    subspace: SubspaceReading | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,8 @@ from weightproof.guards.corrections import Correction, corrections
 from weightproof.guards.limits import for_family
 from weightproof.judgement.curvature_probe import MOVED, CurvatureProbe
 from weightproof.judgement.judging import Judged, decide_on, is_asked, judge_one
+from weightproof.judgement.stored_directions import StoredDirections
+from weightproof.judgement.subspace_probe import SubspaceProbe, carry
 from weightproof.losses import LossData, LossProbe
 from weightproof.policy import Policy, with_digests
 from weightproof.probes import State, common_matrices
@@ -54,11 +56,13 @@ from weightproof.types import (
     MatrixReading,
     Outcome,
     Readings,
+    SubspaceReading,
     Verdict,
 )
 
 if TYPE_CHECKING:
     from weightproof.guards.loss import LossLimits
+    from weightproof.guards.subspace import SubspaceLimits
 
 # Windows of the retain data on which outputs are compared; the loss reads all of it.
 CALIBRATION_WINDOWS = 8
@@ -118,6 +122,7 @@ class Assessor:
         self.factors = factors
         self._curvature: CurvatureProbe | None = None
         self._fitted_at = ""
+        self._subspace = self._subspace_probe()
 
     def _calibration_windows(self, retain: Any) -> Windows:
         """The first windows of the retain data, also where that was read to its end already, or is a file."""
@@ -260,6 +265,33 @@ class Assessor:
             return MOVED
         return self._curvature.read(common_matrices(self.model, self.processes), baseline.tensors, after.tensors)
 
+    # -- directions ----------------------------------------------------------------------------
+
+    def _subspace_probe(self) -> SubspaceProbe | None:
+        limits = cast("SubspaceLimits | None", self.limits.get("subspace"))
+        if limits is None:
+            return None
+        with self.processes.together("stored directions"):
+            stored = None if limits.directions is None else StoredDirections.load(limits.directions)
+        return SubspaceProbe(limits.top, stored, self.processes)
+
+    def _directions(
+        self, snapshot: Snapshot, found: Differences, states: tuple[Readings, Readings, Readings], kind: str
+    ) -> SubspaceReading | None:
+        """The directions that a merge or steering brought; of other changes what earlier ones did, None for nothing.
+
+        Args:
+            snapshot: The matrices before the change.
+            found: What differs from it.
+            states: Readings at the baseline, before the change and after it.
+            kind: Of the change.
+        """
+        baseline, before, after = states
+        if self._subspace is None or not self._subspace.concerns(kind):
+            return None if kind == "train" else carry(before.subspace, baseline, after)
+        every = common_matrices(self.model, self.processes)
+        return self._subspace.read(every, found.names, snapshot, baseline, before, after)
+
     # -- one change ----------------------------------------------------------------------------
 
     def assess(self, snapshot: Snapshot, current: State, baseline: Baseline, subject: Subject, step: int) -> Assessment:
@@ -291,6 +323,7 @@ class Assessor:
         forecast = self._forecast(baseline.readings, read, subject)
         if isinstance(forecast, str):
             unmeasured["curvature"] = forecast
+        states = baseline.readings, current.readings, read
         record = record_of(subject, current.readings, change, found, model=self.model, processes=self.processes)
         if subject.kind.name == PRESERVING and subject.contract is None:
             record = replace(record, contract=(*record.contract, *self._preserved(current.readings, read)))
@@ -306,6 +339,7 @@ class Assessor:
             in_warmup=subject.in_warmup,
             window=subject.window,
             curvature=forecast if isinstance(forecast, LossForecast) else None,
+            subspace=self._directions(snapshot, found, states, subject.kind.name),
         )
         before = replace(baseline.readings, second_moments=self._moments_before(outputs))
         judged = Judged(before, current.readings, readings)

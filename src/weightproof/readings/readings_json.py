@@ -39,6 +39,7 @@ ORDERED = (
     "unmeasured",
     "edit.relative_delta",
 )
+OPTIONAL = ("curvature", "subspace")
 _NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
@@ -48,8 +49,9 @@ def readings_json(readings: Readings) -> dict[str, Any]:
     Canonical JSON sorts the keys of objects, but measurements follow the order of the model: `order` keeps it.
     """
     content = to_jsonable(readings)
-    if content["curvature"] is None:
-        del content["curvature"]  # an optional reading that nobody took leaves no trace
+    for name in OPTIONAL:
+        if content[name] is None:
+            del content[name]  # an optional reading that nobody took leaves no trace
     content["order"] = {path: list(_at(content, path) or ()) for path in ORDERED}
     return content
 
