@@ -10,8 +10,10 @@ QUANTIZERS := .venv-quantizers/bin
 QUANTIZERS_STAMP := .venv-quantizers/.installed
 LLMC := .venv-llm-compressor/bin
 LLMC_STAMP := .venv-llm-compressor/.installed
+KRONFLUENCE := .venv-kronfluence/bin
+KRONFLUENCE_STAMP := .venv-kronfluence/.installed
 
-.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-llm-compressor test-browser recipes lint format benchmark benchmark-distributed benchmark-coverage clean
+.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-llm-compressor test-kronfluence test-browser recipes lint format benchmark benchmark-distributed benchmark-coverage benchmark-factors clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -70,6 +72,17 @@ $(LLMC_STAMP): pyproject.toml constraints.txt tests/llm_compressor/constraints.t
 test-llm-compressor: $(LLMC_STAMP) ## llm-compressor in memory, beside the older transformers that it asks for
 	OMP_NUM_THREADS=1 $(LLMC)/python -m pytest tests/llm_compressor
 
+# kronfluence asks for torchvision, which it uses nowhere: without dependencies, so that torch stays what it is.
+$(KRONFLUENCE_STAMP): pyproject.toml constraints.txt tests/kronfluence/constraints.txt
+	test -x $(KRONFLUENCE)/python || $(PYTHON) -m venv .venv-kronfluence
+	$(KRONFLUENCE)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(KRONFLUENCE)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(KRONFLUENCE)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/kronfluence/constraints.txt
+	@touch $@
+
+test-kronfluence: $(KRONFLUENCE_STAMP) ## factors against those of kronfluence, and folders that it wrote; half a minute
+	OMP_NUM_THREADS=1 $(KRONFLUENCE)/python -m pytest tests/kronfluence
+
 recipes: $(STAMP)         ## every shipped recipe on the demo model, its certificates verified; writes tests/recipes/last_run.txt
 	$(BIN)/python tests/recipes/run_all.py --write
 
@@ -95,5 +108,8 @@ benchmark-distributed: $(STAMP) ## what many processes save and send, two pinned
 benchmark-coverage: $(STAMP) ## how often the loss guard's intervals hold the truth; writes docs/coverage.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --write
 
+benchmark-factors: $(KRONFLUENCE_STAMP) ## fitting factors against a training step and kronfluence; writes benchmarks/factors.json
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(KRONFLUENCE)/python benchmarks/factors.py --write
+
 clean:
-	rm -rf .venv .venv-zero .venv-quantizers .venv-llm-compressor .cache weightproof-demo guarded-quantization
+	rm -rf .venv .venv-zero .venv-quantizers .venv-llm-compressor .venv-kronfluence .cache weightproof-demo guarded-quantization
