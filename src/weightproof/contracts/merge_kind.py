@@ -32,11 +32,13 @@ class LoraMerge:
             is not named there must not change.
         reverse: The adapter was taken out of the weights (PEFT's `unmerge`), not merged into them.
         same_base: Whether the base must be the one that the adapter was trained on, where that is known.
+        about: What else the evidence should say of deltas that are given by matrix name: which, how much of them.
     """
 
     adapter: Adapter | Mapping[str, Tensor | AdapterDelta]
     reverse: bool = False
     same_base: bool = True
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
     # Replaced matrices as they are read, (d_out, d_in); known once the model is (`bound`).
     _replaced: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
@@ -49,6 +51,7 @@ class LoraMerge:
         adapter_name: str = "default",
         reverse: bool = False,
         same_base: bool = True,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Declare a merge.
 
@@ -58,6 +61,7 @@ class LoraMerge:
             adapter_name: Which of several, in a folder or a live model.
             reverse: It is taken out again.
             same_base: False: into other weights than it was trained on, too.
+            about: As above, JSON values.
 
         Raises:
             InputError: There is no such adapter, or nothing in it.
@@ -67,14 +71,15 @@ class LoraMerge:
         if not isinstance(adapter, Adapter):
             _require_deltas(adapter)
         found = adapter.replaced if isinstance(adapter, Adapter) else {}
-        for key, value in (("adapter", adapter), ("reverse", reverse), ("same_base", same_base), ("_replaced", found)):
+        known = {"adapter": adapter, "reverse": reverse, "same_base": same_base, "_replaced": found}
+        for key, value in {**known, "about": dict(about or {})}.items():
             object.__setattr__(self, key, value)
 
     def params(self) -> dict[str, Any]:
         """The names of what it changes, and the digest of an adapter."""
         reverse = {"reverse": True} if self.reverse else {}
         if not isinstance(self.adapter, Adapter):
-            return {"matrices": sorted(self.adapter), **reverse}
+            return {"matrices": sorted(self.adapter), **self.about, **reverse}
         whole = {"replaced": sorted(self.adapter.replaced), "biases": sorted(self.adapter.biases)}
         return {
             "matrices": sorted(self.adapter.deltas),
@@ -102,7 +107,8 @@ class LoraMerge:
         if not isinstance(self.adapter, Adapter):
             if missing := [name for name in self.adapter if name not in names]:
                 raise InputError(f"LoraMerge has a delta for {missing[0]}, which the model does not have")
-            return LoraMerge({names[name]: delta for name, delta in self.adapter.items()}, reverse=self.reverse)
+            found = {names[name]: delta for name, delta in self.adapter.items()}
+            return LoraMerge(found, reverse=self.reverse, about=self.about)
         require_fits(self.adapter, model, same_base=self.same_base and not self.reverse)
         tensors = {tied: one.name for one in iter_tensors(model) for tied in (one.name, *one.tied_names)}
         return self.read_as(matrices, names, tensors)
@@ -149,7 +155,7 @@ class LoraMerge:
 
         if not isinstance(self.adapter, Adapter):
             left = {name: delta for name, delta in self.adapter.items() if stays(name)}
-            return LoraMerge(left or dict(self.adapter), reverse=self.reverse)
+            return LoraMerge(left or dict(self.adapter), reverse=self.reverse, about=self.about)
         parts = {
             key: {name: value for name, value in getattr(self.adapter, key).items() if stays(name)}
             for key in ("deltas", "replaced", "biases")

@@ -63,15 +63,17 @@ class Steer(Selection):
     @property
     def kind(self) -> kinds.LoraMerge:
         """The contract of a merge: every matrix grew by alpha D, once, within the rounding of its dtype."""
-        return kinds.LoraMerge({name: _declared(name, part, self.alpha) for name, part in self.content.parts.items()})
+        declared = {name: _declared(name, part, self.alpha) for name, part in self.content.parts.items()}
+        return kinds.LoraMerge(declared, about=self._about())
 
     def params(self) -> dict[str, Any]:
         """What was added and how much of it, ready for JSON."""
+        return {**self._about(), "same_base": self.same_base, **self.selection_params()}
+
+    def _about(self) -> dict[str, Any]:
         metadata = self.content.metadata
-        about = {key: metadata[key] for key in ("mode", "source", "base") if key in metadata}
-        about["base"] = about["base"].get("name")
-        own = {"delta": about, "digest": self.content.digest, "alpha": self.alpha, "same_base": self.same_base}
-        return {**own, **self.selection_params()}
+        made = {"mode": metadata["mode"], "source": metadata["source"], "base": metadata["base"].get("name")}
+        return {"alpha": self.alpha, "delta": {**made, "digest": self.content.digest}}
 
     def prepare(self, session: Any) -> Steer:
         """This edit, if its delta belongs to the model.
