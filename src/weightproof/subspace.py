@@ -30,6 +30,11 @@ RELATIVE_TOLERANCE = 1e-6
 """Singular values below this share of the largest are not directions but rounding, of float32 inputs."""
 _ORTHONORMAL = 1e-6
 _NOTHING = 1e-12
+_ZERO = "the change is zero: no share of it lies anywhere"
+
+
+class ZeroChangeError(InputError):
+    """There is no change of which a share could lie anywhere."""
 
 
 class Factored(Protocol):
@@ -93,14 +98,19 @@ def weight_target(delta: Tensor | Factored) -> Target:
     Of a product only the factors are touched, and of a wide matrix only the triangle of its QR decomposition is kept.
 
     Raises:
-        InputError: The change is zero, holds NaN or inf, or is no matrix.
+        ZeroChangeError: The change is zero; of a product, up to the rounding of its factors.
+        InputError: It holds NaN or inf, or is no matrix.
     """
     if isinstance(delta, Tensor):
         return _target(_triangle(_matrix(delta)))
     left, right = _matrix(delta.left), _matrix(delta.right)
     if left.shape[1] != right.shape[0]:
         raise InputError(f"the factors {list(left.shape)} and {list(right.shape)} of a change do not fit together")
-    return _target(_triangle(left @ _triangle(right)))
+    product = left @ _triangle(right)
+    sizes = float(torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right))
+    if float(torch.linalg.vector_norm(product)) <= _NOTHING * sizes:  # two sides that are the same cancel
+        raise ZeroChangeError(_ZERO)
+    return _target(_triangle(product))
 
 
 def _triangle(matrix: Tensor) -> Tensor:
@@ -115,12 +125,13 @@ def activation_target(samples: Tensor) -> Target:
     """Differences of activations, (n, d), each counted once whatever its length; zero ones are left out.
 
     Raises:
-        InputError: All are zero, or one holds NaN or inf.
+        ZeroChangeError: All are zero.
+        InputError: One holds NaN or inf.
     """
     rows = _matrix(samples)
     lengths = torch.linalg.vector_norm(rows, dim=1)
     if not bool((lengths > 0).any()):
-        raise InputError(f"all {len(rows)} differences of activations are zero: the change does nothing there")
+        raise ZeroChangeError(f"all {len(rows)} differences of activations are zero: the change does nothing there")
     kept = rows[lengths > 0] / lengths[lengths > 0, None]
     norm = float(lengths.square().mean().sqrt())
     found = _target(_triangle(kept.T / math.sqrt(len(kept))))
@@ -155,7 +166,7 @@ def _matrix(values: Tensor) -> Tensor:
 def _target(matrix: Tensor) -> Target:
     peak = float(matrix.abs().max()) if matrix.numel() else 0.0
     if peak == 0.0:
-        raise InputError("the change is zero: no share of it lies anywhere")
+        raise ZeroChangeError(_ZERO)
     scaled = matrix / peak  # squares of huge or tiny entries would leave float64
     norm = float(torch.linalg.vector_norm(scaled))
     unit = scaled / norm

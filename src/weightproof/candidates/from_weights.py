@@ -15,7 +15,17 @@ from torch import Tensor
 
 from weightproof.candidates.candidate import WEIGHTS, Candidate, Sources
 from weightproof.candidates.weight_side import READS, WRITES
-from weightproof.subspace import Target, balanced, oracle_basis, signed, union, weight_target, without
+from weightproof.errors import InputError
+from weightproof.subspace import (
+    Target,
+    ZeroChangeError,
+    balanced,
+    oracle_basis,
+    signed,
+    union,
+    weight_target,
+    without,
+)
 
 Build = Callable[[Sources, int], Tensor | str]
 # Below this width all eigenvectors cost less than a few by Lanczos.
@@ -261,13 +271,15 @@ def _write_targets(sources: Sources, layer: int) -> dict[str, Target] | str:
     changed = {name: parts[name] for name in sources.weights.writers(layer) if name in parts}
     if not changed:
         return f"the change touches no matrix of {sources.weights.layers[layer].name} that writes to the stream"
-    found = {name: weight_target(part) for name, part in changed.items() if not _is_zero(part)}
-    return found or f"what the change adds to {', '.join(changed)} is zero"
-
-
-def _is_zero(part: object) -> bool:
-    tensors = [part] if isinstance(part, Tensor) else [getattr(part, "left"), getattr(part, "right")]  # noqa: B009
-    return any(not bool(tensor.any()) for tensor in tensors)
+    found: dict[str, Target] = {}
+    for name, part in changed.items():
+        try:
+            found[name] = weight_target(part)
+        except ZeroChangeError:  # LoRA's B before the first step, or two sides that are the same
+            continue
+        except InputError as error:
+            raise InputError(f"the change of {name} cannot be scored: {error}") from error
+    return found or f"the change of {', '.join(changed)} is zero"
 
 
 def _weight_ceiling(sources: Sources, layer: int) -> Tensor | str:

@@ -106,7 +106,7 @@ def _progress(layers: Sequence[int], what: str) -> Iterable[int]:
 
 def _show(found: Report) -> None:
     from weightproof.cli.decision_view import open_console
-    from weightproof.delta_report.page import lead, sides
+    from weightproof.delta_report.page import lead, sides, undefined
 
     table, console = found.table, open_console()
     for title, kinds in (("writes, or is mixed", ("write", "mixed")), ("reads", ("read",)), ("ceilings", ("ceiling",))):
@@ -118,7 +118,7 @@ def _show(found: Report) -> None:
         orders = [("activations", one.order_act), ("weights", one.order_weights)]
         shown = [f"{value:.2f} on {name}" for name, value in orders if value is not None]
         told.append(f"{one.num_tables} {one.what}: the order of candidates correlates {', '.join(shown) or '-'}")
-    told += [f"not defined: {row.name} ({row.reasons['basis']})" for row in table.undefined]
+    told += [f"not measured, {reason}: {', '.join(names)}" for reason, names in undefined(table)]
     for line in told:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 

@@ -12,10 +12,10 @@ from weightproof.candidates.activation_side import ACTIVATION_SIDE
 from weightproof.candidates.candidate import Candidate, Sources
 from weightproof.candidates.captures import EVAL
 from weightproof.candidates.from_weights import write_targets
-from weightproof.errors import InputError
 from weightproof.subspace import (
     Recovery,
     Target,
+    ZeroChangeError,
     activation_target,
     balanced,
     mean_cosine,
@@ -131,7 +131,7 @@ def _samples(sources: Sources, layer: int) -> Tensor | str:
 def _activation_target(samples: Tensor) -> Target | str:
     try:
         return activation_target(samples)
-    except InputError as error:
+    except ZeroChangeError as error:
         return str(error)
 
 

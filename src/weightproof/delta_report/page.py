@@ -126,7 +126,7 @@ def page(report: Report, png: bytes) -> str:
             sides=sides(report.change),
             picture=Markup(base64.b64encode(png).decode()),
             gaps=_gaps(table),
-            undefined=_undefined(table),
+            undefined=undefined(table),
         )
     )
 
@@ -141,12 +141,18 @@ def _environment() -> Environment:
     environment.filters["breakable"] = lambda name: Markup(
         str(markup_escape(str(name))).replace("_", "_<wbr>").replace(".", ".<wbr>")
     )
-    environment.globals.update(words=words, num=_number)
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    environment.globals.update(words=words, num=_number, fixed=_fixed)
     return environment
 
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "\u2013" if value is None else words.number(value, digits)
+
+
+def _fixed(value: float | None, places: int = 2) -> str:
+    """With so many places, as numbers in a column are read."""
+    return "\u2013" if value is None else f"{value:.{places}f}".replace("-", words.MINUS)
 
 
 def lead(table: Table) -> str:
@@ -160,7 +166,7 @@ def lead(table: Table) -> str:
     if best.r_weights is not None:
         found.append(
             f"on weights {words.number(best.r_weights)} times what a random subspace of its size holds"
-            f"{_deviations(best.z_weights)}, {words.number(best.percent_weights)} per cent of the best there is"
+            f"{_deviations(best.z_weights)}, {_fixed(best.percent_weights, 0)} per cent of the best there is"
         )
     if best.r_act is not None:
         found.append(f"on activations {words.number(best.r_act)} times{_deviations(best.z_act)}")
@@ -171,7 +177,7 @@ def lead(table: Table) -> str:
 
 
 def _deviations(z: float | None) -> str:
-    return "" if z is None else f" ({words.number(z)} standard deviations from chance)"
+    return "" if z is None else f" ({_fixed(z, 1)} standard deviations from chance)"
 
 
 def sides(change: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -199,9 +205,10 @@ def _gaps(table: Table) -> list[tuple[str, str]]:
     return found
 
 
-def _undefined(table: Table) -> list[tuple[str, list[str]]]:
+def undefined(table: Table) -> list[tuple[str, list[str]]]:
     """Reason -> candidates that are not defined for it."""
-    groups: dict[str, list[str]] = {}
+    names, groups = {row.name for row in table.rows}, dict[str, list[str]]()
     for row in table.undefined:
-        groups.setdefault(row.reasons["basis"], []).append(row.name)
+        part, _, inner = row.reasons["basis"].partition(": ")  # of a compound, the part of it that is missing
+        groups.setdefault(inner if part in names else row.reasons["basis"], []).append(row.name)
     return list(groups.items())

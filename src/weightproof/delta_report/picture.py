@@ -16,7 +16,7 @@ _FLOORS = (0.5, 0.2, 0.1, 0.05)
 """Left ends of the axis, which is logarithmic: what is below the last is drawn there, as an arrow."""
 _ROW = 0.205  # inches
 _LEGEND_ROWS = 6
-_PALE = "#8A8A8A"
+_PALE, _SHADE = "#8A8A8A", "#E4E4E4"
 
 
 def table_png(table: Table, title: str) -> bytes:
@@ -85,7 +85,7 @@ def _line(axis: Axes, place: int, row: Row, floor: float) -> None:
     """Chance as a grey bar of two standard deviations, then both scores, joined."""
     if row.null_weights is not None:
         low = max(floor, 1.0 - 2.0 * row.null_weights)
-        axis.barh(place, 1.0 + 2.0 * row.null_weights - low, left=low, height=0.72, color="#EDEDED", lw=0, zorder=0)
+        axis.barh(place, 1.0 + 2.0 * row.null_weights - low, left=low, height=0.72, color=_SHADE, lw=0, zorder=0)
     values = [max(floor, value) for value in (row.r_act, row.r_weights) if value is not None]
     if len(values) == 2:
         axis.plot(values, [place, place], color=_PALE, lw=0.9, zorder=2)
@@ -108,7 +108,7 @@ def _legend(axis: Axes, table: Table) -> None:
         entries.append(Line2D([], [], color=BLUE, marker="o", lw=2.6, alpha=0.8, label=what))
     if any(row.r_weights is not None for row in table.rows):
         entries.append(Line2D([], [], color=ORANGE, marker="D", lw=0, label="on weights, balanced over matrices"))
-        entries.append(Patch(color="#EDEDED", label="chance on weights at one layer: 1 \u00b1 two standard deviations"))
+        entries.append(Patch(color=_SHADE, label="chance on weights at one layer: 1 \u00b1 two standard deviations"))
     most = f"the most there is at rank {table.rank}: d / r = {table.most:g}"
     entries.append(Line2D([], [], color=GREEN, ls="--", label=most))
     axis.legend(handles=entries, loc="lower left", fontsize=9, framealpha=1.0, edgecolor="white", labelspacing=0.8)
