@@ -132,6 +132,9 @@ def _unreadable(name: str, old: BulkReading | None, new: BulkReading | None, *, 
     return None
 
 
+_BOUNDED = "its number of spikes is bounded from the spectrum before, which gives no such value (Weyl's inequality)"
+
+
 def _nonfinite(new: BulkReading) -> Measurement | None:
     values = (new.sigma_mp, new.edge_plus, new.spike_energy, new.ks_distance, new.top_over_edge)
     count = sum(value is not None and not math.isfinite(value) for value in values)
@@ -145,7 +148,8 @@ def _judge_matrix(pair: Pair, kind: str, limits: RMTLimits) -> Iterator[Measurem
     base = Measurement("rmt", old.name, "", None, None, None, old.family)
     for statistic in ("sigma_mp", "edge_plus", "spike_energy", "ks_distance"):
         value, reference = getattr(new, statistic), getattr(old, statistic)
-        yield replace(base, statistic=statistic, value=value, reference=reference)
+        reason = new.reason or _BOUNDED if value is None else None
+        yield replace(base, statistic=statistic, value=value, reference=reference, reason=reason)
     yield from _judge_growth(base, pair, kind, limits)
     had, left = counts(old)[0], counts(new)[0]
     vanished = had >= limits.min_vanished and left == 0 and kind != "train"

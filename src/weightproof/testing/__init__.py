@@ -5,10 +5,13 @@
     ...     train(model, optimizer)                                          # doctest: +SKIP
 
 `weightproof drill MODEL_FOLDER` runs all of them on a copy of a model and prints what the guard did.
-Nothing here belongs into a run that anyone needs: faults write weights, gradients and moments.
+None of these belongs into a run that anyone needs: faults write weights, gradients and moments.
+
+`check_guard` and `check_edit` hold plug-ins to the rules that our own guards and edits keep to.
 """
 
 from weightproof.testing import faults
+from weightproof.testing.conformance import SmallModel, check_edit, check_guard
 from weightproof.testing.injection import Fired, Injection, inject
 
-__all__ = ["Fired", "Injection", "faults", "inject"]
+__all__ = ["Fired", "Injection", "SmallModel", "check_edit", "check_guard", "faults", "inject"]
