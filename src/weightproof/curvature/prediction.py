@@ -73,7 +73,7 @@ def predict_loss_change(
         if old[name].shape != new[name].shape:
             raise InputError(f"{name} changed its shape from {list(old[name].shape)} to {list(new[name].shape)}")
         change = new[name].to(torch.float64) - old[name].to(torch.float64)
-        found[name] = loss_form(factors[name])(change)
+        found[name] = loss_form(factors[name])(change) if bool(change.count_nonzero()) else 0.0
     others = [name for name in old if name not in factors and name in new and not torch.equal(old[name], new[name])]
     return Prediction(found, tuple(others))
 
