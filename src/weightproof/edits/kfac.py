@@ -140,9 +140,10 @@ class KFAC(Selection):
         """Patterns of `include` that choose nothing; of the default ones some always do.
 
         Raises:
-            InputError: If what a pattern chooses has no factors; says why.
+            InputError: If the factors are of another model, or what a pattern chooses has none; says why.
         """
         matrices = list(matrices)
+        self.factors.require_matrices(matrices)
         if self.include == DEFAULT_TARGETS:
             self._require_default(matrices)
             return ()
