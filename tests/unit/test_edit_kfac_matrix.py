@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch_memory import peak_bytes
 
+from weightproof.curvature import Factor, bases
 from weightproof.curvature.eigenbasis import Eigenbasis, EigenbasisCache, eigenbasis
 from weightproof.curvature.mask import ragged, staircase
 from weightproof.curvature.projection import FactorBases, project
@@ -269,3 +271,17 @@ def test_decompositions_are_kept_by_digest_within_a_budget():
     for name in ("a", "b", "a", "c", "a", "b"):
         cache.get(name, lambda name=name: make(name))
     assert made == ["a", "b", "c", "b"]
+
+
+def test_one_decomposition_serves_all_matrices_that_read_one_input(monkeypatch):
+    activation, gradients = covariance(5, 1), [covariance(4, 2), covariance(4, 3)]
+    factors = [Factor(f"{i}.weight", activation * 30, one * 30, 30) for i, one in enumerate(gradients)]
+    made = []
+    monkeypatch.setattr(bases, "_KEPT", EigenbasisCache())
+    monkeypatch.setattr(bases, "eigenbasis", lambda factor, what: made.append(what) or eigenbasis(factor, what))
+    first, second = map(bases.bases_of, factors)
+    assert made == ["G of 0.weight", "A of 0.weight", "G of 1.weight"]
+    assert first.activation is second.activation
+    assert torch.allclose(first.activation.values, eigenbasis(activation).values, rtol=1e-12)
+    more = dataclasses.replace(factors[0], tokens=60)
+    assert torch.allclose(2 * bases.bases_of(more).activation.values, first.activation.values, rtol=1e-12)

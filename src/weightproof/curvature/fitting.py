@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from weightproof.activations import undisturbed
 from weightproof.collective import Processes
+from weightproof.curvature.bases import bases_of
 from weightproof.curvature.collector import Collector, Target
-from weightproof.curvature.eigenbasis import eigenbasis
 from weightproof.curvature.factors import Factor, Factors, Source, summed
 from weightproof.curvature.moments import CorrectedMoments, Moments, TokenSums
 from weightproof.curvature.objectives import Objective, objective_of, prepared
@@ -262,9 +262,8 @@ def _zeros(targets: tuple[Target, ...], device: torch.device) -> Moments:
 
 def _vectors(factor: Factor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Eigenvectors of G and of A."""
-    what = f"a factor of {factor.name}"
-    gradient = eigenbasis(factor.gradient_covariance, what).vectors.to(device)
-    return gradient, eigenbasis(factor.activation_covariance, what).vectors.to(device)
+    bases = bases_of(factor)
+    return bases.gradient.vectors.to(device), bases.activation.vectors.to(device)
 
 
 def _weight_digest(target: Target) -> str:
