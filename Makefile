@@ -13,7 +13,7 @@ LLMC_STAMP := .venv-llm-compressor/.installed
 KRONFLUENCE := .venv-kronfluence/bin
 KRONFLUENCE_STAMP := .venv-kronfluence/.installed
 
-.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-llm-compressor test-kronfluence test-browser recipes lint format benchmark benchmark-distributed benchmark-coverage benchmark-factors clean
+.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-llm-compressor test-kronfluence test-browser recipes lint format benchmark benchmark-distributed benchmark-coverage benchmark-curvature benchmark-factors clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -110,6 +110,10 @@ benchmark-coverage: $(STAMP) ## how often the loss guard's intervals hold the tr
 
 benchmark-factors: $(KRONFLUENCE_STAMP) ## fitting factors against a training step and kronfluence; writes benchmarks/factors.json
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(KRONFLUENCE)/python benchmarks/factors.py --write
+
+benchmark-curvature: $(STAMP) ## loss changes foreseen against measured, plans by them; writes tables of docs/kfac.md and docs/planner.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/curvature.py --write
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/equal_size.py --write
 
 clean:
 	rm -rf .venv .venv-zero .venv-quantizers .venv-llm-compressor .venv-kronfluence .cache weightproof-demo guarded-quantization

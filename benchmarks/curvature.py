@@ -12,11 +12,8 @@ and the tables of docs/kfac.md.
 from __future__ import annotations
 
 import argparse
-import io
-import itertools
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
+from curvature_tables import WAYS, blame_table, correlation_table, picture, ratio_table, summary
 
 from weightproof import fit_factors, iter_weight_matrices, predict_loss_change
 from weightproof.collective import Processes
 from weightproof.curvature import Factors
 from weightproof.curvature.fitting import correct_eigenvalues
+from weightproof.curvature.objectives import sample
 from weightproof.edits import RTN, SVD, Prune
 from weightproof.numerics.matrices import seeded_generator
 from weightproof.planner.predictors import trial
-from weightproof.reporting.plots import BLUE, DPI, GREEN, INK, ORANGE, PURPLE
 from weightproof.types import WeightMatrix
 
 HERE = Path(__file__).resolve().parent
@@ -45,10 +42,7 @@ import trained_models  # noqa: E402 - the models of the tests
 
 MODELS = ("llama", "gpt2")
 FIT_BATCHES, TRUTH_BATCHES = 64, 32
-KINDS = {"RTN": BLUE, "noise": ORANGE, "prune": GREEN, "SVD": PURPLE}
-BINS = (0.0, 1e-3, 1e-2, 1e-1, math.inf)
-# Curvature with the eigenvalues of EK-FAC where "corrected", and two norms that know nothing of the data.
-WAYS = ("curvature", "corrected", "empirical", "squared norm", "relative norm")
+GRADIENT_WINDOWS = 256
 BACKGROUNDS = (8, 4)
 
 Plan = Callable[[WeightMatrix], torch.Tensor | None]
@@ -130,6 +124,8 @@ class Bench:
         windows = trained_models.make_windows(recipe, TRUTH_BATCHES, 20_000)
         self.ids = torch.cat([window["input_ids"] for window in windows])
         self.base = self.log_probabilities()
+        self.gradient = self.mean_gradient(torch.cat([one["input_ids"] for one in data]))
+        self.slopes = self.window_gradients(data[0]["input_ids"].shape[1])
 
     @property
     def curvature(self) -> Factors:
@@ -141,6 +137,47 @@ class Bench:
         """(windows, tokens - 1, vocabulary)."""
         logits = [self.model(input_ids=ids).logits[:, :-1] for ids in self.ids.split(64)]
         return torch.cat(logits).double().log_softmax(dim=-1)
+
+    def gradients(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of the summed loss, by matrix, (d_out, d_in)."""
+        parameters = dict(self.model.named_parameters())
+        logits = self.model(input_ids=ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        found = torch.autograd.grad(loss, [parameters[name] for name in self.matrices])
+        return {
+            name: value.T if self.name == "gpt2" else value  # Conv1D keeps (d_in, d_out)
+            for name, value in zip(self.matrices, found, strict=True)
+        }
+
+    def mean_gradient(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of the loss of the data, per token."""
+        total = {name: torch.zeros_like(value) for name, value in self.before.items()}
+        for part in ids.split(64):
+            for name, value in self.gradients(part, part[:, 1:]).items():
+                total[name] += value / (len(ids) * (ids.shape[1] - 1))
+        return total
+
+    def window_gradients(self, length: int) -> list[dict[str, torch.Tensor]]:
+        """One for each of some windows, with labels drawn from the model."""
+        ids = trained_models.chain_samples(GRADIENT_WINDOWS, length, seed=70_000)
+        found = []
+        for number, row in enumerate(ids.split(1)):
+            with torch.no_grad():
+                logits = self.model(input_ids=row).logits[0, :-1]
+            labels = sample(logits, seeded_generator("benchmark labels", self.name, number))
+            found.append(self.gradients(row, labels[None, :]))
+        return found
+
+    def predicted_whole(self, after: Mapping[str, torch.Tensor], told: float) -> dict[str, float]:
+        """Way -> prediction of the whole edit; `told` is that of the curvature."""
+        change = {name: value - self.before[name] for name, value in after.items()}
+        products = [sum(float((one[name] * step).sum()) for name, step in change.items()) for one in self.slopes]
+        first = sum(float((self.gradient[name] * step).sum()) for name, step in change.items())
+        tokens = self.ids.shape[1] - 1
+        return {
+            "gradient": told + first,
+            "coupled": sum(product**2 for product in products) / (2 * tokens * len(products)),
+        }
 
     def changed(self, plan: Plan, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The matrices after an edit; where it leaves one (a rank that it has not), as it was."""
@@ -193,6 +230,7 @@ def prediction_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     for case in (*whole_model_cases(), *single_matrix_cases(names)):
         after = bench.changed(case.plan, names if case.matrix is None else [case.matrix])
         told = {way: sum(values.values()) for way, values in bench.predicted(after).items()}
+        told |= bench.predicted_whole(after, told["curvature"])
         yield {
             "model": bench.name, "kind": case.kind, "edit": case.label, "matrix": case.matrix,
             **bench.measured(after), "predicted": told,
@@ -228,111 +266,7 @@ def blame_rows(bench: Bench) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-# ---------------------------------------------------------------- what it says
-
-
-def rank_correlation(rows: Sequence[Mapping[str, Any]], way: str, measure: str) -> float:
-    """Spearman's."""
-    return float(spearmanr([row["predicted"][way] for row in rows], [row[measure] for row in rows]).statistic)
-
-
-def summary(rows: Sequence[Mapping[str, Any]], blame: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Correlations, measured over predicted by size, and top-1 blame."""
-    groups: dict[str, Any] = {}
-    for model in MODELS:
-        own = [row for row in rows if row["model"] == model]
-        whole = [row for row in own if row["matrix"] is None]
-        single = [row for row in own if row["matrix"] is not None]
-        for label, chosen in (("all", own), ("whole model", whole), ("one matrix", single)):
-            found = {way: [rank_correlation(chosen, way, one) for one in ("kl", "loss")] for way in WAYS}
-            groups[f"{model}, {label}"] = {"edits": len(chosen), "spearman": found}
-    ratios = {}
-    for low, high in itertools.pairwise(BINS):
-        inside = [row for row in rows if low <= row["predicted"]["curvature"] < high and row["kl"] > 0]
-        for way in ("curvature", "corrected"):
-            shares = sorted(row["kl"] / row["predicted"][way] for row in inside)
-            deciles = statistics.quantiles(shares, n=10)
-            ratios[f"{low:g} to {high:g}, {way}"] = {
-                "edits": len(shares), "median": statistics.median(shares), "low": deciles[0], "high": deciles[-1],
-            }  # fmt: skip
-    tops = {}
-    for background in BACKGROUNDS:
-        chosen = [row for row in blame if row["background"] == background]
-        tops[str(background)] = {
-            "faults": len(chosen),
-            **{way: sum(row["blamed"][way] == row["costliest"] for row in chosen) / len(chosen) for way in WAYS},
-        }
-    return {"spearman": groups, "measured_over_predicted": ratios, "top1": tops}
-
-
-def correlation_table(result: Mapping[str, Any]) -> str:
-    """Markdown."""
-    lines = ["| model, edits | number | curvature | with EK-FAC eigenvalues | empirical labels | squared norm |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for label, one in result["summary"]["spearman"].items():
-        cells = [
-            f"{one['spearman'][way][0]:.3f} / {one['spearman'][way][1]:.3f}"
-            for way in ("curvature", "corrected", "empirical", "squared norm")
-        ]
-        lines.append(f"| {label} | {one['edits']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def ratio_table(result: Mapping[str, Any]) -> str:
-    """Markdown."""
-    found = result["summary"]["measured_over_predicted"]
-    lines = ["| predicted, nats per token | edits | measured / predicted | with EK-FAC eigenvalues |"]
-    lines.append("| --- | --- | --- | --- |")
-    for low, high in itertools.pairwise(BINS):
-        parts = [found[f"{low:g} to {high:g}, {way}"] for way in ("curvature", "corrected")]
-        cells = [f"{one['median']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in parts]
-        words = f"{low:g} to {high:g}" if math.isfinite(high) else f"above {low:g}"
-        lines.append(f"| {words} | {parts[0]['edits']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def blame_table(result: Mapping[str, Any]) -> str:
-    """Markdown."""
-    lines = [f"| all other matrices | faults | {' | '.join(WAYS)} |", f"| --- | --- |{' --- |' * len(WAYS)}"]
-    for background, one in result["summary"]["top1"].items():
-        cells = " | ".join(f"{one[way]:.1%}" for way in WAYS)
-        lines.append(f"| rounded to {background} bits | {one['faults']} | {cells} |")
-    return "\n".join(lines)
-
-
-def picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """PNG: measured against predicted, both logarithmic, a panel a model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.0, 4.8), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(MODELS), sharex=True, sharey=True)
-    ends = (1e-6, 5.0)
-    for axis, model in zip(panels, MODELS, strict=True):
-        axis.fill_between(
-            ends, [end / 2 for end in ends], [end * 2 for end in ends], color=INK, alpha=0.08, linewidth=0
-        )
-        axis.plot(ends, ends, color=INK, linewidth=1)
-        for kind, colour in KINDS.items():
-            for is_whole in (True, False):
-                own = [row for row in rows if row["model"] == model and row["kind"] == kind]
-                own = [row for row in own if (row["matrix"] is None) == is_whole and row["kl"] > 0]
-                axis.scatter(
-                    [row["predicted"]["curvature"] for row in own], [row["kl"] for row in own], s=26,
-                    facecolors=colour if is_whole else "none", edgecolors=colour, linewidths=1.1,
-                    label=f"{kind}, {'all matrices' if is_whole else 'one'}",
-                )  # fmt: skip
-        own = [row for row in rows if row["model"] == model]
-        axis.set_title(f"{model}: Spearman {rank_correlation(own, 'curvature', 'kl'):.3f}", fontsize=10)
-        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="predicted loss change, nats per token")
-        axis.grid(alpha=0.25)
-    panels[0].set_ylabel("measured KL, nats per token")
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.suptitle("1/2 tr(G E A E') against the outputs; band: within a factor of two", fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
+# ---------------------------------------------------------------- the run
 
 
 def run() -> dict[str, Any]:
