@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weightproof.curvature.eigenbasis import EigenbasisCache, eigenbasis
-from weightproof.curvature.factors import Factor, Factors, load_factors
+from weightproof.curvature.bases import bases_of
+from weightproof.curvature.factors import Factors, load_factors
 from weightproof.curvature.fitting import fit_factors
 from weightproof.curvature.mask import check_energy
 from weightproof.curvature.prediction import quadratic_form
@@ -36,8 +36,6 @@ __all__ = ["KFAC", "KFACReading", "edit_matrix"]
 
 # The maps into the hidden layer of an MLP, of Llama, Mixtral and GPT-2 style models (arXiv:2510.24256, 4.2).
 DEFAULT_TARGETS = ("*.mlp.gate_proj*", "*.mlp.up_proj*", "*.mlp.c_fc*")
-
-_BASES = EigenbasisCache()
 
 
 @dataclass(frozen=True)
@@ -207,14 +205,14 @@ class KFAC(Selection):
 
     def bases(self, name: str) -> FactorBases:
         """The decomposed factors of one matrix."""
-        return _bases_of(self.factors[name])
+        return bases_of(self.factors[name])
 
     def _edited(self, matrix: WeightMatrix, factors: Factors) -> tuple[Tensor, int, float]:
         """The edited matrix, how many pairs it keeps and how much of the saliency."""
         factor, weight, energy = factors[matrix.name], matrix.load().detach(), self.energy_of(matrix.name)
         if energy == 1.0:
             return weight.clone(), weight.numel(), 1.0
-        bases = _bases_of(factor)
+        bases = bases_of(factor)
         try:
             edited, mask = project(weight, bases, energy, self.formula)
         except InputError as error:
@@ -253,13 +251,3 @@ def readings_of(edit: KFAC, model: torch.nn.Module) -> list[KFACReading]:
             f"{unmatched[0]!r} chooses no weight matrix of this model: see `weightproof inspect` for names"
         )
     return [edit.read(matrix) for matrix in matrices if matrix.refusal is None and edit.selects(matrix)]
-
-
-def _bases_of(factor: Factor) -> FactorBases:
-    """Decompositions are kept by the digest of their factor: energies and formulas share them."""
-    digest = factor.digest
-    gradient, activation = (
-        _BASES.get(f"{digest} {what}", lambda of=of, what=what: eigenbasis(of, f"{what} of {factor.name}"))
-        for what, of in (("G", factor.gradient_covariance), ("A", factor.activation_covariance))
-    )
-    return FactorBases(gradient, activation, factor.corrected_sum)
