@@ -9,7 +9,7 @@ from torch import Tensor
 from weightproof.errors import InputError
 from weightproof.numerics.intruders import largest_cosines, matrix_cosine, written_cosine
 
-SHAPES = [(96, 160), (160, 96), (128, 128)]
+SHAPES = [(64, 90), (90, 64), (72, 72)]
 
 
 def frame(height: int, width: int, seed: int) -> Tensor:
