@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weightproof.cli import steer
 from weightproof.cli.delta_report import report
 from weightproof.errors import InputError
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("report")(report)
+for _verb in (steer.alpha, steer.search, steer.steer):
+    app.command(_verb.__name__)(_verb)
 
 
 @app.command()
