@@ -16,6 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightproof import GuardSession, edits, fit_factors
+from weightproof.curvature import Factors
 from weightproof.edits.kfac_picture import sweep_png
 from weightproof.edits.kfac_sweep import SweepRow, best_at, clean_nll, recall, sweep
 
@@ -69,6 +70,16 @@ def trained(language: Language, steps: int) -> LlamaForCausalLM:
     return model.eval()
 
 
+def experiment(language: Language, model: LlamaForCausalLM) -> tuple[Factors, list[SweepRow]]:
+    """Factors of the data it was trained on, and what edits and controls of equal size do to recital and clean loss."""
+    generator = torch.Generator().manual_seed(3)
+    clean = [{"input_ids": language.text(64, torch.Generator().manual_seed(seed))} for seed in range(10, 14)]
+    factors = fit_factors(model, [{"input_ids": language.batch(generator)} for _ in range(60)], "*.mlp.*")
+    metrics = {"recall": recall(language.strings, PREFIX), "clean NLL": clean_nll(clean)}
+    energies, formulas, controls = [0.99, 0.95, 0.9, 0.8, 0.6], ["original", "modified"], ["svd", "random", "inverse"]
+    return factors, sweep(model, factors, energies, formulas, metrics=metrics, include=TARGETS, controls=controls)
+
+
 def show(rows: list[SweepRow]) -> None:
     """The table of a sweep."""
     print(f"{'edit':<9} {'energy':>6} {'pairs kept':>10} {'recited':>8} {'clean NLL':>9}")
@@ -86,15 +97,7 @@ def main() -> None:
 
     language = Language(seed=0)
     model = trained(language, given.steps)
-    generator = torch.Generator().manual_seed(3)
-    clean = [{"input_ids": language.text(64, torch.Generator().manual_seed(seed))} for seed in range(10, 14)]
-    factors = fit_factors(model, [{"input_ids": language.batch(generator)} for _ in range(60)], "*.mlp.*")
-    metrics = {"recall": recall(language.strings, PREFIX), "clean NLL": clean_nll(clean)}
-    controls = ["svd", "random", "inverse"]
-    energies = [0.99, 0.95, 0.9, 0.8, 0.6]
-    rows = sweep(
-        model, factors, energies, ["original", "modified"], metrics=metrics, include=TARGETS, controls=controls
-    )
+    factors, rows = experiment(language, model)
     show(rows)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "sweep.png").write_bytes(sweep_png(rows))
@@ -110,7 +113,7 @@ def main() -> None:
     session = GuardSession(model, policy="balanced", retain=retain, output_dir=given.out)
     step = session.apply(edits.KFAC(factors, energy=0.9, include=TARGETS))
     print(f"energy 0.9 under guard: {step.decision.action}, {step.decision.reason}")
-    print(f"recited afterwards: {metrics['recall'](model):.1%}; certificate and picture in {given.out}")
+    print(f"recited afterwards: {recall(language.strings, PREFIX)(model):.1%}; certificate and picture in {given.out}")
     session.close()
 
 

@@ -167,6 +167,18 @@ def test_the_mask_is_a_minimal_nested_staircase():
             assert mask.kept_mass == pytest.approx(mass / total)
 
 
+@pytest.mark.parametrize(("gap", "together"), [(0.0, True), (5e-13, True), (1e-11, False), (1e-9, False)])
+def test_curvatures_are_ties_to_a_relative_1e_12(gap, together):
+    """At every scale: eigenvalues in float64 carry rounding of that order."""
+    for scale in (1e-200, 1.0, 1e200):
+        lam = torch.tensor([2.0, 1.0 + gap, 1.0, 0.5], dtype=torch.float64) * scale
+        mask = staircase(lam, torch.ones(1, dtype=torch.float64), 0.6)
+        # 2 and 1 of 4.5 reach 0.6; the third goes with the second where they are ties.
+        assert mask.counts.tolist() == [1, 1, int(together), 0]
+        saliencies = lam.clone()
+        assert ragged(lambda values=saliencies: iter([values]), 0.6).kept_pairs == 2 + together
+
+
 def test_digits_find_the_threshold_of_a_sort():
     generator = torch.Generator().manual_seed(5)
     for trial, energy in itertools.product(range(20), (0.01, 0.5, 0.9, 0.99999)):

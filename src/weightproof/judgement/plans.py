@@ -63,11 +63,12 @@ def selected(model: nn.Module, edit: Any) -> list[WeightMatrix]:
     chosen = [matrix for matrix in matrices if matrix.refusal is None and edit.selects(matrix)]
     families = ", ".join(sorted({matrix.family for matrix in matrices if matrix.refusal is None})) or "(none)"
     known = f"its matrices are of the families {families}; a family is chosen by its exact name"
+    # First: an edit may know why what its patterns name cannot be edited.
+    unmatched = edit.unmatched(matrices) if hasattr(edit, "unmatched") else ()
     if not chosen:
         raise InputError(
             f"edit {edit.name!r} selects no weight matrix of this model: check include= and exclude= ({known})"
         )
-    unmatched = edit.unmatched(matrices) if hasattr(edit, "unmatched") else ()
     if unmatched:
         raise InputError(
             f"edit {edit.name!r}: include={', '.join(map(repr, unmatched))} chooses no weight matrix of this model, so "
