@@ -17,6 +17,7 @@ from weightproof.collective import Processes
 from weightproof.curvature import predict_loss_change
 from weightproof.edits import RTN
 from weightproof.errors import InputError
+from weightproof.parallel.shards import Shard
 from weightproof.planner import Curvature, Frobenius, Grid, Scene
 from weightproof.planner.mixed_plan import output_windows
 from weightproof.planner.weight_errors import predictor_named
@@ -79,12 +80,11 @@ def test_matrices_of_one_group_are_added(session, factors):
     assert group.options[0].nats == pytest.approx(sum(nats[name] for name in group.matrices), rel=1e-12)
 
 
-@pytest.mark.parametrize("make", [lambda factors: Curvature(factors, calibrate=True), lambda _: Frobenius()])
-def test_calibrated_predictions_sum_to_the_kl_of_all_matrices_at_a_width(session, model, factors, make):
+def test_frobenius_sums_to_the_kl_of_all_matrices_at_a_width(session, model):
     chosen = tuple(one for one in iter_weight_matrices(model) if one.family == "ffn")
     grid, alone = Grid(**GRID), Processes.alone()
     scene = Scene(model, chosen, (2, 4), grid, alone, lambda: output_windows(session))
-    predictor = make(factors).prepare(scene)
+    predictor = Frobenius().prepare(scene)
     measured = planner.MeasuredDivergence(model, output_windows(session), grid, alone)
     for width in (2, 4):
         assert predictor.predict(chosen, width) == pytest.approx(measured.predict(chosen, width), rel=1e-9)
@@ -118,6 +118,9 @@ def test_factors_of_other_weights_and_missing_ones_are_refused(session, model, f
     fewer = replace(factors, by_name={name: factors[name] for name in factors if "up_proj" in name})
     with pytest.raises(InputError, match=r"there are no factors for .*0.mlp.gate_proj"):
         planned(session, Curvature(fewer), include=("*mlp*",))
+    few = replace(factors, by_name={name: replace(factors[name], tokens=100) for name in factors})
+    with pytest.raises(InputError, match="no full rank"):
+        planned(session, Curvature(few), include=("*mlp*",))
     (matrix,) = [one for one in iter_weight_matrices(model) if one.name.endswith("1.mlp.up_proj.weight")]
     kept = matrix.load().clone()
     matrix.load().mul_(1.5)
@@ -139,6 +142,14 @@ def test_a_predictor_is_chosen_by_name(factors):
     ):
         with pytest.raises(InputError, match=message):
             predictor_named(name, given)
+
+
+@pytest.mark.parametrize("make", [Curvature, lambda _: Frobenius()])
+def test_a_sharded_matrix_is_refused(model, factors, make):
+    (matrix,) = [one for one in iter_weight_matrices(model) if one.name.endswith("1.mlp.up_proj.weight")]
+    sharded = replace(matrix, shard=Shard((192, 64), torch.float32, "rows", ((0, 96), (96, 192)), matrix.load()[:96]))
+    with pytest.raises(InputError, match=r"up_proj.*sharded over processes"):
+        make(factors).prepare(Scene(model, (sharded,), WIDTHS, Grid(**GRID), Processes.alone(), tuple))
 
 
 def _predict_in_each_process(rank: int, _size: int, folder: str) -> list[float]:

@@ -62,11 +62,7 @@ class WeightErrors:
         return self.harm(matrix, change) if bool(torch.isfinite(change).all()) else math.inf
 
     def calibrated(self) -> WeightErrors:
-        """The same in units of measured KL: of each width, with all matrices at it, one pass over the windows.
-
-        Predictions fall short where the loss is no longer quadratic (2 bits), and by how much differs between widths
-        far more than between matrices.
-        """
+        """The same in units of measured KL: of each width, with all matrices at it, one pass over the windows."""
         scene, scales = self.scene, {}
         measured = MeasuredDivergence(scene.model, scene.windows(), scene.grid, scene.processes)
         for width in scene.widths:
@@ -83,25 +79,21 @@ class Curvature:
 
     Attributes:
         factors: Of every matrix that is planned for.
-        calibrate: Scale each width to one measurement of KL, with all matrices at that width.
     """
 
     factors: Factors
-    calibrate: bool = False
 
     def prepare(self, scene: Scene) -> Predictor:
         """The predictor for one plan.
 
         Raises:
-            InputError: If a matrix has no factors, is sharded, or is not that at which they were fitted.
+            InputError: If a matrix has no factors, is sharded, or is not that at which they were fitted, or they were
+                fitted on fewer tokens than they have dimensions.
         """
         with scene.processes.together("comparing factors with the model"):
+            _require_whole(scene)
+            self.factors.require_enough_tokens()
             for matrix in scene.matrices:
-                if matrix.shard is not None:
-                    raise InputError(
-                        f"{matrix.name} is sharded over processes, and its predicted loss change needs all of it: plan "
-                        "in one process, or with the measured predictor"
-                    )
                 factor = self.factors[matrix.name]
                 if scene.processes.is_main:
                     require_digest(factor, matrix)
@@ -110,8 +102,7 @@ class Curvature:
         name = f"curvature, {source.labels} labels of {tokens:,} tokens, factors {self.factors.digest[:12]}"
         # All widths of a matrix are asked for one after the other: its form is made once.
         form = lru_cache(maxsize=4)(lambda name: loss_form(self.factors[name]))
-        found = WeightErrors(name, scene, lambda matrix, change: _finite(form(matrix.name)(change)))
-        return found.calibrated() if self.calibrate else found
+        return WeightErrors(name, scene, lambda matrix, change: _finite(form(matrix.name)(change)))
 
 
 @dataclass(frozen=True)
@@ -127,7 +118,13 @@ class Frobenius:
     calibrate: bool = True
 
     def prepare(self, scene: Scene) -> Predictor:
-        """The predictor for one plan."""
+        """The predictor for one plan.
+
+        Raises:
+            InputError: If a matrix is sharded.
+        """
+        with scene.processes.together("looking for sharded matrices"):
+            _require_whole(scene)
         found = WeightErrors("squared Frobenius error", scene, _squared)
         return found.calibrated() if self.calibrate else found
 
@@ -149,6 +146,15 @@ def predictor_named(name: str, factors: Factors | None) -> Curvature | Frobenius
             "the curvature predictor needs factors: fit them (weightproof factors fit) and name their file"
         )
     return Curvature(factors)
+
+
+def _require_whole(scene: Scene) -> None:
+    for matrix in scene.matrices:
+        if matrix.shard is not None:
+            raise InputError(
+                f"{matrix.name} is sharded over processes, and this predictor needs all of it: plan in one process, or "
+                "with the measured predictor"
+            )
 
 
 def _finite(value: float | None) -> float:
