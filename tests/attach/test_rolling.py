@@ -21,6 +21,7 @@ from weightproof.errors import EditRejectedError, InputError, RestoreError, Snap
 from weightproof.folders.files import DISK
 from weightproof.snapshots.manifest import Manifest
 from weightproof.snapshots.tensor_files import object_name
+from weightproof.testing import faults, inject
 from weightproof_callbacks.state_size import _moments
 from weightproof_callbacks.training_state import ReplayableLoader
 
@@ -196,6 +197,33 @@ def test_a_leap_of_the_gradient_that_is_stepped_with_is_told(caplog):
     told = [record.getMessage() for record in caplog.records if "is kept" in record.message]
     assert len(told) == 1
     assert re.search(r"step 35 is kept; a gradient norm was [\d.]+ times the usual, and was stepped with", told[0])
+
+
+def test_one_bad_batch_is_told_once_and_left_alone(caplog):
+    loop = Loop(dropout=0.0)
+    fault = faults.BadBatch(at=33, share=0.5, steps=1)
+    with (
+        caplog.at_level(logging.WARNING, "weightproof"),
+        inject([fault], loop.model, loop.optimizer),
+        loop.guarded() as guard,
+    ):
+        loop.run(40)
+    assert rejected(guard) == []
+    told = [record.getMessage() for record in caplog.records if "is kept" in record.message]
+    assert len(told) == 1
+    assert "step 35 is kept; raw loss of a step" in told[0]
+
+
+def test_bad_batches_one_after_the_other_are_taken_back_and_never_end_the_run():
+    """Losses are those of a model that guesses, though it does not get worse than it was before it was trained."""
+    loop = Loop(dropout=0.0)
+    fault = faults.BadBatch(at=32, steps=12)
+    with inject([fault], loop.model, loop.optimizer), loop.guarded(max_rollbacks=2) as guard:
+        loop.run(50)
+    assert rejected(guard) == [(35, 30), (40, 25)]
+    assert "num_worse_than_guessing = 4 (limit 2)" in guard.history[6].decision.reason
+    passed = {one.statistic: one for one in guard.history[8].decision.reported}
+    assert passed["loss_peak"].reason.startswith("noted"), "a third rollback would have ended it"
 
 
 def test_monitor_steps_with_whatever_there_is():

@@ -14,7 +14,19 @@ from tests.support.accelerate_loop import fresh_accelerate
 from weightproof.cli import main
 from weightproof.errors import InputError
 from weightproof.testing import faults
-from weightproof.testing.drill import ACTED, HARMFUL, LEFT_OUT, NOTHING, PUT_BACK, ROLLED_BACK, Life, Procedure, row_of
+from weightproof.testing.drill import (
+    ACTED,
+    HARMFUL,
+    LEFT_OUT,
+    NOTHING,
+    PUT_BACK,
+    ROLLED_BACK,
+    Life,
+    Procedure,
+    Report,
+    row_of,
+)  # fmt: skip
+from weightproof.types import Measurement
 from weightproof_callbacks.fault_drill import Drill, learnable_windows, text_windows
 
 PROCEDURE = Procedure(after=20)
@@ -49,6 +61,8 @@ def test_a_healthy_run_under_guard_is_the_run_without_it(drill):
     row = drill.clean_row()
     assert (row.action, row.loss, row.expected) == (NOTHING, 0.0, True)
     assert row.state == "equal to the clean twin, bit for bit"
+    assert not row.told
+    assert drill.watched().reported, "numbers are reported, and none of them noted"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +102,9 @@ def test_a_mild_fault_is_let_pass(drill):
     assert row.action not in ACTED
     assert row.harm <= HARMFUL
     assert row.expected
+    assert row.told
+    assert row.reported.startswith("change of a gain or bias")
+    assert float(row.reported_clean) < 2.0
 
 
 def test_too_little_data_is_refused(trained):
@@ -115,6 +132,31 @@ def test_harm_that_nobody_acted_on_is_not_as_expected():
 def test_a_run_that_ends_worse_than_the_twin_is_not_as_expected():
     assert not judged(Life(loss=2.0 + 2 * HARMFUL), harm=0.0).expected
     assert not judged(Life(loss=float("nan")), harm=0.0).expected
+
+
+def reported(step: int, value: float, *, noted: bool) -> Report:
+    reason = "noted: 4 or more" if noted else "noted from 4 on"
+    return Report(
+        step, Measurement("invariants", "optimizer", "moment_growth", value, 1.0, None, "window", reason=reason), noted
+    )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        pytest.param([], True, id="the clean run has no such number"),
+        pytest.param([reported(35, 1.0, noted=False)], True, id="the clean run's is usual"),
+        pytest.param([reported(35, 9.0, noted=True)], False, id="the clean run notes the same"),
+        pytest.param([reported(40, 9.0, noted=True)], True, id="of another window"),
+    ],
+)
+def test_a_report_counts_where_the_clean_run_has_none_in_the_same_window(theirs, told):
+    twin, found = Life(loss=2.0), Life(loss=2.0, reported=[reported(35, 9.0, noted=True)])
+    made = {"twin": twin, "matched": twin, "unguarded": twin, "guarded": found, "state": ""}
+    row = row_of("fault", "", Procedure(), **made, clean=Life(reported=theirs))
+    assert row.told is told
+    late = Life(loss=2.0, reported=[reported(45, 9.0, noted=True)])
+    assert not row_of("fault", "", Procedure(), **(made | {"guarded": late}), clean=Life()).told, "after two checks"
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
