@@ -8,7 +8,7 @@ What is measured, on held-out batches in eval mode, at every place of the residu
 
 | diagnostic | number | fails |
 | --- | --- | --- |
-| residual_growth | median token norm after a block over that before it | above 50 |
+| residual_growth | median token norm after a block over that before it, from unit scale on | above 50 |
 | total_growth | the same over all blocks | warns above 1e4 |
 | collapse | the smallest growth of a block | below 1/50 |
 | gradient_floor | median norm of the summed loss's gradient at a token | below 1e-7 |
@@ -44,6 +44,7 @@ from weightproof.diagnostics.limits import HealthLimits
 from weightproof.diagnostics.numerics import batch_stability, block_growth, per_sample_limit, stability, total_growth
 from weightproof.diagnostics.objective import LossFn, loss_of
 from weightproof.diagnostics.passes import depth_of, levels_of, read_model, read_traces
+from weightproof.diagnostics.picture import health_png
 from weightproof.diagnostics.readings import BatchReading, Place
 from weightproof.diagnostics.report import Diagnostic, HealthReport, Layers, Provenance, Status
 from weightproof.diagnostics.trunks import Blocks, trunks_of
@@ -65,6 +66,7 @@ __all__ = [
     "from_numbers",
     "frozen_blocks",
     "health_batches",
+    "health_png",
     "per_sample_limit",
     "random_batches",
     "stability",

@@ -331,6 +331,29 @@ def test_four_cases():
     assert healthy > 1e3 * floor.diagnostics["gradient_floor"].threshold
 
 
+def test_small_embeddings_are_no_explosion():
+    """Growth counts from unit scale on: a stream of .02 a feature may be brought to 1 by its first block."""
+    model = trained_models.load("llama").model
+    batches = [{key: value[:8] for key, value in one.items()} for one in trained_models.load("llama").heldout]
+    before = health.diagnose(model, batches)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1e-3)
+    after = health.diagnose(model, batches)
+    assert health.block_growth(after.residual_norms)[0] > 100
+    assert after.diagnostics["residual_growth"].value < 10 * before.diagnostics["residual_growth"].value
+    assert after.diagnostics["residual_growth"].status == "pass"
+
+
+def test_untrained_models_fail_when_they_explode():
+    model = trained_models.untrained("llama")
+    batches = trained_models.load("llama").heldout[:2]
+    assert health.diagnose(model, batches, in_warmup=True).overall == "pass"
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e5)
+    one = health.diagnose(model, batches, in_warmup=True).diagnostics["residual_growth"]
+    assert (one.status, one.location) == ("fail", "model.layers.1")
+
+
 def test_a_rescaled_stream_shrinks_gradients_and_keeps_the_product():
     """The floor is growth seen through the last normalisation: ||h|| ||g|| stays what it was."""
     model, batches = trained_models.untrained("llama"), batches_of("llama")

@@ -42,7 +42,7 @@ def inspect(
 ) -> None:
     """Report spectra, noise fit and weight distribution of a model, matrix by matrix."""
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     folder = resolve_folder(model)
     report = _measure(folder, model, null.value, limit)
     if as_json:
@@ -108,7 +108,7 @@ def _measure(folder: Path, title: str, null: str, limit: int | None) -> Spectral
         return build_report(title, bar, null=null, limit=limit)
 
 
-def _check_plot(path: Path) -> None:
+def check_plot(path: Path) -> None:
     """Refuse a picture that could not be written, before hours of measuring rather than after."""
     if path.suffix.lower() != ".png":
         raise InputError(f"--plot writes PNG: give a file name that ends in .png, not {path.name}")

@@ -82,7 +82,9 @@ class Capture:
         finally:
             self._is_open = False  # a checkpointed block runs once more in the backward pass
         found = [
-            (Place(name, number), tensor) for number, held in enumerate(self._held) for name, tensor in _numbered(held)
+            (Place(name, number, _width(tensor)), tensor)
+            for number, held in enumerate(self._held)
+            for name, tensor in _numbered(held)
         ]
         for number, held in enumerate(self._held):
             if len(held) < 2:
@@ -164,7 +166,7 @@ def read_trace(trace: Trace, reduction: str | None) -> BatchReading:
         norms = token_norms(_features_last(state), trace.real)
         points.append(read_gradient(norms, None if gradient is None else _features_last(gradient), trace.real, None))
     return BatchReading(
-        places=tuple(Place(name, 0) for name in names),
+        places=tuple(Place(name, 0, _width(state)) for name, state in zip(names, hidden, strict=True)),
         points=tuple(points),
         rows=len(hidden[-1]),
         tokens=len(points[-1].norms),
@@ -212,6 +214,10 @@ def _output_tensor(output: Any, name: str) -> Tensor:
     if found is None or found.ndim < 2:
         raise InputError(f"{name} returns {type(output).__name__} without a hidden state (rows, ..., features)")
     return found
+
+
+def _width(hidden: Tensor) -> int:
+    return hidden.shape[1] if hidden.ndim > 3 else hidden.shape[-1]
 
 
 def _features_last(hidden: Tensor) -> Tensor:

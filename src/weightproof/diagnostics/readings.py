@@ -20,10 +20,12 @@ class Place:
     Attributes:
         name: Public name.
         trunk: Number of the list of blocks that it belongs to.
+        width: Features of the stream there; None where it is not known.
     """
 
     name: str
     trunk: int
+    width: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
