@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from weightproof.certificate import Certificate
-from weightproof.certifying.comparison import Comparison, compare_folders
+from weightproof.certifying.comparison import Comparison, FolderOriginals, compare_folders
 from weightproof.certifying.model_pair import Data, PairReadings, compare_models, tokenizers_differ
 from weightproof.collective import Processes
 from weightproof.contracts.preserving import NAME as PRESERVING
@@ -26,7 +26,8 @@ from weightproof.folders.text_data import read_examples
 from weightproof.judgement.case_file import Base, CaseFile, statement_of
 from weightproof.judgement.curvature_probe import CurvatureProbe, factors_of
 from weightproof.judgement.evidence import environment, not_tested, now, step_json, windows_json
-from weightproof.judgement.judging import Judged, decide_on, judge_all
+from weightproof.judgement.judging import GUARDS, Judged, decide_on, judge_all
+from weightproof.judgement.subspace_probe import SubspaceProbe
 from weightproof.kinds import parse_kind
 from weightproof.numerics.spectrum_sketch import sketches_of
 from weightproof.policy import Policy
@@ -131,7 +132,7 @@ def certify_folders(request: Request, *, progress: bool = False) -> Certified:
     _require_parent(request, comparison)
     read = time.perf_counter()
     pair = _run(request, comparison)
-    judged = _with_forecast(_judged(comparison, pair), probe, request)
+    judged = _with_directions(_with_forecast(_judged(comparison, pair), probe, request), request)
     kind = parse_kind(request.kind)
     request.data.say("judging")
     decision = decide_on(request.policy, judge_all(request.policy, judged), kind=kind.name, step=1, world_size=1)
@@ -253,6 +254,19 @@ def _with_forecast(judged: Judged, probe: CurvatureProbe | None, request: Reques
     matrices = open_checkpoint(request.subject).matrices
     forecast = probe.read(matrices, judged.before.tensors, judged.after.tensors)
     return replace(judged, after=replace(judged.after, curvature=forecast))
+
+
+def _with_directions(judged: Judged, request: Request) -> Judged:
+    """The readings with the directions that a merge brought (see `weightproof.guards.subspace`)."""
+    limits = request.policy.limits_for(load_plugin(GUARDS, "subspace"))
+    probe = SubspaceProbe.of(limits, Processes.alone())
+    edit = judged.after.edit
+    if edit is None or not probe.concerns(edit.kind):
+        return judged
+    base, subject = open_checkpoint(request.base), open_checkpoint(request.subject)
+    states = judged.before, judged.reference, judged.after
+    found = probe.read(subject.matrices, edit.changed_names, FolderOriginals(base), *states)
+    return replace(judged, after=replace(judged.after, subspace=found))
 
 
 def _known(unmeasured: Mapping[str, str]) -> dict[str, str]:

@@ -111,7 +111,7 @@ def compare_folders(  # noqa: PLR0913 - two folders, and how to look at them
         kind=declared,
     )
     change = change_of(
-        new.matrices, tensors, structure_of(new), _FolderOriginals(old), before, before, scope, Processes.alone()
+        new.matrices, tensors, structure_of(new), FolderOriginals(old), before, before, scope, Processes.alone()
     )
     circuits = circuits_of(new, kept_circuits(tensors, before, before, scope))
     change = replace(change, state=with_circuits(change.state, circuits))
@@ -139,7 +139,7 @@ def compare_folders(  # noqa: PLR0913 - two folders, and how to look at them
     )
 
 
-class _FolderOriginals:
+class FolderOriginals:
     """The matrices of the base folder, each read when it is asked for."""
 
     def __init__(self, base: Checkpoint) -> None:

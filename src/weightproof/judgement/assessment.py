@@ -35,7 +35,6 @@ from weightproof.guards.corrections import Correction, corrections
 from weightproof.guards.limits import for_family
 from weightproof.judgement.curvature_probe import MOVED, CurvatureProbe
 from weightproof.judgement.judging import Judged, decide_on, is_asked, judge_one
-from weightproof.judgement.stored_directions import StoredDirections
 from weightproof.judgement.subspace_probe import SubspaceProbe, carry
 from weightproof.losses import LossData, LossProbe
 from weightproof.policy import Policy, with_digests
@@ -269,11 +268,7 @@ class Assessor:
 
     def _subspace_probe(self) -> SubspaceProbe | None:
         limits = cast("SubspaceLimits | None", self.limits.get("subspace"))
-        if limits is None:
-            return None
-        with self.processes.together("stored directions"):
-            stored = None if limits.directions is None else StoredDirections.load(limits.directions)
-        return SubspaceProbe(limits.top, stored, self.processes)
+        return None if limits is None else SubspaceProbe.of(limits, self.processes)
 
     def _directions(
         self, snapshot: Snapshot, found: Differences, states: tuple[Readings, Readings, Readings], kind: str

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weightproof.collective import Processes
 from weightproof.errors import InputError
+from weightproof.guards.subspace import SubspaceLimits
 from weightproof.judgement.stored_directions import StoredDirections
 from weightproof.numerics.intruders import EXACT_SIDE, largest_cosines
 from weightproof.parallel.shards import Part, dealt
@@ -41,6 +42,17 @@ class SubspaceProbe:
     top: int
     directions: StoredDirections | None
     processes: Processes
+
+    @classmethod
+    def of(cls, limits: SubspaceLimits, processes: Processes) -> SubspaceProbe:
+        """What a policy asks for; stored directions are read from their file.
+
+        Raises:
+            InputError: The file of stored directions cannot be used.
+        """
+        with processes.together("stored directions"):
+            stored = None if limits.directions is None else StoredDirections.load(limits.directions)
+        return cls(limits.top, stored, processes)
 
     def concerns(self, kind: str) -> bool:
         """Whether a change of this kind is read: merges and steering, any edit where directions were given."""

@@ -30,7 +30,7 @@ _NOTHING = 1e-6
 _KRYLOV_BLOCKS = 6
 _STEPS = 48
 _RESIDUAL = 0.02
-_FLOAT64_ELEMENTS = 1 << 24
+_FLOAT64_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ def largest_cosines(before: Tensor, after: Tensor, top: int, *, exact_side: int 
     """
     if before.shape != after.shape or before.ndim != 2:
         raise InputError(f"it changed its shape from {list(before.shape)} to {list(after.shape)}")
-    old, new = _scaled(before), _scaled(after)
-    if min(old.shape) <= exact_side:
+    whole = min(before.shape) <= exact_side
+    dtype = torch.float64 if whole or before.numel() <= _FLOAT64_ELEMENTS else torch.float32
+    old, new = _scaled(before, dtype), _scaled(after, dtype)
+    if whole:
         leading, method = _all_left_vectors(new)[0][:, :top], "exact"
         values = _cosines_with_all(old, leading)
     else:
@@ -74,9 +76,8 @@ def largest_cosines(before: Tensor, after: Tensor, top: int, *, exact_side: int 
     return Cosines(tuple(min(1.0, value) for value in values), f"{method}, {str(new.dtype).removeprefix('torch.')}")
 
 
-def _scaled(matrix: Tensor) -> Tensor:
-    """A copy whose largest entry is 1, in float64 where that is affordable."""
-    dtype = torch.float64 if matrix.numel() <= _FLOAT64_ELEMENTS else torch.float32
+def _scaled(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy whose largest entry is 1."""
     work = matrix.detach().to(dtype)
     peak = float(work.abs().max()) if work.numel() else 0.0
     if not math.isfinite(peak):

@@ -120,6 +120,8 @@ def _judge_again(content: Content, policy: Policy, where: str, step: StepForm, f
         findings.notes.append(
             f"{where}: what curvature foretold (factors {known}) was not computed again; it is advice"
         )
+    if judged.after.subspace is not None:
+        findings.notes.append(f"{where}: the directions of the change were not read again; they are advice")
     kind = judged.after.edit.kind if judged.after.edit is not None else step.kind
     again = decide_on(policy, found, kind=kind, step=step.step, world_size=step.world_size)
     stated = {one.guard: one for one in step.verdicts}

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weightproof import Action, GuardSession, InputError, Outcome, edits, kinds, load_policy
+from weightproof.certifying.certification import Request, certify_folders
 from weightproof.certifying.form import content_of
 from weightproof.deltas import Delta, LowRank
 from weightproof.errors import PolicyError
@@ -305,6 +306,26 @@ def test_the_certificate_holds_the_reading_and_is_judged_again_from_it():
     stated = content.predicate.steps[-1].judged_on
     assert stated is not None
     assert content.readings[stated.after].subspace == found_in(session.history[-1])
+
+
+def test_two_folders_are_read_as_a_session_reads_them(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    delta = planted(model, DOWN, 2.0)
+    session = GuardSession(model, policy=MONITOR)
+    step = session.apply(edits.steer(delta))
+    model.save_pretrained(tmp_path / "merged")
+
+    def certified(kind: object):
+        request = Request(tmp_path / "base", tmp_path / "merged", MONITOR, kind, weights_only=True)
+        return certify_folders(request)
+
+    found = certified(kinds.LoraMerge({DOWN: delta.dense(DOWN)}))
+    assert found.case.current.subspace is not None
+    (only,) = found.case.current.subspace.matrices
+    assert only.cosines == pytest.approx(found_in(step).matrices[0].cosines, abs=1e-9)
+    assert numbers(verdict_of(found)) == {DOWN: 1.0}
+    assert verdict_of(certified(None)) is None
 
 
 # ---------------------------------------------------------------- stored directions
