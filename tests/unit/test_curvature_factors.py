@@ -345,17 +345,26 @@ def test_memory_shared_out_over_passes_changes_nothing():
         fitted(include="*.mlp.*", max_bytes=one // 2)
 
 
+SISTERS = [f"model.layers.1.mlp.{one}_proj.weight" for one in ("gate", "up")]
+
+
 def two(rank: int, size: int, name: str) -> list[torch.Tensor]:
     factor = fitted(name, batches(name, count=5), labels="sampled")[NAMES[name]]
-    return [factor.activation_sum, factor.gradient_sum, torch.tensor(factor.tokens)]
+    # One batch: the second process reads none, and does not see for itself that gate and up share their input.
+    shared = fitted(data=batches(count=1), include=SISTERS)
+    assert shared[SISTERS[0]].activation_sum is shared[SISTERS[1]].activation_sum
+    assert shared[SISTERS[1]].tokens > 0
+    return [factor.activation_sum, factor.gradient_sum, torch.tensor(factor.tokens), shared[SISTERS[1]].activation_sum]
 
 
 def test_two_processes_give_the_factors_of_one():
     expected = fitted("gpt2", batches("gpt2", count=5), labels="sampled")[NAMES["gpt2"]]
-    for activation, gradient, tokens in run_world(two, 2, "gpt2"):
+    alone = fitted(data=batches(count=1), include=SISTERS)
+    for activation, gradient, tokens, shared in run_world(two, 2, "gpt2"):
         assert int(tokens) == expected.tokens
         assert torch.allclose(activation, expected.activation_sum, rtol=1e-13)
         assert torch.allclose(gradient, expected.gradient_sum, rtol=1e-13)
+        assert torch.equal(shared, alone[SISTERS[1]].activation_sum)
 
 
 def bad_batch_on_one(rank: int, size: int) -> str:
