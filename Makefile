@@ -13,7 +13,7 @@ LLMC_STAMP := .venv-llm-compressor/.installed
 KRONFLUENCE := .venv-kronfluence/bin
 KRONFLUENCE_STAMP := .venv-kronfluence/.installed
 
-.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-llm-compressor test-kronfluence test-browser recipes lint format benchmark benchmark-distributed benchmark-coverage benchmark-curvature benchmark-factors clean
+.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-llm-compressor test-kronfluence test-browser recipes docs lint format benchmark benchmark-distributed benchmark-coverage benchmark-curvature benchmark-factors clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -88,6 +88,9 @@ recipes: $(STAMP)         ## every shipped recipe on the demo model, its certifi
 
 test-browser: $(STAMP)    ## the HTML report in headless Chromium (which must be on PATH), with screenshots in .cache
 	$(BIN)/python -m pytest tests/browser
+
+docs: $(STAMP)            ## the documentation site, strictly, into .cache/site (tests build it, too)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(STAMP)            ## ruff, pyright, import-linter
 	$(BIN)/ruff check --no-cache .

@@ -255,7 +255,7 @@ def iter_weight_matrices(model: nn.Module) -> Iterator[WeightMatrix]:
     Args:
         model: Any module; DDP, torch.compile and PEFT wrappers are looked through.
 
-    Example:
+    Examples:
         >>> [(m.name, m.d_out, m.d_in) for m in iter_weight_matrices(nn.Sequential(nn.Linear(3, 2)))]
         [('0.weight', 2, 3)]
     """
