@@ -318,3 +318,18 @@ def test_other_methods_than_lora_are_merged_by_peft_minus_base(tmp_path):
     assert disk.metadata["notes"] == ["IA3: merged minus base, dense, by PEFT"]
     assert set(disk.base_digests) == set(disk.names)
     assert DOWN in disk.names
+
+
+@pytest.mark.parametrize(("deviation", "error"), [(3e-4, 0.11), (1e-4, 0.32), (3e-5, 0.70)])
+def test_how_much_of_a_delta_rounded_merges_lose(deviation, error):
+    generator = torch.Generator().manual_seed(0)
+    before, after = (nn.Linear(256, 256, bias=False) for _ in range(2))
+    weight = torch.randn(256, 256, generator=generator) * 0.02
+    change = torch.randn(256, 256, generator=generator) * deviation
+    with torch.no_grad():
+        before.weight.copy_(weight)
+        before.to(torch.bfloat16)
+        after.weight.copy_(before.weight.float() + change)
+        after.to(torch.bfloat16)
+    found = Delta.between(before, after).dense("weight")
+    assert float((found - change).norm() / change.norm()) == pytest.approx(error, rel=0.1)
