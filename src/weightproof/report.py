@@ -36,11 +36,12 @@ T = TypeVar("T")
 
 MARKS = {"html": '<meta name="generator" content="weightproof report">', "markdown": "[//]: # (weightproof report)"}
 """What the first lines of a report hold, so that one is known when it is to be replaced."""
-FORESEEN = "foreseen"
+FORESEEN, DIRECTIONS = "foreseen", "directions"
 _SECTIONS = (
     ("why", "Why"),
     ("loss", "Loss"),
     (FORESEEN, "Predicted loss"),
+    (DIRECTIONS, "Directions"),
     ("where", "Layers"),
     ("spectra", "Spectra"),
     ("guards", "Guards"),
@@ -200,8 +201,8 @@ def signer_of(certificate: Certificate) -> str:
 
 
 def _sections(facts: Facts) -> tuple[tuple[str, str], ...]:
-    has_forecast = facts.main is not None and facts.main.foreseen is not None
-    known = [one for one in _SECTIONS if has_forecast or one[0] != FORESEEN]
+    optional = (FORESEEN, DIRECTIONS)
+    known = [one for one in _SECTIONS if one[0] not in optional or getattr(facts.main, one[0], None) is not None]
     return (
         *(known if facts.main else ()),
         *((("steps", "All changes"),) if facts.steps else ()),
@@ -326,8 +327,9 @@ def _why_lines(step: StepFacts) -> list[str]:
     for item in step.losses:
         about = f"{metric_words(item.reading)} on the {item.reading.get('role')} data"
         lines += ["", f"{escape(about)}: {escape(loss_sentence(item))}"]
-    if step.foreseen is not None:
-        lines += ["", escape(" ".join(filter(None, (step.foreseen.sentence, step.foreseen.left_out))))]
+    for advice in (step.foreseen, step.directions):
+        if advice is not None:
+            lines += ["", escape(" ".join(filter(None, (advice.sentence, advice.left_out))))]
     return [*lines, "", *_verdict_lines(step)]
 
 

@@ -13,6 +13,7 @@ from weightproof.errors import InputError
 
 if TYPE_CHECKING:
     from weightproof.certificate import Certificate
+    from weightproof.reporting.directions import Directions
     from weightproof.reporting.foreseen import Foreseen
 
 
@@ -48,6 +49,8 @@ def _explain(certificate: Certificate, steps: Any, worst: int, *, as_json: bool)
         if (forecast := _forecast(step, predicate)) is not None:
             ranked = {row.name: row.predicted for row in forecast.rows}
             found |= {"predicted": {"total": forecast.total, "by_matrix": ranked, "factors": forecast.factors}}
+        if (new := _directions(step, predicate)) is not None:
+            found |= {"new_directions": {"total": new.total, "by_matrix": {row.name: row.count for row in new.rows}}}
         found |= {"subject": certificate.subject_name, "model_digest": certificate.model_digest}
         sys.stdout.write(json.dumps(found, indent=2, allow_nan=False) + "\n")
         return
@@ -62,10 +65,10 @@ def _explain(certificate: Certificate, steps: Any, worst: int, *, as_json: bool)
     if len(steps) > 1:
         console.print(f"{len(steps)} steps were judged; this is the last one", markup=False)
     show_decision(console, step, predicate["not_tested"])
-    forecast = _forecast(step, predicate)
-    if forecast is not None:
-        told = filter(None, (forecast.sentence, forecast.left_out))
-        console.print("", " ".join(told), sep="\n", markup=False, soft_wrap=True)
+    for advice in (_forecast(step, predicate), _directions(step, predicate)):
+        if advice is not None:
+            told = filter(None, (advice.sentence, advice.left_out))
+            console.print("", " ".join(told), sep="\n", markup=False, soft_wrap=True)
     table = worst_table(step, worst)
     if table is not None:
         console.print("", table)
@@ -75,8 +78,19 @@ def _forecast(step: Any, predicate: Any) -> Foreseen | None:
     """What curvature foretells of a step; None where no factors were given."""
     from weightproof.reporting.foreseen import foreseen
 
-    named = (step.get("judged_on") or {}).get("after")
-    return foreseen(step, predicate["readings"].get(named) or {})
+    return foreseen(step, _after(step, predicate))
+
+
+def _directions(step: Any, predicate: Any) -> Directions | None:
+    """Which directions came with a step; None where nothing was merged or steered."""
+    from weightproof.reporting.directions import directions
+
+    return directions(step, _after(step, predicate))
+
+
+def _after(step: Any, predicate: Any) -> Any:
+    """Readings of the changed model; empty where the certificate has them no more."""
+    return predicate["readings"].get((step.get("judged_on") or {}).get("after")) or {}
 
 
 def _keys(certificate: Certificate) -> str:

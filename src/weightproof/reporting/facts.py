@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightproof.judgement.situations import SITUATIONS
+from weightproof.reporting.directions import Directions, directions
 from weightproof.reporting.foreseen import Foreseen, foreseen
 from weightproof.reporting.heat import HeatMap, heat_map
 from weightproof.reporting.pictures import is_higher_better, share_of_limit
@@ -21,7 +22,7 @@ from weightproof.reporting.words import number, percent, plural
 WORST = 8
 """Measurements shown for one step; the certificate has all that were kept."""
 _NAMED = 4  # tensors named in a sentence
-GUARDS = ("loss", "divergence", "variance", "circuits", "curvature", "spectral", "rmt", "invariants")
+GUARDS = ("loss", "divergence", "variance", "circuits", "curvature", "subspace", "spectral", "rmt", "invariants")
 """Order of equally bad verdicts: what says whether, before what says where."""
 _RANK = {"FAIL": 3, "NOT_MEASURED": 2, "WARN": 1, "PASS": 0}
 
@@ -49,6 +50,7 @@ class StepFacts:
         spectra: Sketches of spectra before and after.
         changes: Spectral numbers before and after of the most changed matrices.
         foreseen: What curvature foretells of it; None where there were no factors.
+        directions: Which directions came with it; None where nothing was merged or steered.
     """
 
     raw: Mapping[str, Any]
@@ -60,6 +62,7 @@ class StepFacts:
     spectra: tuple[Mapping[str, Any], ...]
     changes: tuple[SpectralChange, ...]
     foreseen: Foreseen | None = None
+    directions: Directions | None = None
 
     @property
     def name(self) -> str:
@@ -185,6 +188,7 @@ def _step(raw: Mapping[str, Any], readings: tuple[Mapping[str, Any], Mapping[str
         tuple(raw.get("spectra") or ()),
         spectral_changes(deltas, before, after),
         foreseen(raw, after),
+        directions(raw, after),
     )
 
 
