@@ -512,8 +512,8 @@ class WindowReading:
     mildest of the last three losses with what was usual, `norm_z` and `norm_ratio` the largest gradient norm; None
     where too little is known. `stale_masters` are weights that the optimizer's next step would undo,
     `impossible_moments` states of it that no gradients could have made, and `disagreements` what is proven to be wrong
-    with what the processes trained on; the last two in words. `num_steps` were given losses, `num_worse` of which, with
-    those just before, lie above `guessing`, the loss of a model that guesses (nats per token; None where nobody knows).
+    with what the processes trained on; the last two in words. `num_steps` were given losses, `num_near` of which, with
+    those just before, lie near `guessing`, the loss of a model that guesses (nats per token; None where nobody knows).
     `reports` are judged by nobody; `usual_moves` is how far, relative to its norm, a matrix usually moves in such a
     window.
     """
@@ -530,7 +530,7 @@ class WindowReading:
     disagreements: tuple[str, ...] = ()
     num_steps: int = 0
     guessing: float | None = None
-    num_worse: int | None = None
+    num_near: int | None = None
     reports: tuple[WindowReport, ...] = ()
     usual_moves: Mapping[str, float] = field(default_factory=dict[str, float])
 

@@ -9,7 +9,7 @@ No number here is a tuned limit: each is exact. In the order in which they are r
 - finiteness of every parameter and buffer, and of the raw losses of a window of training;
 - what else a window of training showed: too many steps without a usable gradient, masters that hold other weights,
   moments that no gradients could have made, processes that were given each other's batches,
-  a loss that rose and stayed there, and losses worse than guessing (limits in `weightproof.statistics.spikes`; these
+  a loss that rose and stayed there, losses of a model that guesses (limits in `weightproof.statistics.spikes`; these
   two are no exact facts). Beside them stands what is only reported (`weightproof.statistics.window_reports`);
 - scope: a changed tensor that no declared target covers is FAIL;
 - reach: block matrices that a declared quantization left as they were are WARN, with their share;
@@ -27,7 +27,7 @@ from weightproof.guards.contract import judge_contract, no_op_words
 from weightproof.guards.reach import judge_reach
 from weightproof.guards.scope import Scope, changed_tensors
 from weightproof.guards.structure import judge_structure
-from weightproof.statistics.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is_witnessed, most_worse
+from weightproof.statistics.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_lasting, is_witnessed, most_near
 from weightproof.statistics.window_reports import FAMILY, measurement_of, weight_move, worst_reports
 from weightproof.types import EditRecord, Measurement, Outcome, Readings, Verdict
 
@@ -154,12 +154,12 @@ def _judge_window(after: Readings) -> Iterator[Measurement]:
             outcome=Outcome.FAIL if lasting or witnessed else Outcome.PASS,
             reason=why if lasting or witnessed else None,
         )  # fmt: skip
-    if window.num_worse is not None and window.guessing is not None:
-        limit = most_worse(window.num_steps)
-        bad = window.num_worse > limit
-        why = f"steps with a loss of {window.guessing:.3g} or more, which a model that guesses has"
+    if window.num_near is not None and window.guessing is not None:
+        limit = most_near(window.num_steps)
+        bad = window.num_near > limit
+        why = f"steps with about the loss of a model that guesses ({window.guessing:.3g}), or more"
         yield Measurement(
-            "invariants", "raw losses", "num_worse_than_guessing", float(window.num_worse), 0.0, float(limit),
+            "invariants", "raw losses", "num_near_guessing", float(window.num_near), 0.0, float(limit),
             outcome=Outcome.FAIL if bad else Outcome.PASS,
             reason=why if bad else None,
         )  # fmt: skip

@@ -41,11 +41,12 @@ LEAST_SPREAD = 0.02
 # The last values alone: what one step is held against while a loss still falls.
 RECENT = 16
 
-# A loss that is worse than guessing (the logarithm of the number of symbols) in a model that was well below: only what
-# has nothing to learn in it gives that, step after step. So many steps of a window, and such a share of it, reject it.
-GUESSING_SHARE = 0.8
-MIN_WORSE = 3
-WORSE_SHARE = 0.2
+# A loss most of the way from the usual to that of guessing (the logarithm of the number of symbols): what has hardly
+# anything to learn in it gives that, step after step. So many steps of a window, and such a share of it, reject it.
+NEAR_GUESSING = 0.7
+LEARNED = 0.8
+MIN_NEAR = 3
+NEAR_SHARE = 0.2
 
 # A rise of the loss that acts by itself: by half, by a quarter of a nat, and by 8 spreads, at each of the last steps.
 LASTING_Z = 8.0
@@ -151,11 +152,11 @@ def recent_level(history: Sequence[float]) -> Level | None:
     return Level(median(logs[-RECENT:]), max(1.4826 * median(steps) / math.sqrt(2.0), LEAST_SPREAD))
 
 
-def num_worse_than_guessing(history: Sequence[float], window: Sequence[float], guessing: float | None) -> int | None:
-    """Steps of a window whose loss is that of a model that guesses, with those just before it.
+def num_near_guessing(history: Sequence[float], window: Sequence[float], guessing: float | None) -> int | None:
+    """Steps of a window whose loss is about that of a model that guesses, with those just before it.
 
-    Symbols drawn at random cost the logarithm of their number at least, whatever a model has learned; text that
-    is merely hard costs less.
+    Symbols drawn at random cost the logarithm of their number at least, whatever a model has learned; text that is
+    merely hard costs much less. Near is seven tenths of the way there from the usual, and beyond 6 spreads.
 
     Args:
         history: Raw losses of windows that were kept, oldest first.
@@ -165,19 +166,22 @@ def num_worse_than_guessing(history: Sequence[float], window: Sequence[float], g
     Returns:
         None where it is not known, or where the model was hardly better than guessing before.
     """
-    recent = [loss for loss in history if math.isfinite(loss)][-RECENT:]
-    if guessing is None or len(recent) < RECENT or median(recent) > GUESSING_SHARE * guessing:
+    level = recent_level(history)
+    if guessing is None or level is None or math.exp(level.mean) > LEARNED * guessing:
         return None
-    before = next((count for count, loss in enumerate(reversed(recent)) if loss < guessing), 0)
-    return sum(not loss < guessing for loss in window) + (before if window and not window[0] < guessing else 0)
+    usual = math.exp(level.mean)
+    near = max(usual + NEAR_GUESSING * (guessing - usual), math.exp(level.mean + SPREADS * level.spread))
+    known = [loss for loss in history if math.isfinite(loss)][-RECENT:]
+    before = next((count for count, loss in enumerate(reversed(known)) if loss < near), 0)
+    return sum(not loss < near for loss in window) + (before if window and not window[0] < near else 0)
 
 
-def most_worse(num_steps: int) -> int:
-    """How many steps of a window may be worse than guessing before it is rejected.
+def most_near(num_steps: int) -> int:
+    """How many steps of a window may be near guessing before it is rejected.
 
     Taking a window back costs its other steps, too: a few bad ones among many do less harm than that.
     """
-    return max(MIN_WORSE, math.ceil(WORSE_SHARE * num_steps)) - 1
+    return max(MIN_NEAR, math.ceil(NEAR_SHARE * num_steps)) - 1
 
 
 def lasting_score(history: Sequence[float], window: Sequence[float]) -> Score | None:

@@ -21,7 +21,7 @@ from weightproof.statistics.spikes import (
     is_loss_spike,
     lasting_score,
     norm_score,
-    num_worse_than_guessing,
+    num_near_guessing,
 )
 from weightproof.statistics.window_reports import Usual, loss_peak, norm_peak, weight_move, worst_reports
 from weightproof.transactions.checks import as_losses, common_losses, require_same_call
@@ -32,7 +32,7 @@ from weightproof.transactions.steps import Step
 from weightproof.transactions.transaction import Recorder, Transaction
 from weightproof.types import Action, WindowReading, WindowReport
 
-# Rollbacks for losses worse than guessing in a run that sets no limit: data that stay so are meant so.
+# Rollbacks for losses near guessing in a run that sets no limit: data that stay so are meant so.
 _MAX_FOR_DATA = 3
 
 
@@ -221,14 +221,14 @@ class TrainingWindows:
             disagreements=tuple(seen.disagreements),
             num_steps=len(losses),
             guessing=guessing,
-            num_worse=num_worse_than_guessing(self.losses, losses, guessing),
+            num_near=num_near_guessing(self.losses, losses, guessing),
             reports=worst_reports([*(one for one in peaks if one), *(one for _, theirs in every for one in theirs)]),
             usual_moves=self._moves.known(size),
         )
 
     @property
     def _may_go_back(self) -> bool:
-        """Whether one more rollback ends no run: data that stay worse than guessing are meant so, and let pass."""
+        """Whether one more rollback ends no run: data that stay near guessing are meant so, and let pass."""
         if self.rolling is None:
             return False
         most = self.rolling.options.max_rollbacks
@@ -254,8 +254,8 @@ class TrainingWindows:
         losses, window = _losses_of(handle), None if handle.judged is None else handle.judged.after.window
         if not losses:
             return False
-        worse = num_worse_than_guessing(self.losses, losses[-1:], None if window is None else window.guessing)
-        return bool(worse) or is_high(self.losses, losses[-1])
+        near = num_near_guessing(self.losses, losses[-1:], None if window is None else window.guessing)
+        return bool(near) or is_high(self.losses, losses[-1])
 
     def _grew_untrained(self, state: State) -> bool:
         """Whether a matrix without learned structure changed its norm grossly."""

@@ -13,9 +13,11 @@ from weightproof.testing.faults.fault import ParameterFault
 from weightproof.testing.injection import Injection
 from weightproof.testing.tampering import flip_bit, pick_element
 
-# Bits from the most significant one: the top bit of an exponent, and lower ones, which move a small number by 2^8 and
-# 2^4. What a fraction bit does to one number among many nobody can see.
+# Bits from the most significant one: the top bit of an exponent, and lower ones, which move a number by 2^16, 2^8 and
+# 2^4, up where that bit is 0 (of squared gradients, gradients and weights of a common size it is). What a bit of the fraction
+# does to one number among many nobody can see.
 TOP_EXPONENT_BIT = 1
+UPPER_EXPONENT_BIT = 4
 LOWER_EXPONENT_BIT = 5
 LOW_EXPONENT_BIT = 6
 
@@ -65,6 +67,7 @@ class OptimizerBitFlip(_BitFlip):
 
     name: ClassVar[str] = "optimizer-bit-flip"
     hits: ClassVar[str] = "an optimizer moment"
+    weaker: ClassVar[Mapping[str, Any] | None] = {"bit": UPPER_EXPONENT_BIT, "state": "exp_avg_sq"}
     state: str = "exp_avg"
 
     def before_step(self, run: Injection) -> None:
