@@ -33,6 +33,8 @@ class SubspaceLimits:
             docs/guards/subspace.md.
         max_intruders: WARN above so many in one matrix since the baseline.
         top: How many leading directions of each changed matrix are looked at; arXiv 2410.21228 takes 10.
+        max_side: Matrices whose shorter side is longer are not looked at for intruders; 0 for none at all. The cost
+            grows with the number of elements (docs/guards/subspace.md).
         direction_cosine: WARN above this cosine with a stored direction; where random directions reach it, above 4
             times their root mean square instead.
         directions: Path of the stored directions (see `judgement.stored_directions`); None for none.
@@ -41,6 +43,7 @@ class SubspaceLimits:
     cosine: float = 0.5
     max_intruders: int = 0
     top: int = 10
+    max_side: int = 16384
     direction_cosine: float = 0.3
     directions: str | None = None
 
@@ -49,6 +52,7 @@ class SubspaceLimits:
         check_number("cosine", self.cosine, high=1.0, strict=True)
         check_count("max_intruders", self.max_intruders)
         check_count("top", self.top, low=1)
+        check_count("max_side", self.max_side)
         check_number("direction_cosine", self.direction_cosine, high=1.0, strict=True)
         if self.directions is not None and (not isinstance(self.directions, str) or not self.directions):
             raise PolicyError(f"limit 'directions' must be the path of stored directions, not {self.directions!r}")

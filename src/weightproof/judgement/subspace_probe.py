@@ -35,11 +35,13 @@ class SubspaceProbe:
 
     Attributes:
         top: Leading left singular vectors of each changed matrix.
+        max_side: Of matrices with a longer shorter side none.
         directions: Directions that the user keeps, or None.
         processes: Who takes part.
     """
 
     top: int
+    max_side: int
     directions: StoredDirections | None
     processes: Processes
 
@@ -52,7 +54,7 @@ class SubspaceProbe:
         """
         with processes.together("stored directions"):
             stored = None if limits.directions is None else StoredDirections.load(limits.directions)
-        return cls(limits.top, stored, processes)
+        return cls(limits.top, limits.max_side, stored, processes)
 
     def concerns(self, kind: str) -> bool:
         """Whether a change of this kind is read: merges and steering, any edit where directions were given."""
@@ -113,19 +115,17 @@ class SubspaceProbe:
     ) -> DirectionsReading:
         """One matrix, on its owner."""
         reading = DirectionsReading(matrix.name, matrix.family, None, (), (), "none")
-        if weight is None:
-            return replace(reading, reason=matrix.refusal or "it cannot be read")
-        if original is None:
-            return replace(reading, reason="there was no such matrix before the change")
-        if original.shape != weight.shape:
-            return replace(reading, reason=f"it changed its shape from {list(original.shape)} to {list(weight.shape)}")
-        stored = self._stored(matrix, weight, original.to(weight.device))
-        reading = replace(reading, stored=stored)
+        if weight is None or original is None or original.shape != weight.shape:
+            return replace(reading, reason=_unreadable(matrix, weight, original))
+        original = original.to(weight.device)
+        reading = replace(reading, stored=self._stored(matrix, weight, original))
+        if (side := min(weight.shape)) > self.max_side:
+            reason = f"its shorter side is {side}, more than the policy lets be looked at (max_side {self.max_side})"
+            return replace(reading, reason=reason)
         if spikes == 0:
             return replace(reading, reason=_BULK)
         try:
-            top = self.top if spikes is None else min(self.top, spikes)
-            found = largest_cosines(original.to(weight.device), weight, top)
+            found = largest_cosines(original, weight, self.top if spikes is None else min(self.top, spikes))
         except InputError as error:
             return replace(reading, reason=str(error))
         return replace(reading, cosines=found.values, method=found.method)
@@ -142,6 +142,14 @@ class SubspaceProbe:
             return ()
         used = {cosine.direction for one in read for cosine in one.stored}
         return tuple(sorted(self.directions.names() - used))
+
+
+def _unreadable(matrix: WeightMatrix, weight: Tensor | None, original: Tensor | None) -> str:
+    if weight is None:
+        return matrix.refusal or "it cannot be read"
+    if original is None:
+        return "there was no such matrix before the change"
+    return f"it changed its shape from {list(original.shape)} to {list(weight.shape)}"
 
 
 def carry(known: SubspaceReading | None, baseline: Readings, after: Readings) -> SubspaceReading | None:

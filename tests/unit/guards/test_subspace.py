@@ -13,6 +13,7 @@ import trained_models
 from hand_readings import after, baseline
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from trained_adapters import adapter_folder
 
 from weightproof import Action, GuardSession, InputError, Outcome, edits, kinds, load_policy
 from weightproof.certifying.certification import Request, certify_folders
@@ -22,6 +23,7 @@ from weightproof.errors import PolicyError
 from weightproof.guards.subspace import INTRUDERS, Subspace, SubspaceLimits
 from weightproof.judgement.judging import GUARDS, Judged, decide_on, is_asked, judge_all
 from weightproof.judgement.stored_directions import StoredDirections
+from weightproof.lora.adapters import read_adapter
 from weightproof.readings.readings_json import readings_json, readings_of
 from weightproof.registry import plugins
 from weightproof.types import DirectionsReading, Measurement, StoredCosine, SubspaceReading, Verdict
@@ -108,7 +110,7 @@ class TestJudgement:
 
     @pytest.mark.parametrize(
         ("key", "value"),
-        [("cosine", 0.0), ("cosine", 1.5), ("max_intruders", -1), ("top", 0), ("top", 1.5),
+        [("cosine", 0.0), ("cosine", 1.5), ("max_intruders", -1), ("top", 0), ("top", 1.5), ("max_side", -1),
          ("direction_cosine", math.nan), ("directions", 3), ("directions", "")],
     )  # fmt: skip
     def test_wrong_limits_are_refused(self, key, value):
@@ -306,6 +308,26 @@ def test_the_certificate_holds_the_reading_and_is_judged_again_from_it():
     stated = content.predicate.steps[-1].judged_on
     assert stated is not None
     assert content.readings[stated.after].subspace == found_in(session.history[-1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_matrix_that_a_trained_adapter_changes_is_read(name):
+    session = GuardSession(trained_models.load(name).model, policy=MONITOR)
+    edit = edits.LoraMerge(str(adapter_folder(name)))
+    step = session.apply(edit)
+    changed = set(read_adapter(adapter_folder(name)).deltas)
+    assert {one.name for one in found_in(step).matrices} == changed
+    counts = numbers(verdict_of(step))
+    assert all(1 <= count <= 10 for count in counts.values() if count is not None)
+    assert sum(count is not None for count in counts.values()) > len(changed) / 2
+
+
+def test_a_policy_can_leave_large_matrices_out():
+    model = llama()
+    policy = MONITOR.override({"subspace": {"max_side": 63}})
+    step = GuardSession(model, policy=policy).apply(edits.steer(planted(model, DOWN, 2.0)))
+    assert verdict_of(step).outcome is Outcome.NOT_MEASURED
+    assert "its shorter side is 64" in verdict_of(step).reason
 
 
 def test_two_folders_are_read_as_a_session_reads_them(tmp_path):
