@@ -1,4 +1,4 @@
-"""`HealthCallback`: training health of a `Trainer` run, every few hundred steps, on held-out data.
+"""`HealthCallback`: training health of a `Trainer` run, every 500 steps, on held-out data.
 
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[HealthCallback(held_out)])  # doctest: +SKIP
 
@@ -35,13 +35,13 @@ __all__ = ["DEFAULT_EVERY", "HealthCallback"]
 logger = logging.getLogger("weightproof.health")
 
 ACTIONS = ("warn", "stop")
-DEFAULT_EVERY = 200
+DEFAULT_EVERY = 500
 """Steps between two reports: benchmarks/health.py measures what they cost."""
 LOG = "health.jsonl"
 
 
 class HealthCallback(TrainerCallback):
-    """Diagnose a training every few hundred steps.
+    """Diagnose a training every 500 steps.
 
     Args:
         data: Held-out examples (with labels where the loss needs them), of which the first `batches * rows` windows

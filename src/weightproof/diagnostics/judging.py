@@ -127,11 +127,15 @@ def _extreme(  # noqa: PLR0913, PLR0917 - the parts of one diagnostic
     at = broken[0] if broken else pick(known, key=lambda index: _number(values, index))
     value, where = _number(values, at), levels.names[at]
     if broken:
-        message = f"{where}: {_words(name)} is {value}, which is no ratio of two norms: the network has diverged"
+        message = (
+            f"{where}: {_words(name, levels)} is {value}, which is no ratio of two norms: the network has diverged"
+        )
         return Diagnostic(name, value, values, limit, Status.INVALID, where, message)
     beyond = value > limit if pick is max else value < limit
     side = "above" if pick is max else "below"
-    message = f"{where}: {_words(name)} is {value:.3g}" + (f", {side} {limit:g}" if beyond else f" (limit {limit:g})")
+    message = f"{where}: {_words(name, levels)} is {value:.3g}" + (
+        f", {side} {limit:g}" if beyond else f" (limit {limit:g})"
+    )
     return Diagnostic(name, value, values, limit, if_beyond if beyond else Status.PASS, where, message)
 
 
@@ -141,10 +145,11 @@ def _overflowed(one: Diagnostic, levels: Levels) -> Diagnostic:
     return Diagnostic(one.name, one.value, one.per_layer, one.threshold, Status.INVALID, levels.names[at], message)
 
 
-def _words(name: str) -> str:
+def _words(name: str, levels: Levels) -> str:
+    counted = ", from unit scale on," if any(place.width is not None for place in levels.places) else ""
     return {
-        "residual_growth": "growth in one block",
-        "total_growth": "growth over all blocks",
+        "residual_growth": f"growth in one block{counted}",
+        "total_growth": f"growth over all blocks{counted}",
         "collapse": "the smallest growth in one block",
     }[name]
 
