@@ -27,15 +27,19 @@ class CurvatureLimits:
         predicted: Nats per token, summed over the matrices; WARN above. docs/guards/curvature.md: a perplexity ratio
             of 1.01, and about as far as predictions were found to hold.
         trust: ||E||_F / ||W||_F of a matrix above which its quadratic is said not to hold (docs/guards/curvature.md).
+        holds: Nats per token, summed, up to which the number and not only the order was found to hold
+            (docs/kfac.md, foreseeing a loss change).
     """
 
     predicted: float = 0.01
     trust: float = 0.3
+    holds: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse wrong values: PolicyError names the key."""
         check_number("predicted", self.predicted, strict=True)
         check_number("trust", self.trust, strict=True)
+        check_number("holds", self.holds, strict=True)
 
 
 @final
@@ -86,6 +90,8 @@ def in_words(forecast: LossForecast, limits: CurvatureLimits) -> str:
     told = [f"{whole:.3g} nats per token predicted (limit {limits.predicted:g})"]
     if whole > 0.0:
         told.append(f"{(worst.predicted or 0.0) / whole:.0%} of it by {worst.name}")
+    if whole > limits.holds:
+        told.append(f"beyond {limits.holds:g} nats the loss is no longer quadratic")
     far = [one for one in forecast.matrices if is_far(one, limits)]
     if far:
         largest = max(far, key=lambda one: one.relative_change or 0.0)

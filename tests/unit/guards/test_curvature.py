@@ -60,6 +60,8 @@ class TestJudgement:
         assert [one.reason is not None for one in found.measurements] == [False, True, False]
         assert "quadratic" not in judge(reading("a", 0.002, 0.9), limits=CurvatureLimits(trust=1.0)).reason
         assert "quadratic" not in judge(reading("a", 0.002, None)).reason  # its norm was zero
+        assert "quadratic" not in judge(reading("a", 0.09)).reason
+        assert "beyond 0.1 nats the loss is no longer quadratic" in judge(reading("a", 0.11)).reason
 
     def test_what_was_not_measured_is_no_pass(self):
         unread = judge(reading("a", None, None, "it is not finite"))
@@ -74,7 +76,9 @@ class TestJudgement:
     def test_a_change_that_costs_nothing_blames_nobody(self):
         assert judge(reading("a", 0.0)).reason == "0 nats per token predicted (limit 0.01)"
 
-    @pytest.mark.parametrize(("key", "value"), [("predicted", 0.0), ("trust", -1.0), ("predicted", math.nan)])
+    @pytest.mark.parametrize(
+        ("key", "value"), [("predicted", 0.0), ("trust", -1.0), ("holds", 0.0), ("predicted", math.nan)]
+    )
     def test_wrong_limits_are_refused(self, key, value):
         with pytest.raises(PolicyError, match=key):
             CurvatureLimits(**{key: value})
