@@ -112,7 +112,7 @@ class Moments:
         """A sum over all processes with its lower half."""
         own = torch.zeros(size, size, dtype=self.dtype) if mine is None else mine.cpu().clone()
         (total,) = processes.sum(f"factors of {what}", [own])
-        upper = total.triu_()
+        upper = total.triu()
         return upper + upper.triu(1).T
 
     def _zeros(self, size: int) -> torch.Tensor:
