@@ -9,6 +9,8 @@ A tour, in the order in which a change travels:
 - `edits` plan changes, `kinds` are the contracts they declare, `snapshot` is the only writer.
 - `health` diagnoses a training: scale of the residual stream, gradients, use of blocks; its parts in `diagnostics`.
 - `curvature` fits Kronecker factors and foresees the loss change of an edit.
+- `deltas` keep what a training added as factors, `steering` puts it into a model for as long as a block lasts; `subspace`
+  says how much of it lies in a few directions, `candidates` guess which, and `delta_report` tells of all of them.
 - `guards` judge readings with pure functions; `policy` turns verdicts into one decision.
 - `losses` pairs the loss before and after on data, `statistics` turns that into an interval: only it may accept.
 - `judgement` applies guards and policy to readings, the same in a session, in `certify` and in `verify`.
