@@ -131,7 +131,6 @@ class Steering:
             require_base(self.delta, self._targets, lambda matrix: _before(others, matrix))
         modules = hooked_modules(self.model, packed)
         kept = MatrixBits([target.matrix for target in self._targets], self._backup_device)
-        require_range(self._targets, kept.kept(), self.alpha)
         self._digests = {name: tensor_digest(values) for name, values in kept.kept().items()}
         self._kept = kept
         self.written = tuple(target.matrix.name for target in self._targets)

@@ -11,6 +11,7 @@ import containers
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from trained_adapters import adapted, configuration
 from trained_models import calibration_windows, untrained
 
@@ -323,6 +324,41 @@ def test_packed_weights_are_steered_by_a_hook_and_not_written(packed):
         assert torch.equal(model(inputs), before)
     assert digest(model) == was
     assert not model[1]._forward_hooks
+
+
+class Adapted(nn.Module):
+    """A layer of PEFT around a packed one, as far as names go."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+
+    def forward(self, x):
+        return 2 * self.base_layer(x)
+
+
+def test_inside_a_live_adapter_the_packed_layer_itself_is_steered():
+    model = nn.ModuleDict({"up_proj": Adapted(containers.GptqContainer(nn.Linear(32, 16)))})
+    inputs, delta = torch.randn(3, 32), Delta({"up_proj.weight": torch.randn(16, 32)})
+    with torch.no_grad():
+        before = model["up_proj"](inputs)
+        with steer(model, delta) as steering:
+            assert steering.hooked == ("up_proj.weight",)
+            assert torch.allclose(
+                model["up_proj"](inputs), before + 2 * inputs @ delta.dense("up_proj.weight").T, atol=1e-4
+            )
+        assert torch.equal(model["up_proj"](inputs), before)
+
+
+def test_a_pruning_mask_is_steered_by_its_output_too():
+    model = nn.Sequential(nn.Linear(6, 4))
+    prune.random_unstructured(model[0], "weight", 0.5)
+    inputs, delta = torch.randn(3, 6), Delta({"0.weight": torch.randn(4, 6)})
+    was = digest(model)
+    with torch.no_grad(), steer(model, delta, 0.5):
+        wanted = inputs @ (model[0].weight + 0.5 * delta.dense("0.weight")).T + model[0].bias
+        assert torch.allclose(model(inputs), wanted, atol=1e-5)
+    assert digest(model) == was
 
 
 # ---------------------------------------------------------------- real adapters, planted directions

@@ -122,12 +122,14 @@ def require_range(targets: Iterable[Target], weights: Mapping[str, Tensor], alph
         InputError: Naming the matrix.
     """
     for matrix, part in targets:
-        weight = weights[matrix.name]
-        room = torch.finfo(weight.dtype).max
-        reach = float(weight.detach().abs().max()) if weight.numel() else 0.0
-        if not math.isfinite(reach) or reach + abs(alpha) * largest_element(part) <= room:
+        weight, reach = weights[matrix.name], abs(alpha) * largest_element(part)
+        facts = torch.finfo(weight.dtype)
+        if not weight.numel() or reach <= facts.eps * facts.max / 4:
+            continue  # less than half a step of the largest number: the sum rounds to it at most
+        peak = float(weight.detach().abs().max())
+        if not math.isfinite(peak) or peak + reach <= facts.max:
             continue  # weights that are not finite were so before: guards tell
-        if float(moved(weight, part, alpha).abs().max()) > room:
+        if float(moved(weight, part, alpha).abs().max()) > facts.max:
             raise InputError(
                 f"alpha={alpha:g} takes {matrix.name} out of the range of {weight.dtype}: nothing was written"
             )

@@ -54,17 +54,23 @@ def hooked_modules(model: nn.Module, packed: Iterable[Target]) -> list[tuple[nn.
     packed = list(packed)
     if not packed:
         return []
-    modules: dict[str, list[nn.Module]] = {}
-    for path, module in model.named_modules():
-        modules.setdefault(clean_name(path), []).append(module)
+    modules: dict[str, list[str]] = {}
+    for path, _ in model.named_modules():
+        modules.setdefault(clean_name(path), []).append(path)
     found: list[tuple[nn.Module, Part]] = []
     for matrix, part in packed:
-        holders = modules.get(matrix.name.rpartition(".")[0], [])
         is_linear = matrix.family not in ("embed", "conv") and "[" not in matrix.name and not matrix.tied_names
-        if len(holders) != 1 or not is_linear:
+        path = _innermost(modules.get(matrix.name.rpartition(".")[0], []))
+        if path is None or not is_linear:
             raise InputError(
                 f"{matrix.name} is stored by {matrix.storage}: it cannot be written, and it is not the weight of one "
                 "linear module whose output could be steered instead. Nothing was changed"
             )
-        found.append((holders[0], part))
+        found.append((model.get_submodule(path), part))
     return found
+
+
+def _innermost(paths: list[str]) -> str | None:
+    """The module that holds the weight, of those with its name: an adapter's layer lies around its base layer."""
+    longest = max(paths, key=len, default=None)
+    return longest if longest is not None and all(longest.startswith(path) for path in paths) else None
