@@ -345,6 +345,28 @@ def test_memory_shared_out_over_passes_changes_nothing():
         fitted(include="*.mlp.*", max_bytes=one // 2)
 
 
+def test_the_estimate_is_what_the_factors_take():
+    """Sisters counted once: the estimate knows which read one input before the model runs."""
+    model = untrained("llama")
+    cost = fit_cost(model)
+    factors = fitted(model=model, data=batches(count=1), include=None)
+    assert cost.matrices == tuple(factors)
+    assert len(cost.matrices) == 3 * 7
+    assert cost.bytes_of_factors == cost.bytes_at_once == factors.nbytes
+    assert cost.flops_per_token == 2 * factors.nbytes // 8
+
+
+def test_nothing_below_the_lowest_layer_that_is_read_is_differentiated():
+    model, needed = untrained("llama"), {}
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(
+            lambda module, arguments, output, number=number: needed.update({number: output.requires_grad})
+        )
+    fitted(model=model, include="*layers.1.mlp.up_proj*")
+    assert needed == {0: False, 1: True, 2: True}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 SISTERS = [f"model.layers.1.mlp.{one}_proj.weight" for one in ("gate", "up")]
 
 
