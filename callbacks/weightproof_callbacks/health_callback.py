@@ -92,7 +92,7 @@ class HealthCallback(TrainerCallback):
         require_positive("every", every)
         if action not in ACTIONS:
             raise InputError(f"action must be one of {', '.join(ACTIONS)}, not {action!r}")
-        self.data, self.every, self.action, self.warmup = data, every, action, warmup
+        self.held_out, self.every, self.action, self.warmup = data, every, action, warmup
         self.sizes = {"batches": batches, "rows": rows, "length": length}
         self.options = {"blocks": blocks, "loss": loss, "reduction": reduction, "depth": depth, "limits": limits}
         self.given_trackers, self.output_dir, self.timeout = trackers, output_dir, timeout
@@ -118,7 +118,7 @@ class HealthCallback(TrainerCallback):
         self.reports, self.seconds = [], 0.0
         self._processes = Processes.join(self.timeout)
         with self._ending_the_run(control), self._processes.together("the data of training health"):
-            self._batches = health_batches(self.data, kwargs["model"], **self.sizes)
+            self._batches = health_batches(self.held_out, kwargs["model"], **self.sizes)
             self._folder = Path(self.output_dir or Path(str(args.output_dir)) / "weightproof")
             if self._processes.is_main:
                 self._folder.mkdir(parents=True, exist_ok=True)
