@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from trained_models import VOCAB_SIZE, untrained
 from worlds import run_world
@@ -326,6 +330,20 @@ def test_saved_factors_come_back_and_any_altered_bit_is_found(tmp_path):
         content[place] ^= 1 << place % 8
     with pytest.raises(InputError, match="fit them first"):
         Factors.load(tmp_path / "nowhere")
+
+
+def test_a_file_from_before_there_was_an_origin_loads_with_the_same_digest(tmp_path):
+    factors = fitted()
+    path = factors.save(tmp_path)
+    with safe_open(path, framework="pt") as handle:
+        header = json.loads(handle.metadata()["header"])
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
+    assert header["source"].pop("origin") == ""
+    text = json.dumps(header)
+    save_file(tensors, path, metadata={"header": text, "digest": hashlib.sha256(text.encode()).hexdigest()})
+    old = Factors.load(path)
+    assert old.digest == factors.digest
+    assert old.source == factors.source
 
 
 def test_memory_shared_out_over_passes_changes_nothing():
