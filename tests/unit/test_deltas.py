@@ -163,6 +163,21 @@ def test_an_adapter_of_another_base_is_refused_by_shape_and_by_hash(tmp_path):
     assert set(found.base_digests) == set(found.names)
 
 
+def test_a_folder_that_only_has_the_name_of_the_base_is_no_base(tmp_path, caplog):
+    base, model = with_adapter("llama")
+    base.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    written = json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")})
+    (tmp_path / "adapter" / "adapter_config.json").write_text(written)
+    found = Delta.load(tmp_path / "adapter")
+    assert set(found.base_digests) == set(found.names)
+    assert found.base_digests == Delta.from_adapter(model).base_digests
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert Delta.load(tmp_path / "adapter").base_digests == {}
+    assert "cannot be read" in caplog.text
+
+
 def test_a_live_adapter_knows_the_weights_around_it():
     base, model = with_adapter("llama")
     delta = Delta.from_adapter(model)

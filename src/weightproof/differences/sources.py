@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from weightproof.registry import load_plugin
 from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.types import WeightMatrix
 from weightproof.weights import iter_tensors, iter_weight_matrices, unwrap
+
+logger = logging.getLogger("weightproof")
 
 Model = nn.Module | Path | str
 Found = tuple[dict[str, Part], dict[str, Any]]
@@ -116,6 +119,11 @@ def _base_matrices(adapter: Adapter, source: Model, base: Model | None) -> Mappi
         merged = sorted({name for _, layer in lora_layers(source) for name in merged_names(layer)})
         return {} if merged else _by_name(iter_weight_matrices(source))
     if adapter.base and Path(adapter.base).is_dir():
+        try:
+            open_checkpoint(Path(adapter.base))
+        except InputError as error:  # a folder that only has the name of a model: nobody gave it
+            logger.warning("the base model that the adapter names cannot be read: %s", error)
+            return {}
         return _in_folder(adapter, Path(adapter.base))
     return {}
 
