@@ -8,6 +8,7 @@ implementation are afterwards as they were.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,8 @@ _MLPS = (
 _ACTIVATIONS = ("hidden_act", "activation_function", "hidden_activation", "dense_act_fn", "activation", "ffn_act")
 _STACKED = "its experts are stacked in one tensor: no up-projection is called that could be listened to"
 _UNKNOWN_MLP = "it has no MLP of a known kind"
+_NOT_CALLED = "its projections are not called as modules, so that nothing could be listened to"
+_MLP_KEYS = ("up_input", "up_output", "activated")
 _NO_ATTENTION = "its attention does not give weights, not even with attn_implementation='eager'"
 
 Batch = Mapping[str, Tensor]
@@ -248,11 +251,31 @@ def _eager(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Seen:
-    """What the hooks saw in one pass, of prompts of one length."""
+    """What the hooks saw in one pass, of prompts of one length: all tokens of the stream, or the first and the last."""
 
+    all_tokens: bool
+    shape: tuple[int, ...] = ()
     stream: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     mlp: dict[tuple[int, str], Tensor] = field(default_factory=dict[tuple[int, str], Tensor])
     attention: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+    def begin(self, shape: tuple[int, ...]) -> None:
+        """Forget the last pass; the next one is of prompts of this shape."""
+        self.shape = shape
+        for held in (self.stream, self.mlp, self.attention):
+            held.clear()
+
+    def of_stream(self, values: Tensor) -> Tensor:
+        """What is kept of a state of the stream; as it came where it is something else."""
+        by_token = _by_token(values, self.shape)
+        if by_token is None:
+            return _kept(values)
+        return _kept(by_token if self.all_tokens else by_token[:, [0, -1]])
+
+    def of_mlp(self, values: Tensor) -> Tensor | None:
+        """The last token of what was seen in an MLP."""
+        by_token = _by_token(values, self.shape)
+        return None if by_token is None else _kept(by_token[:, -1])
 
 
 class _Reader:
@@ -265,28 +288,26 @@ class _Reader:
 
     def __call__(self, prompts: Sequence[Batch], *, mlp: bool = False, tokens: bool = False) -> Reading:
         """One pass for each batch."""
-        seen = _Seen()
+        seen = _Seen(all_tokens=tokens)
         mlps = [_mlp_of(block) for block in self._blocks] if mlp else []
         ends: dict[int, tuple[Tensor, Tensor]] = {}
-        inner: dict[int, dict[int, dict[str, Tensor]]] = {}
+        inner: dict[int, dict[tuple[int, str], Tensor]] = {}
         sequences: dict[int, Tensor] = {}
         attention: dict[int, Tensor] = {}
         with undisturbed(self.model), hooked(*self._hooks(seen, mlps, tokens=tokens)):
             for rows, batch in _batches(prompts, self._size):
-                shape = batch["input_ids"].shape
-                for held in (seen.stream, seen.mlp, seen.attention):
-                    held.clear()
+                seen.begin(batch["input_ids"].shape)
                 forward_outputs(self.model, batch)
-                stream = self._stream(seen, shape, rows)
+                stream = self._stream(seen, rows)
                 for place, row in enumerate(rows):
                     ends[row] = stream[:, place, -1].clone(), stream[:, place, 0].clone()
-                    inner[row] = _of_prompt(seen, shape, place)
+                    inner[row] = {key: values[place] for key, values in seen.mlp.items()}
                     if tokens:
                         sequences[row] = stream[1:, place].clone()
                         if len(seen.attention) == len(self._blocks):
                             attention[row] = torch.stack([seen.attention[i][place] for i in range(len(self._blocks))])
         order = range(len(prompts))
-        whys = [f"{block.name}: {one}" for block, one in zip(self._blocks, mlps, strict=False) if isinstance(one, str)]
+        whys = self._unread_mlps(mlps, inner[0])
         gaps = {"mlp": whys[0]} if whys else {}
         if tokens and len(attention) < len(prompts):
             attention, gaps = {}, {**gaps, "attention": _NO_ATTENTION}
@@ -295,17 +316,22 @@ class _Reader:
             first=torch.stack([ends[row][1] for row in order], 1),
             sequences=tuple(sequences[row] for row in order) if tokens else (),
             attention=tuple(attention[row] for row in order) if attention else (),
-            mlp=tuple(
-                {key: torch.stack([inner[row][layer][key] for row in order]) for key in inner[0].get(layer, {})}
-                for layer in range(len(self._blocks))
-            )
-            if mlp and not whys
-            else (),
+            mlp=_by_layer([inner[row] for row in order], len(self._blocks)) if mlp and not whys else (),
             gaps=gaps,
         )
 
-    def _stream(self, seen: _Seen, shape: torch.Size, rows: Sequence[int]) -> Tensor:
-        """(L + 1, rows, T, d) of one pass.
+    def _unread_mlps(self, mlps: Sequence[_MLP | str], read: Mapping[tuple[int, str], Tensor]) -> list[str]:
+        """Why something of the MLPs was not read, by block."""
+        whys: list[str] = []
+        for index, (block, one) in enumerate(zip(self._blocks, mlps, strict=False)):
+            if isinstance(one, str):
+                whys.append(f"{block.name}: {one}")
+            elif any((index, key) not in read for key in _MLP_KEYS):
+                whys.append(f"{block.name}: {_NOT_CALLED}")
+        return whys
+
+    def _stream(self, seen: _Seen, rows: Sequence[int]) -> Tensor:
+        """(L + 1, rows, T or 2, d) of one pass.
 
         Raises:
             InputError: A block was not called, or its output is no finite stream of this shape.
@@ -317,10 +343,10 @@ class _Reader:
                 raise InputError(
                     f"{name} gave no tensor on these prompts: block_names must name blocks that are called"
                 )
-            values = _by_token(seen.stream[index], shape)
-            if values is None or (found and values.shape != found[0].shape):
+            values = seen.stream[index]
+            if values.ndim != 3 or len(values) != len(rows) or (found and values.shape != found[0].shape):
                 raise InputError(
-                    f"{name} gives {list(seen.stream[index].shape)} for prompts of {list(shape)}: it is no block of a "
+                    f"{name} gives {list(values.shape)} for prompts of {list(seen.shape)}: it is no block of a "
                     "residual stream (prompts, tokens, width)"
                 )
             if not bool(torch.isfinite(values).all()):
@@ -334,11 +360,11 @@ class _Reader:
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if (found := _tensor((*args, *kwargs.values()))) is not None:
-                seen.stream[0] = _kept(found)
+                seen.stream[0] = seen.of_stream(found)
 
         handles = [first.register_forward_pre_hook(enter, with_kwargs=True)]
         for index, block in enumerate(self._blocks):
-            handles.append(block.module.register_forward_hook(_note(seen.stream, index + 1)))
+            handles.append(block.module.register_forward_hook(_note_stream(seen, index + 1)))
             if tokens:
                 inside = [module for module in block.module.modules() if module is not block.module]
                 handles += [module.register_forward_hook(_note_attention(seen, index)) for module in inside]
@@ -361,10 +387,10 @@ def _kept(values: Tensor) -> Tensor:
     return whole(values).detach().to("cpu", torch.float32)
 
 
-def _note(into: dict[Any, Tensor], key: Any) -> Callable[..., None]:
+def _note_stream(seen: _Seen, index: int) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         if (found := _tensor(output)) is not None:
-            into[key] = _kept(found)
+            seen.stream[index] = seen.of_stream(found)
 
     return hook
 
@@ -387,39 +413,41 @@ def _note_attention(seen: _Seen, layer: int) -> Callable[..., None]:
 def _mlp_hooks(seen: _Seen, layer: int, mlp: _MLP) -> list[RemovableHandle]:
     """What an MLP is given, what its projections give, and what its down-projection is given."""
 
-    def into(key: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any) -> None:
-            if (found := _tensor(args)) is not None:
-                seen.mlp[layer, key] = _kept(found)
+    def note(key: str, values: Any) -> None:
+        found = _tensor(values)
+        if found is not None and (last := seen.of_mlp(found)) is not None:
+            seen.mlp[layer, key] = last
 
-        return hook
+    def given(key: str) -> Callable[..., None]:
+        return lambda _module, args: note(key, args)
 
-    def split(_module: nn.Module, _args: Any, output: Any) -> None:
-        if (found := _tensor(output)) is not None:
-            seen.mlp[layer, "gate_output"], seen.mlp[layer, "up_output"] = _kept(found).chunk(2, dim=-1)
+    def gives(key: str) -> Callable[..., None]:
+        return lambda _module, _args, output: note(key, output)
+
+    def split(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        for key, values in zip(("gate_output", "up_output"), output.chunk(2, dim=-1), strict=True):
+            note(key, values)
 
     handles = [
-        mlp.up.register_forward_pre_hook(into("up_input")),
-        mlp.up.register_forward_hook(split if mlp.fused else _note(seen.mlp, (layer, "up_output"))),
-        mlp.down.register_forward_pre_hook(into("activated")),
+        mlp.up.register_forward_pre_hook(given("up_input")),
+        mlp.up.register_forward_hook(split if mlp.fused else gives("up_output")),
+        mlp.down.register_forward_pre_hook(given("activated")),
     ]
     if mlp.gate is not None:
-        handles.append(mlp.gate.register_forward_hook(_note(seen.mlp, (layer, "gate_output"))))
+        handles.append(mlp.gate.register_forward_hook(gives("gate_output")))
     return handles
 
 
-def _of_prompt(seen: _Seen, shape: torch.Size, place: int) -> dict[int, dict[str, Tensor]]:
-    """What was read of each MLP at the last token of one prompt of a batch."""
-    found: dict[int, dict[str, Tensor]] = {}
-    for (layer, key), values in seen.mlp.items():
-        by_token = _by_token(values, shape)
-        if by_token is not None:
-            found.setdefault(layer, {})[key] = by_token[place, -1].clone()
-    return found
+def _by_layer(prompts: Sequence[Mapping[tuple[int, str], Tensor]], count: int) -> tuple[dict[str, Tensor], ...]:
+    """What was read of each MLP, (prompts, width)."""
+    found: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for layer, key in prompts[0]:
+        found[layer][key] = torch.stack([one[layer, key] for one in prompts])
+    return tuple(found)
 
 
-def _by_token(values: Tensor, shape: torch.Size) -> Tensor | None:
+def _by_token(values: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     """(rows, T, width) of values that may have come flattened; None where they are something else."""
     if values.ndim == 3 and values.shape[:2] == shape:
         return values
-    return values.reshape(*shape, -1) if values.ndim == 2 and values.shape[0] == shape.numel() else None
+    return values.reshape(*shape, -1) if values.ndim == 2 and values.shape[0] == math.prod(shape) else None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import trained_models
+import transformers
 from architectures import VOCAB, build
 from torch import nn
 
@@ -124,6 +125,23 @@ def test_what_an_mlp_is_given_and_what_its_down_projection_gets(name):
         gate = found.clean.mlp[1]["gate_output"]
         expected = nn.functional.silu(gate) * found.clean.mlp[1]["up_output"]
         assert torch.allclose(found.clean.mlp[1]["activated"], expected, atol=1e-5)
+
+
+def test_fused_gate_and_up_projections_are_told_apart():
+    settings = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**settings, **heads)).eval()
+    mlp = capture(model, prompts("left")).clean.mlp[1]
+    expected = nn.functional.silu(mlp["gate_output"]) * mlp["up_output"]
+    assert mlp["gate_output"].shape == (len(LENGTHS), 48)
+    assert torch.allclose(mlp["activated"], expected, atol=1e-5)
+
+
+def test_an_mlp_that_does_not_call_its_projections_is_a_gap():
+    model = build("gpt2")
+    mlp = model.transformer.h[1].mlp
+    mlp.forward = lambda states: states @ mlp.c_fc.weight @ mlp.c_proj.weight
+    assert "are not called as modules" in (capture(model, prompts("left")).gap("mlp") or "")
 
 
 def test_stacked_experts_are_a_gap_of_the_mlp_alone():
