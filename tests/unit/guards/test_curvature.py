@@ -15,6 +15,7 @@ from trained_models import RECIPES, load, make_windows
 from weightproof import Action, GuardSession, InputError, Outcome, edits, fit_factors, load_policy
 from weightproof.certifying.form import content_of
 from weightproof.curvature import Factors, predict_loss_change
+from weightproof.curvature.fitting import correct_eigenvalues
 from weightproof.errors import PolicyError
 from weightproof.guards.curvature import Curvature, CurvatureLimits
 from weightproof.judgement.judging import GUARDS, Judged, decide_on, is_asked, judge_all
@@ -167,6 +168,19 @@ class TestSession:
             assert found.factors == factors.digest
             assert set(found.not_covered) == set(expected.not_covered)
             assert f"of it by {expected.ranked()[0][0]}" in verdict_of(step).reason
+
+    def test_layers_that_store_their_weights_turned_and_corrected_eigenvalues(self):
+        model = load("gpt2").model
+        data = [{"input_ids": one["input_ids"]} for one in make_windows(RECIPES["gpt2"], 8, seed=70_000)]
+        factors = correct_eigenvalues(fit_factors(model, data, "*.c_*", progress=False), model, data, progress=False)
+        changed = copy.deepcopy(model)
+        session = GuardSession(changed, policy="aggressive", factors=factors)
+        for bits in (8, 7):  # the second is read with the decomposition that is kept
+            step = session.apply(edits.RTN(bits=bits))
+            assert step.applied == "kept"
+            expected = predict_loss_change(factors, model, changed)
+            assert {one.name: one.predicted for one in forecast_of(step).matrices} == pytest.approx(expected.by_matrix)
+        assert len(expected.by_matrix) > 4
 
     def test_a_fault_in_one_matrix_is_blamed_on_it_and_only_it_is_read(self, llama):
         model = copy.deepcopy(llama[0])
