@@ -1,4 +1,4 @@
-"""What benchmarks/curvature.py says: correlations, ratios and blame as Markdown, and the picture."""
+"""What curvature.py and equal_size.py found, as Markdown, and the picture."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from scipy.stats import spearmanr
 from weightproof.reporting.plots import BLUE, DPI, GREEN, INK, ORANGE, PURPLE
 
 KINDS = {"RTN": BLUE, "noise": ORANGE, "prune": GREEN, "SVD": PURPLE}
+# In plans of equal size: whose loss is divided by whose.
+OURS, NORM = "curvature", "squared Frobenius error"
 BINS = (0.0, 1e-3, 1e-2, 1e-1, math.inf)
 # By matrix: with the eigenvalues of EK-FAC where "corrected", with labels of the data where "empirical", and two norms
 # that know nothing of the data.
@@ -96,6 +98,20 @@ def blame_table(result: Mapping[str, Any]) -> str:
     for background, one in result["summary"]["top1"].items():
         cells = " | ".join(f"{one[way]:.1%}" for way in WAYS)
         lines.append(f"| rounded to {background} bits | {one['faults']} | {cells} |")
+    return "\n".join(lines)
+
+
+def predictor_table(result: Mapping[str, Any]) -> str:
+    """Markdown: the held-out loss of each plan, and ours over that by the norm."""
+    cells = {(row["model"], row["average"], row["predictor"]): row for row in result["rows"]}
+    names = list(dict.fromkeys(row["predictor"] for row in result["rows"]))
+    lines = [f"| model | bits | {' | '.join(names)} | {OURS} / norm |", f"| --- | --- |{' --- |' * (len(names) + 1)}"]
+    for model in dict.fromkeys(row["model"] for row in result["rows"]):
+        for average in dict.fromkeys(row["average"] for row in result["rows"]):
+            found = [cells[model, average, name] for name in names]
+            parts = [f"{one['truth_nats']:.4f} ± {one['truth_half_interval']:.4f}" for one in found]
+            ratio = cells[model, average, OURS]["truth_nats"] / cells[model, average, NORM]["truth_nats"]
+            lines.append(f"| {model} | {average:g} | {' | '.join(parts)} | **{ratio:.2f}** |")
     return "\n".join(lines)
 
 

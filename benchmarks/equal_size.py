@@ -22,6 +22,7 @@ from typing import Any
 
 import planner as planner_bench
 import torch
+from curvature_tables import NORM, OURS, predictor_table
 from planner import by_predictor, load_case, of_size, paired, window_losses
 
 from weightproof import GuardSession, fit_factors, iter_weight_matrices, planner
@@ -43,7 +44,6 @@ WIDTHS = (2, 3, 4, 6, 8)
 AVERAGES = (2.29, 2.45, 2.64, 2.95, 3.26)
 MODELS = ("demo", "llama", "gpt2")
 FACTOR_WINDOWS = 300
-OURS, NORM = "curvature", "squared Frobenius error"
 
 
 @dataclass(frozen=True)
@@ -152,20 +152,6 @@ def rows_of(name: str, case: Case) -> Iterator[dict[str, Any]]:
         print(f"{name}: {average} bits done", flush=True)
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """Markdown: the held-out loss of each plan, and ours over that by the norm."""
-    cells = {(row["model"], row["average"], row["predictor"]): row for row in result["rows"]}
-    names = list(dict.fromkeys(row["predictor"] for row in result["rows"]))
-    lines = [f"| model | bits | {' | '.join(names)} | {OURS} / norm |", f"| --- | --- |{' --- |' * (len(names) + 1)}"]
-    for model in dict.fromkeys(row["model"] for row in result["rows"]):
-        for average in AVERAGES:
-            found = [cells[model, average, name] for name in names]
-            parts = [f"{one['truth_nats']:.4f} ± {one['truth_half_interval']:.4f}" for one in found]
-            ratio = cells[model, average, OURS]["truth_nats"] / cells[model, average, NORM]["truth_nats"]
-            lines.append(f"| {model} | {average:g} | {' | '.join(parts)} | **{ratio:.2f}** |")
-    return "\n".join(lines)
-
-
 def write(result: Mapping[str, Any]) -> None:
     """The numbers, and the table of the page."""
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -174,7 +160,7 @@ def write(result: Mapping[str, Any]) -> None:
     head, found, rest = page.partition(begin)
     if not found:
         raise SystemExit(f"{PAGE} has no place for the table: {begin.strip()}")
-    PAGE.write_text(f"{head}{begin}{table(result)}{end}{rest.partition(end)[2]}", encoding="utf-8")
+    PAGE.write_text(f"{head}{begin}{predictor_table(result)}{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def main() -> None:
@@ -194,7 +180,7 @@ def main() -> None:
             case = demo_case(arguments.model, fast=arguments.fast) if name == "demo" else small_case(name)
             rows += rows_of(name, case)
         result = {"torch": torch.__version__, "widths": WIDTHS, "rows": rows}
-    print(table(result))
+    print(predictor_table(result))
     if arguments.write:
         write(result)
 
