@@ -7,7 +7,7 @@ above the diagonal are made: about 5/8 of the multiplications.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -112,8 +112,9 @@ class Moments:
         """A sum over all processes with its lower half."""
         own = torch.zeros(size, size, dtype=self.dtype) if mine is None else mine.cpu().clone()
         (total,) = processes.sum(f"factors of {what}", [own])
-        upper = total.triu()
-        return upper + upper.triu(1).T
+        for block, below in _blocks(size):
+            total[below, block] = total[block, below].T
+        return total
 
     def _zeros(self, size: int) -> torch.Tensor:
         return torch.zeros(size, size, dtype=self.dtype, device=self.device)
@@ -165,11 +166,15 @@ class CorrectedMoments:
 def _add_products(total: torch.Tensor, rows: torch.Tensor) -> None:
     """Add rows' rows to the blocks of `total` on and above the diagonal."""
     work = rows if rows.dtype == torch.float64 else rows.float()
-    size = total.shape[0]
+    for block, _ in _blocks(total.shape[0]):
+        total[block, block.start :].add_(work[:, block].T @ work[:, block.start :])
+
+
+def _blocks(size: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of rows or columns, each with all that is behind it."""
     step = max(_NARROWEST, -(-size // _BLOCKS))
     for start in range(0, size, step):
-        block = slice(start, start + step)
-        total[block, start:].add_(work[:, block].T @ work[:, start:])
+        yield slice(start, start + step), slice(start + step, size)
 
 
 def _sum(parts: list[torch.Tensor], size: int, dtype: torch.dtype) -> torch.Tensor:
