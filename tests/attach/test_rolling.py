@@ -221,7 +221,7 @@ def test_bad_batches_one_after_the_other_are_taken_back_and_never_end_the_run():
     with inject([fault], loop.model, loop.optimizer), loop.guarded(max_rollbacks=2) as guard:
         loop.run(50)
     assert rejected(guard) == [(35, 30), (40, 25)]
-    assert "num_near_guessing = 4 (limit 2)" in guard.history[6].decision.reason
+    assert "num_near_guessing = 4 (limit 1)" in guard.history[6].decision.reason
     passed = {one.statistic: one for one in guard.history[8].decision.reported}
     assert passed["loss_peak"].reason.startswith("noted"), "a third rollback would have ended it"
 

@@ -45,7 +45,7 @@ RECENT = 16
 # anything to learn in it gives that, step after step. So many steps of a window, and such a share of it, reject it.
 NEAR_GUESSING = 0.7
 LEARNED = 0.8
-MIN_NEAR = 3
+MIN_NEAR = 2
 NEAR_SHARE = 0.2
 
 # A rise of the loss that acts by itself: by half, by a quarter of a nat, and by 8 spreads, at each of the last steps.

@@ -14,8 +14,8 @@ from weightproof.testing.injection import Injection
 from weightproof.testing.tampering import flip_bit, pick_element
 
 # Bits from the most significant one: the top bit of an exponent, and lower ones, which move a number by 2^16, 2^8 and
-# 2^4, up where that bit is 0 (of squared gradients, gradients and weights of a common size it is). What a bit of the fraction
-# does to one number among many nobody can see.
+# 2^4, up where that bit is 0 (of squared gradients, gradients and weights of a common size it is). What a bit of the
+# fraction does to one number among many nobody can see.
 TOP_EXPONENT_BIT = 1
 UPPER_EXPONENT_BIT = 4
 LOWER_EXPONENT_BIT = 5
