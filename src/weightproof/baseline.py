@@ -22,6 +22,7 @@ from safetensors.torch import save as safetensors_bytes
 from weightproof.errors import BaselineError
 from weightproof.folders.files import write_atomically
 from weightproof.folders.jsonable import to_jsonable
+from weightproof.readings.readings_json import from_jsonable
 from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.types import (
     BulkFit,
@@ -30,6 +31,7 @@ from weightproof.types import (
     MatrixReading,
     Readings,
     StructureReading,
+    SubspaceReading,
     TensorReading,
 )
 
@@ -148,6 +150,8 @@ def _scalars(fit: BulkFit) -> dict[str, Any]:
 def _readings_json(readings: Readings) -> dict[str, Any]:
     kept = ("model_digest", "tensors", "structure", "matrices", "bulks", "circuits", "second_moments", "unmeasured")
     found = {name: to_jsonable(getattr(readings, name)) for name in kept}
+    if readings.subspace is not None:  # what later merges add to
+        found["subspace"] = to_jsonable(readings.subspace)
     return {**found, "untrained": sorted(readings.untrained)}
 
 
@@ -170,6 +174,7 @@ def _decode(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path
         second_moments=found["second_moments"],
         unmeasured=found["unmeasured"],
         untrained=frozenset(found["untrained"]),
+        subspace=None if "subspace" not in found else from_jsonable(SubspaceReading, found["subspace"]),
     )
     fits = {name: _decode_fit(name, scalars, tensors) for name, scalars in header["fits"].items()}
     return Baseline(readings, fits, header["environment"], header["created_at"])

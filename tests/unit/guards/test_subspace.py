@@ -233,6 +233,18 @@ def test_adapters_merged_one_after_the_other_add_up():
     assert numbers(verdict_of(rounded))[DOWN] == 2.0
 
 
+def test_the_count_goes_on_after_a_resume(tmp_path):
+    model = llama()
+    session = GuardSession(model, policy=MONITOR)
+    session.apply(edits.steer(planted(model, DOWN, 2.0, seed=1)))
+    session.save_state(tmp_path)
+    session.close()
+    resumed = GuardSession(model, policy=MONITOR)
+    resumed.load_state(tmp_path)
+    step = resumed.apply(edits.steer(planted(model, DOWN, 2.0, seed=2)))
+    assert numbers(verdict_of(step)) == {DOWN: 2.0}
+
+
 def test_what_was_rolled_back_does_not_count_and_what_was_taken_out_is_forgotten():
     model = llama()
     session = GuardSession(model, policy="balanced")
