@@ -284,6 +284,46 @@ def test_one_table_alone_has_no_spread(tmp_path: Path):
     assert alone.r_weights["write"].std is None
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "roles"),
+    [
+        ("bert", ".*(?:attention.output|[0-9].output).dense", {"attention.output.dense", "output.dense"}),
+        ("t5", ".*[.](?:o|wo)", {
+            "layer.0.SelfAttention.o", "layer.1.EncDecAttention.o", "layer.1.DenseReluDense.wo",
+            "layer.2.DenseReluDense.wo",
+        }),
+    ],
+)  # fmt: skip
+def test_an_encoder_and_an_encoder_decoder_are_scored_by_their_weights(
+    name: str, target: str, roles: set[str], tmp_path: Path
+):
+    base = untrained(name)
+    model = adapted(copy.deepcopy(base), peft.LoraConfig(target_modules=target, r=4, init_lora_weights=False))
+    model.save_pretrained(str(tmp_path))
+    table = make_report(base, read_change(tmp_path, base), title=name).table
+    assert set(table.tensors) == roles
+    rows = {row.name: row for row in table.rows}
+    assert rows["dW_left_basis_ceiling"].percent_weights == pytest.approx(100.0)
+    assert rows["lm_head_read"].layers == 3  # of six in an encoder-decoder
+    assert rows["write"].layers == len(table.layers) == (3 if name == "bert" else 6)
+
+
+def test_of_two_stacks_the_one_whose_activations_were_read_is_scored(tmp_path: Path):
+    base = untrained("t5")
+    config = peft.LoraConfig(target_modules=".*[.](?:o|wo)", r=4, init_lora_weights=False)
+    adapted(copy.deepcopy(base), config).save_pretrained(str(tmp_path))
+    delta, tokens = read_change(tmp_path, base), chain_samples(8, 9, seed=1)
+    prompts = {"input_ids": tokens, "decoder_input_ids": tokens}
+    with pytest.raises(InputError, match=r"2 lists of blocks \(encoder.block, decoder.block\)"):
+        make_report(base, delta, prompts, title="both", rank=4)
+    table = make_report(base, delta, prompts, title="one", rank=4, block_names="encoder.block").table
+    assert table.layers == tuple(f"encoder.block.{index}" for index in range(3))
+    rows = {row.name: row for row in table.rows}
+    assert rows["write"].layers == 3
+    assert rows["write"].joint is not None
+    assert "head does not read" in rows["lm_head_read"].reasons["basis"]
+
+
 # ---- prompts --------------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +376,10 @@ def test_what_cannot_be_scored_is_one_sentence_each(tmp_path: Path):
         make_report(base, delta, None, prompts, prompts, title="no clean", rank=2)
     with pytest.raises(InputError, match="below the width of the stream, 64; it is 64"):
         make_report(base, delta, title="wide", rank=64)
+    with pytest.raises(InputError, match="the broad rank must be at least 1"):
+        make_report(base, delta, title="narrow", broad_rank=0)
+    with pytest.raises(InputError, match="and prompts to halve"):
+        make_report(base, delta, title="nothing to halve", splits=3)
     with pytest.raises(InputError, match="no list of blocks"):
         make_report(nn.Sequential(nn.Linear(4, 4)), delta, title="flat")
     fresh = adapted(copy.deepcopy(base), configuration("llama", target_modules=WRITERS["llama"]))

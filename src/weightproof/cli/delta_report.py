@@ -38,6 +38,7 @@ def report(  # noqa: PLR0913, PLR0917 - one option a line
         int | None, typer.Option(help="Dimensions that are projected out; 64, at most a quarter of the width.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts in a pass.")] = 8,
+    blocks: Annotated[str | None, typer.Option(help="List of blocks whose stream is read, of several.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for JSON, CSV, picture and page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     device: Annotated[str, typer.Option(help="Where the model is run, as torch names it.")] = "cpu",
@@ -51,7 +52,8 @@ def report(  # noqa: PLR0913, PLR0917 - one option a line
     delta, others = _changes(loaded.model, adapter, against, mode, other_seed or [])
     found = make_report(
         loaded.model, delta, *_batches(loaded, prompts, positive, negative), title=_title(folder, adapter, against),
-        others=others, splits=splits, rank=rank, broad_rank=broad_rank, batch_size=batch_size, around=_progress,
+        others=others, splits=splits, rank=rank, broad_rank=broad_rank, batch_size=batch_size, block_names=blocks,
+        around=_progress,
     )  # fmt: skip
     files = () if out is None else found.save(out)
     if as_json:

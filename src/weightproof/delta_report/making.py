@@ -80,6 +80,7 @@ def make_report(  # noqa: PLR0913 - keyword-only options
     rank: int = 8,
     broad_rank: int | None = None,
     batch_size: int = 8,
+    block_names: str | None = None,
     around: Around = lambda layers, what: layers,
 ) -> Report:
     """Score every candidate on a change.
@@ -96,6 +97,7 @@ def make_report(  # noqa: PLR0913 - keyword-only options
         rank: Columns of a candidate.
         broad_rank: Columns of what is projected out; None: 64, at most a quarter of the width.
         batch_size: Prompts in a pass.
+        block_names: Name of the list of blocks whose stream is read, for a model with several.
         around: Wraps the layers of one table and what it is of, for a progress bar.
 
     Raises:
@@ -103,13 +105,18 @@ def make_report(  # noqa: PLR0913 - keyword-only options
             can be scored.
     """
     weights = WeightSide.of(model)
-    _require_rank(rank, weights.width)
+    _require_ranks(rank, broad_rank, weights.width)
     _require_prompts(prompts, positive, negative, rank)
+    if splits < 0 or (splits and prompts is None):
+        raise InputError(f"{splits} further halves of the prompts: a number from 0 is needed, and prompts to halve")
 
     def captured(change: Delta) -> Captures | None:
         if prompts is None:
             return None
-        return capture(model, prompts, positive, negative, delta=change, needs=EVERYTHING, batch_size=batch_size)
+        return capture(
+            model, prompts, positive, negative,
+            delta=change, needs=EVERYTHING, batch_size=batch_size, block_names=block_names,
+        )  # fmt: skip
 
     broad = min(_BROAD, weights.width // 4) if broad_rank is None else broad_rank
     sources = Sources(weights, captured(delta), delta, rank, max(1, broad))
@@ -132,9 +139,10 @@ def _tables(several: Sequence[Sources], around: Around, what: str) -> list[Table
     ]
 
 
-def _require_rank(rank: int, width: int) -> None:
-    if not 1 <= rank < width:
-        raise InputError(f"the rank must be at least 1 and below the width of the stream, {width}; it is {rank}")
+def _require_ranks(rank: int, broad_rank: int | None, width: int) -> None:
+    for value, name in ((rank, "rank"), (broad_rank, "broad rank")):
+        if value is not None and not 1 <= value < width:
+            raise InputError(f"the {name} must be at least 1 and below the width of the stream, {width}; it is {value}")
 
 
 def _require_prompts(prompts: Batch | None, positive: Batch | None, negative: Batch | None, rank: int) -> None:

@@ -129,14 +129,16 @@ def _rank_by(row: Row) -> float:
 def layers_of(sources: Sources) -> list[int]:
     """The layers over which means are taken: where the change touches a matrix that writes to the stream.
 
-    Where it touches none of those, all layers from the first that it touches on, for what it does to activations.
+    Where it touches none of those, all layers from the first that it touches on, for what it does to activations. Of
+    several stacks (encoder, decoder) only the one whose activations were read.
 
     Raises:
         InputError: It touches no layer; or nothing that writes, and there are no prompts.
     """
     weights, delta = sources.weights, sources.delta
     assert delta is not None
-    writing = [index for index in range(weights.num_layers) if not isinstance(write_targets(sources, index), str)]
+    layers = [index for index, layer in enumerate(weights.layers) if _is_read(sources, layer.name)]
+    writing = [index for index in layers if not isinstance(write_targets(sources, index), str)]
     if writing:
         return writing
     why = str(write_targets(sources, 0))
@@ -149,7 +151,16 @@ def layers_of(sources: Sources) -> list[int]:
             f"nothing can be measured on the weights ({why}, and so on for every layer): give --prompts to measure "
             "what it does to activations"
         )
-    return list(range(touched[0], weights.num_layers))
+    if not (after := [index for index in layers if index >= touched[0]]):
+        raise InputError(
+            f"activations were read of no layer from {weights.layers[touched[0]].name} on, which it touches"
+        )
+    return after
+
+
+def _is_read(sources: Sources, block: str) -> bool:
+    """Whether activations of a block are known, where any are: both sides are means over the same layers."""
+    return sources.captures is None or block in sources.captures.layers
 
 
 def measure(
@@ -192,6 +203,7 @@ def measure(
 
 def _row(candidate: Candidate, found: Sequence[Cell], grounds: Sequence[Ground]) -> Row:
     cells = [one for one in found if one.reason is None]
+    grounds = [held for held, one in zip(grounds, found, strict=True) if one.reason is None]
     about = (candidate.name, candidate.family, candidate.axis_kind)
     if not cells:
         return Row(*about, rank=0, layers=0, reasons={"basis": str(found[0].reason)})
