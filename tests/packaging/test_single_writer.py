@@ -50,6 +50,10 @@ ALLOWED = {
     ): "an injected fault: it damages a weight, a gradient or a moment on purpose, in drills that a user asked for",
     ("src/weightproof/curvature/moments.py", "_add_products"): "adds to the sums over tokens that the moments allocate",
     ("src/weightproof/curvature/moments.py", "add"): "adds to the sums over tokens that the moments allocate",
+    (
+        "src/weightproof/testing/conformance.py",
+        "_write",
+    ): "changes of the small model that the conformance kit makes for itself",
     ("src/weightproof/curvature/mask.py", "zero_outside"): "zeroes coefficients, a product with the matrix",
     ("src/weightproof/curvature/projection.py", "_zero_below"): "zeroes coefficients, a product with the matrix",
     ("src/weightproof/numerics/gram.py", "_add_gram"): "total is the accumulator that gram() allocates",
