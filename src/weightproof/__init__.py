@@ -9,7 +9,7 @@ A tour, in the order in which a change travels:
 - `edits` plan changes, `kinds` are the contracts they declare, `snapshot` is the only writer.
 - `health` diagnoses a training: scale of the residual stream, gradients, use of blocks; its parts in `diagnostics`.
 - `curvature` fits Kronecker factors and foresees the loss change of an edit.
-- `deltas` keep what a training added as factors, `steering` puts it into a model for as long as a block lasts; `subspace`
+- `deltas` keep what a training added as factors, `steering` puts it into a model while a block lasts; `subspace`
   says how much of it lies in a few directions, `candidates` guess which, and `delta_report` tells of all of them.
 - `guards` judge readings with pure functions; `policy` turns verdicts into one decision.
 - `losses` pairs the loss before and after on data, `statistics` turns that into an interval: only it may accept.
@@ -22,8 +22,8 @@ A tour, in the order in which a change travels:
 
 A module at the top is a noun of this tour; its parts are in a package beside it: `numerics` of `spectrum`,
 `readings` and `forward` of `probes`, `loss_data` of `losses`, `contracts` of `kinds`, `snapshots` of `snapshot`,
-`transactions` of `session`, `procedure` of `recipe`, `reporting` of `report`, `verification` of `verify`;
-`folders` and `lora` say what lies in model folders and adapters.
+`transactions` of `session`, `procedure` of `recipe`, `reporting` of `report`, `verification` of `verify`,
+`differences` of `deltas`, `alpha` of `steering`; `folders` and `lora` say what lies in model folders and adapters.
 
 One process and many take this one path: `collective` lets the processes of a run meet; in `parallel`, `placements`
 and `shards` say which part of a sharded tensor lies where; `numerics.lockstep` screens matrices where they lie.
