@@ -137,7 +137,8 @@ class Steering:
         self.hooked = tuple(target.matrix.name for target in packed)
         others.append(self)
         try:
-            self._hooks = tuple(OutputHook(*one) for one in modules)
+            for module, part in modules:
+                self._hooks += (OutputHook(module, part),)
             self._put(self.alpha)
         except BaseException:
             self._end()
