@@ -27,6 +27,7 @@ from weightproof.collective import Processes
 from weightproof.errors import InputError
 from weightproof.health import Diagnostic, HealthLimits, HealthReport, Status, diagnose, health_batches
 from weightproof.trackers import Tracker, log_metrics, open_trackers
+from weightproof_callbacks.trainer import GuardCallback
 from weightproof_callbacks.trainer_checks import require_positive
 from weightproof_callbacks.wandb_tracker import live_run
 
@@ -34,7 +35,7 @@ __all__ = ["DEFAULT_EVERY", "HealthCallback"]
 
 logger = logging.getLogger("weightproof.health")
 
-ACTIONS = ("warn", "stop")
+ACTIONS = ("warn", "stop", "rollback")
 DEFAULT_EVERY = 500
 """Steps between two reports: benchmarks/health.py measures what they cost."""
 LOG = "health.jsonl"
@@ -55,7 +56,9 @@ class HealthCallback(TrainerCallback):
         reduction: How that loss is reduced.
         depth: "skip" or "reinit": measure depth utility too, which takes one more pass for every block.
         limits: Thresholds.
-        action: "warn": log what failed. "stop": also save nothing at that step, and end the training.
+        action: "warn": log what failed. "stop": also save nothing at that step, and end the training. "rollback": hand
+            the report to `guard`, which judges the window at once and goes back to its last good state.
+        guard: The `GuardCallback` of the run, for "rollback"; put it behind this callback in the list.
         warmup: Steps in which agreement and depth are not judged; by default those of the learning rate.
         trackers: Trackers or their registered names; by default W&B where a run is open or `report_to` names it.
         output_dir: Folder of `health.jsonl`; by default `weightproof` in `args.output_dir`.
@@ -84,6 +87,7 @@ class HealthCallback(TrainerCallback):
         depth: str | None = None,
         limits: HealthLimits | None = None,
         action: str = "warn",
+        guard: GuardCallback | None = None,
         warmup: int | None = None,
         trackers: Sequence[Tracker | str] | None = None,
         output_dir: str | Path | None = None,
@@ -92,6 +96,9 @@ class HealthCallback(TrainerCallback):
         require_positive("every", every)
         if action not in ACTIONS:
             raise InputError(f"action must be one of {', '.join(ACTIONS)}, not {action!r}")
+        if (action == "rollback") != (guard is not None):
+            raise InputError('action="rollback" and guard= (the GuardCallback that goes back) belong together')
+        self.guard = guard
         self.held_out, self.every, self.action, self.warmup = data, every, action, warmup
         self.sizes = {"batches": batches, "rows": rows, "length": length}
         self.options = {"blocks": blocks, "loss": loss, "reduction": reduction, "depth": depth, "limits": limits}
@@ -197,6 +204,8 @@ class HealthCallback(TrainerCallback):
         if self._processes is not None and self._processes.is_main:
             for one in report.diagnostics.values():
                 self._say(one, state.global_step)
+        if bad and self.guard is not None and state.global_step > 0:  # before the first step nothing lies behind
+            self.guard.note_health(report.reading())
         if bad and self.action == "stop":
             control.should_training_stop = True
             control.should_save = False

@@ -24,7 +24,7 @@ from weightproof.statistics.spikes import MAX_SKIPPED, NORM_RATIO, NORM_Z
 from weightproof.statistics.window_reports import noted, words_of_report
 from weightproof.transactions.rolling import Rolling, RollingOptions, TrainingPart
 from weightproof.transactions.steps import Step
-from weightproof.types import Action
+from weightproof.types import Action, HealthReading
 from weightproof.weights import unwrap
 from weightproof_callbacks.batch_watch import BatchWatch
 from weightproof_callbacks.data_place import DataPlace
@@ -185,7 +185,15 @@ class RollingPolicy:
         if self._folder is not None:
             self._folder.close()
 
-    def check(self, step: int, losses: tuple[float, ...] | None, *, in_warmup: bool, on_violation: str) -> Step:
+    def check(
+        self,
+        step: int,
+        losses: tuple[float, ...] | None,
+        *,
+        in_warmup: bool,
+        on_violation: str,
+        health: HealthReading | None = None,
+    ) -> Step:
         """Judge the window that ends now.
 
         Args:
@@ -193,6 +201,7 @@ class RollingPolicy:
             losses: Raw losses of its steps.
             in_warmup: As in `GuardSession.check_window`.
             on_violation: "monitor" only reports.
+            health: As in `GuardSession.check_window`.
         """
         seen = self._gradients.drain()
         # One process may have left out a step that the others took: its loss is then nobody's.
@@ -214,6 +223,7 @@ class RollingPolicy:
             guessing=_guessing(self.session.model),
             update_size=self._gradients.update_size,
             reports=self._gradients.reports(self.session.processes.rank),
+            health=health,
             in_warmup=in_warmup,
             on_violation="monitor" if on_violation == "monitor" else "rollback",
         )

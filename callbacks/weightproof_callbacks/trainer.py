@@ -42,7 +42,7 @@ from weightproof.session import STATE_FILE, GuardSession
 from weightproof.transactions.publisher import CERTIFICATE
 from weightproof.transactions.rolling import RollingOptions, place_of_snapshots
 from weightproof.transactions.steps import Step
-from weightproof.types import Action
+from weightproof.types import Action, HealthReading
 from weightproof_callbacks.generator_record import GeneratorRecord
 from weightproof_callbacks.generator_state import GlobalDraws
 from weightproof_callbacks.model_card import write_evidence
@@ -170,6 +170,7 @@ class GuardCallback(TrainerCallback):
         self._generators: GeneratorRecord | None = None  # where a resume has to put them
         self._judged_at = self._warmup_steps = 0
         self._stopped = False
+        self._health: HealthReading | None = None
         self._warned: set[str] = set()
 
     @property
@@ -180,6 +181,10 @@ class GuardCallback(TrainerCallback):
     def bind(self, trainer: Any) -> None:
         """Take what the events do not hand over from the trainer itself; `GuardedTrainer` calls this."""
         self._trainer = trainer
+
+    def note_health(self, reading: HealthReading) -> None:
+        """Judge the present window now, with this report of training health; `HealthCallback` calls this."""
+        self._health = reading
 
     def generators_loaded(self) -> None:
         """Trainer has restored the random generators of a checkpoint; `GuardedTrainer` calls this."""
@@ -215,7 +220,7 @@ class GuardCallback(TrainerCallback):
         """Judge the window if one is due, then apply the edit scheduled for this step."""
         self._recorder.end_step()
         due = state.global_step in self.edits or state.global_step % self.every == 0
-        if due or control.should_evaluate or control.should_save:
+        if due or control.should_evaluate or control.should_save or self._health is not None:
             where = f"step {state.global_step}"
             self._guarded(where, control, lambda: self._step(where, state, control))
 
@@ -280,6 +285,7 @@ class GuardCallback(TrainerCallback):
         self._stopped = False
         self._generators = None
         self._warned.clear()
+        self._health = None
         self._judged_at = state.global_step
         self._warmup_steps = args.get_warmup_steps(state.max_steps)
         self._warn_of_unreached_edits(state)
@@ -362,6 +368,7 @@ class GuardCallback(TrainerCallback):
     def _check(self, state: TrainerState, control: TrainerControl) -> Step:
         """Judge the window that ends now, and stop after a violation if asked to."""
         losses = self._recorder.drain()
+        health, self._health = self._health, None
         if losses is None and state.global_step > self._judged_at:
             self._warn_once("loss", "the model returned no loss in training mode: raw losses are not judged")
         step = self._required_policy.check(
@@ -370,6 +377,7 @@ class GuardCallback(TrainerCallback):
             # A window that began in the warm-up belongs to it: its growth is what warming up is for.
             in_warmup=self._judged_at < self._warmup_steps,
             on_violation=self._session_mode,
+            health=health,
         )
         self._judged_at = state.global_step
         self._report(step, control)
@@ -405,7 +413,7 @@ class GuardCallback(TrainerCallback):
     def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         session = self._required_session
         # load_best_model_at_end has changed the weights after the last step.
-        if state.global_step != self._judged_at or args.load_best_model_at_end:
+        if state.global_step != self._judged_at or args.load_best_model_at_end or self._health is not None:
             self._check(state, control)
         self._remove_hooks()
         certificate = session.complete()

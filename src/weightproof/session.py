@@ -57,7 +57,7 @@ from weightproof.transactions.steps import Cost, MasterWeights, Step
 from weightproof.transactions.training_turns import TrainingTurns
 from weightproof.transactions.training_windows import TrainingWindows, Window
 from weightproof.transactions.transaction import Unrecorded
-from weightproof.types import Action, WeightMatrix, WindowReport
+from weightproof.types import Action, HealthReading, WeightMatrix, WindowReport
 
 logger = logging.getLogger("weightproof")
 
@@ -375,6 +375,7 @@ class GuardSession:
         guessing: float | None = None,
         update_size: float | None = None,
         reports: Sequence[WindowReport] = (),
+        health: HealthReading | None = None,
         on_violation: str = "rollback",
         name: str = "train",
     ) -> Step:
@@ -397,6 +398,7 @@ class GuardSession:
             guessing: Loss of a model that guesses, nats per token: the logarithm of the number of symbols.
             update_size: Sum of the learning rates that these steps were taken with.
             reports: What else this process noted; it is put beside the verdicts, and judged by nobody.
+            health: A report of training health made now (`HealthReport.reading()`), the same on all processes.
             on_violation: As in `edit`.
             name: Shown in the log.
 
@@ -407,7 +409,7 @@ class GuardSession:
         with self._begun(name, "train", on_violation, step) as handle:
             seen = Window(
                 raw_losses, grad_norms, num_skipped, in_warmup, impossible_moments, disagreements,
-                guessing, update_size, reports,
+                guessing, update_size, reports, health,
             )  # fmt: skip
             window = self.training.judge(handle, seen, on_violation)
         if handle.decision is not None and handle.decision.action is Action.KEEP:

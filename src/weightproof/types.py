@@ -438,6 +438,26 @@ class SubspaceReading:
 
 
 @dataclass(frozen=True, slots=True)
+class DiagnosticReading:
+    """One diagnostic of training health: its status ("pass", "warn", "fail", "skipped", "invalid") and its number."""
+
+    name: str
+    status: str
+    value: float | None
+    threshold: float | None
+    location: str | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class HealthReading:
+    """A report of training health that was handed to a guard (`weightproof.health`), made at a step of the training."""
+
+    diagnostics: tuple[DiagnosticReading, ...]
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Reach:
     """How much of a model's matrices an edit changed (values or storage), in parameters.
 
@@ -542,7 +562,8 @@ class Readings:
     `unmeasured` maps a probe's name to the reason why it gave nothing at all.
     `second_moments` maps (windows, tap) names joined by `:` to mean squared block outputs.
     `raw_losses` are the unfiltered losses of a window of training steps, `window` what else was seen of it.
-    `curvature` is None where nobody gave factors, `subspace` where no adapter was merged and nothing was steered.
+    `curvature` is None where nobody gave factors, `subspace` where no adapter was merged and nothing was steered,
+    `health` where nobody diagnosed the training.
     """
 
     model_digest: str
@@ -563,6 +584,7 @@ class Readings:
     window: WindowReading | None = None
     curvature: LossForecast | None = None
     subspace: SubspaceReading | None = None
+    health: HealthReading | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,23 @@ def test_beside_a_guard(tmp_path):
     assert digests[0] == digests[1]
 
 
+def test_a_guard_goes_back_when_health_fails(tmp_path):
+    """The guard would judge at step 30; health fails at step 15, and the guard acts there."""
+    guard = GuardCallback(every=30)
+    health = callback(every=5, action="rollback", guard=guard)
+    trainer = run(tmp_path, [Fault(15, scale(3e4, only="1.mlp.down_proj")), health, guard], steps=20)
+    [rejected] = [step for step in guard.history if step.applied == "restored"]
+    assert rejected.step == 15
+    assert rejected.decision.situation == "train_fail"
+    verdict = {one.guard: one for one in rejected.decision.verdicts}["health"]
+    assert verdict.outcome == "FAIL"
+    assert "residual_growth" in verdict.reason
+    assert not health.reports[-1].flags
+    assert trainer.state.global_step == 20
+    with pytest.raises(InputError, match="belong together"):
+        callback(action="rollback")
+
+
 def test_wrong_use_is_said_before_the_first_step(tmp_path):
     for options, words in (
         ({"every": 0}, "every must be"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from weightproof.diagnostics.limits import HealthLimits
 from weightproof.folders.jsonable import to_jsonable
+from weightproof.types import DiagnosticReading, HealthReading
 
 __all__ = ["SCHEMA", "Diagnostic", "HealthReport", "Layers", "Provenance", "Status", "worst"]
 
@@ -189,6 +190,14 @@ class HealthReport:
         found = {name: float(value) for name, value in rows.items() if value is not None and math.isfinite(value)}
         severity = {f"{prefix}status/{name}": float(_SEVERITY[one.status]) for name, one in self.diagnostics.items()}
         return {**found, **severity, f"{prefix}status": float(_SEVERITY[self.overall])}
+
+    def reading(self) -> HealthReading:
+        """What a guard is handed with a window of training (`GuardSession.check_window(health=)`)."""
+        found = [
+            DiagnosticReading(one.name, str(one.status), one.value, one.threshold, one.location, one.message)
+            for one in self.diagnostics.values()
+        ]
+        return HealthReading(tuple(found), self.provenance.step)
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON, with the keys of the first version among the others."""

@@ -333,6 +333,7 @@ class Assessor:
             loss_spike=subject.loss_spike,
             in_warmup=subject.in_warmup,
             window=subject.window,
+            health=subject.health,
             curvature=forecast if isinstance(forecast, LossForecast) else None,
             subspace=self._directions(snapshot, found, states, subject.kind.name),
         )

@@ -12,7 +12,7 @@ from weightproof.statistics.window_reports import FAMILY
 from weightproof.types import Decision, Outcome, Readings, Verdict
 
 # Guards that decide in a window of ordinary training; the others are reported there.
-JUDGED_IN_TRAINING = ("invariants", "spectral")
+JUDGED_IN_TRAINING = ("invariants", "spectral", "health")
 GUARDS = "weightproof.guards"
 
 

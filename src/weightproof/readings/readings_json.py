@@ -39,7 +39,7 @@ ORDERED = (
     "unmeasured",
     "edit.relative_delta",
 )
-OPTIONAL = ("curvature", "subspace")
+OPTIONAL = ("curvature", "subspace", "health")
 _NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 

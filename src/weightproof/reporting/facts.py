@@ -22,7 +22,18 @@ from weightproof.reporting.words import number, percent, plural
 WORST = 8
 """Measurements shown for one step; the certificate has all that were kept."""
 _NAMED = 4  # tensors named in a sentence
-GUARDS = ("loss", "divergence", "variance", "circuits", "curvature", "subspace", "spectral", "rmt", "invariants")
+GUARDS = (
+    "loss",
+    "divergence",
+    "variance",
+    "circuits",
+    "curvature",
+    "subspace",
+    "health",
+    "spectral",
+    "rmt",
+    "invariants",
+)
 """Order of equally bad verdicts: what says whether, before what says where."""
 _RANK = {"FAIL": 3, "NOT_MEASURED": 2, "WARN": 1, "PASS": 0}
 

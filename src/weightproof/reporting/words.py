@@ -32,6 +32,7 @@ GUARDS: Mapping[str, str] = {
     "circuits": "products of matrices that symmetries cannot move",
     "curvature": "loss change foreseen from the curvature of each matrix; advice, it decides nothing",
     "subspace": "directions that came with a merge or with steering; advice, it decides nothing",
+    "health": "training health: scale of the residual stream, gradients, use of the blocks",
     "variance": "size of what each block contributes",
     "divergence": "distance of the outputs from the baseline\u2019s",
     "loss": "loss before and after on the same data",

@@ -16,7 +16,7 @@ from weightproof.parallel.shards import Shard, dealt, shard_of
 from weightproof.readings.changes import Change
 from weightproof.readings.tensors import common_refusals
 from weightproof.snapshot import Snapshot
-from weightproof.types import ContractReading, EditRecord, NamedTensor, Readings, WindowReading
+from weightproof.types import ContractReading, EditRecord, HealthReading, NamedTensor, Readings, WindowReading
 from weightproof.weights import iter_tensors, iter_weight_matrices
 
 
@@ -38,6 +38,7 @@ class Subject:
     loss_spike: bool | None = None
     in_warmup: bool = False
     window: WindowReading | None = None
+    health: HealthReading | None = None
     stray: frozenset[str] = frozenset()
     corrected: tuple[str, ...] = ()
     reverted: tuple[str, ...] = ()

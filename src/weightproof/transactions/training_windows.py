@@ -30,7 +30,7 @@ from weightproof.transactions.guarded_model import GuardedModel
 from weightproof.transactions.rolling import GoodState, Rolling
 from weightproof.transactions.steps import Step
 from weightproof.transactions.transaction import Recorder, Transaction
-from weightproof.types import Action, WindowReading, WindowReport
+from weightproof.types import Action, HealthReading, WindowReading, WindowReport
 
 # Rollbacks for losses near guessing in a run that sets no limit: data that stay so are meant so.
 _MAX_FOR_DATA = 3
@@ -50,6 +50,7 @@ class Window:
         guessing: Loss of a model that guesses, nats per token, where it is known; the same on all processes.
         update_size: Sum of the learning rates that its steps were taken with; None where nobody saw them.
         reports: What this process reports beside that (`weightproof.statistics.window_reports`).
+        health: A report of training health made at its end, the same on all processes; None where there is none.
     """
 
     raw_losses: Sequence[float] | None = None
@@ -61,6 +62,7 @@ class Window:
     guessing: float | None = None
     update_size: float | None = None
     reports: Sequence[WindowReport] = ()
+    health: HealthReading | None = None
 
 
 class TrainingWindows:
@@ -165,6 +167,7 @@ class TrainingWindows:
             loss_spike=None if losses is None else is_loss_spike(self.losses, losses),
             in_warmup=window.in_warmup,
             window=self._reading(losses or (), norms, skipped, window, gains),
+            health=window.health,
         )
         recorder = self._recorder
         change = Transaction(guarded, handle, good.point, before=guarded.current, subject=subject, recorder=recorder)
