@@ -26,7 +26,7 @@ from weightproof.subspace import (
 )
 
 _CLEAN = next(one for one in ACTIVATION_SIDE if one.name == "layer_clean_resid_pca")
-NO_PROMPTS = "not measured without prompts (--prompts)"
+NO_PROMPTS = "there are no prompts (--prompts)"
 
 
 @dataclass(frozen=True)

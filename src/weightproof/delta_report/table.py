@@ -8,13 +8,21 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from weightproof.candidates.candidate import Candidate, Sources
 from weightproof.candidates.from_weights import write_targets
 from weightproof.delta_report.cells import NO_PROMPTS, Cell, Ground, Score, cell, ground
 from weightproof.errors import InputError
 from weightproof.statistics.paired import PairedSums, interval
-from weightproof.subspace import Recovery, activation_weight_gap, joint_score
+from weightproof.subspace import (
+    Factored,
+    Recovery,
+    ZeroChangeError,
+    activation_weight_gap,
+    joint_score,
+    weight_target,
+)
 
 ACTIVATION_CEILING = "TaskDiff_lora_ceiling"
 REPLICATES = 2000
@@ -141,6 +149,10 @@ def layers_of(sources: Sources) -> list[int]:
     writing = [index for index in layers if not isinstance(write_targets(sources, index), str)]
     if writing:
         return writing
+    if all(_is_zero(part) for part in delta.parts.values()):
+        raise InputError(
+            f"the change is zero in all {len(delta.parts)} matrices: was the adapter trained, and do the sides differ?"
+        )
     why = str(write_targets(sources, 0))
     inside = [any(name.startswith(f"{layer.name}.") for name in delta.parts) for layer in weights.layers]
     touched = [index for index, is_touched in enumerate(inside) if is_touched]
@@ -156,6 +168,14 @@ def layers_of(sources: Sources) -> list[int]:
             f"activations were read of no layer from {weights.layers[touched[0]].name} on, which it touches"
         )
     return after
+
+
+def _is_zero(part: Tensor | Factored) -> bool:
+    try:
+        weight_target(part)
+    except ZeroChangeError:
+        return True
+    return False
 
 
 def _is_read(sources: Sources, block: str) -> bool:
