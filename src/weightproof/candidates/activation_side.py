@@ -20,7 +20,7 @@ from weightproof.candidates.captures import Captures
 from weightproof.subspace import orthonormal
 
 _EPS = torch.finfo(torch.float32).eps
-_SAME = "the activations it is made from are the same for every prompt"
+_SAME = "what it is made from is the same for every prompt, or differs by no more than rounding"
 _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "swish": functional.silu,

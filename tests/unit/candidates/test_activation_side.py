@@ -316,7 +316,7 @@ def test_no_direction_is_made_of_rounding():
     assert shapes.principal(flat, RANK, about_zero=True).shape == (WIDTH, 1)
     one = reading(1)
     close = Reading(one.stream * (1 + 2e-7), one.first, mlp=one.mlp, sequences=one.sequences, attention=one.attention)
-    same = "the activations it is made from are the same for every prompt"
+    same = "what it is made from is the same for every prompt, or differs by no more than rounding"
     assert build_one("TaskDiff_contrast", positive=close, negative=one) == same
     assert build_one("TaskDiff_lora_ceiling", steered=torch.full((LAYERS, PROMPTS, WIDTH), 1e-9)) == same
 
