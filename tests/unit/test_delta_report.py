@@ -276,6 +276,16 @@ def test_the_report_leaves_the_model_as_it_was(tmp_path: Path):
     assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
 
 
+def test_a_base_in_half_precision_is_run_in_float32(tmp_path: Path, capsys: Any):
+    base = planted_adapter("llama", tmp_path / "adapter", frame(1)[:, :R])
+    base.to(torch.bfloat16).save_pretrained(tmp_path / "base")  # pyright: ignore[reportCallIssue]
+    prompts = jsonl(tmp_path / "clean.jsonl", chain_samples(16, 9, seed=1))
+    assert run("delta", "report", tmp_path / "base", tmp_path / "adapter", "--prompts", prompts, "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["TaskDiff_lora_ceiling"]["r_act"] > rows["suppressed"]["r_act"] > 0.0
+    assert rows["dW_left_basis_ceiling"]["r_weights"] == pytest.approx(D / R, abs=1e-4)
+
+
 def test_one_table_alone_has_no_spread(tmp_path: Path):
     base = planted_adapter("llama", tmp_path, frame(1)[:, :R])
     found = make_report(base, read_change(tmp_path, base), title="planted")
@@ -354,11 +364,11 @@ def test_an_adapter_of_another_base_is_refused_by_name(tmp_path: Path, capsys: A
     base = planted_adapter("llama", tmp_path / "mine", frame(1)[:, :R])
     saved = Delta.between(base, other)
     saved.save(tmp_path / "delta")
-    with pytest.raises(InputError, match=r"change of another base: .* had the digest"):
+    with pytest.raises(InputError, match=r"made for another base: .* had the digest"):
         read_change(tmp_path / "delta", other)
     shape = Delta({"model.layers.0.mlp.down_proj.weight": torch.ones(3, 3)})
     shape.save(tmp_path / "shape")
-    with pytest.raises(InputError, match=r"another base: its .*down_proj.weight is \[3, 3\]"):
+    with pytest.raises(InputError, match=r"down_proj.weight is \[3, 3\] .*another base"):
         read_change(tmp_path / "shape", base)
 
 

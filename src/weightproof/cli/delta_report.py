@@ -44,12 +44,14 @@ def report(  # noqa: PLR0913, PLR0917 - one option a line
     device: Annotated[str, typer.Option(help="Where the model is run, as torch names it.")] = "cpu",
 ) -> None:
     """Score every candidate subspace on a change of BASE: on its weights, and with --prompts on what it does."""
-    from weightproof.delta_report.making import make_report
+    from weightproof.delta_report.making import in_float32, make_report
     from weightproof.folders.loading import load_model, resolve_folder
 
     folder = resolve_folder(base)
     loaded = load_model(folder, device=device)
     delta, others = _changes(loaded.model, adapter, against, mode, other_seed or [])
+    if prompts is not None:
+        delta, *others = in_float32(loaded.model, [delta, *others])
     found = make_report(
         loaded.model, delta, *_batches(loaded, prompts, positive, negative), title=_title(folder, adapter, against),
         others=others, splits=splits, rank=rank, broad_rank=broad_rank, batch_size=batch_size, block_names=blocks,

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from weightproof.alpha.fitting import fitted, require_base
 from weightproof.candidates.candidate import Sources
 from weightproof.candidates.captures import Captures
 from weightproof.candidates.capturing import EVERYTHING, capture
@@ -21,7 +22,6 @@ from weightproof.delta_report.table import Table, measure
 from weightproof.deltas import Delta
 from weightproof.errors import InputError
 from weightproof.lora.folders import is_adapter_folder
-from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.weights import iter_weight_matrices
 
 Batch = Mapping[str, Tensor]
@@ -36,35 +36,17 @@ def read_change(path: Path, model: nn.Module) -> Delta:
         InputError: There is none, it holds no LoRA weights, or it is of another base.
     """
     delta = Delta.from_adapter(path, base=model) if is_adapter_folder(path) else Delta.load(path)
-    require_base(delta, model, str(path))
+    require_base(delta, fitted(delta, iter_weight_matrices(model)), lambda matrix: matrix.load())
     return delta
 
 
-def require_base(delta: Delta, model: nn.Module, source: str) -> None:
-    """Refuse a change that was made for another model: names, shapes, and digests as far as they are known.
+def in_float32(model: nn.Module, changes: Iterable[Delta]) -> list[Delta]:
+    """Turn a model into float32, in place, and changes that were proven to be of it into changes of the turned one.
 
-    Raises:
-        InputError: Naming the matrix.
+    Of two half-precision activations the difference is mostly rounding.
     """
-    matrices = {name: one for one in iter_weight_matrices(model) for name in (one.name, *one.tied_names)}
-    for name, part in delta.parts.items():
-        if name not in matrices:
-            raise InputError(
-                f"{source} is a change of another base: it changes {name}, which {type(model).__name__} does not have"
-            )
-        matrix = matrices[name]
-        if tuple(part.shape) != (matrix.d_out, matrix.d_in):
-            raise InputError(
-                f"{source} is a change of another base: its {name} is {list(part.shape)} (d_out, d_in), that of the "
-                f"model {[matrix.d_out, matrix.d_in]}"
-            )
-        then = delta.base_digests.get(name)
-        is_plain = matrix.refusal is None and matrix.shard is None and matrix.storage is None
-        if then is not None and is_plain and (now := tensor_digest(matrix.load())) != then:
-            raise InputError(
-                f"{source} is a change of another base: {name} had the digest {then[:16]} when it was made, and has "
-                f"{now[:16]} here"
-            )
+    model.float()
+    return [Delta(one.parts, {**one.metadata, "base": {**one.metadata["base"], "digests": {}}}) for one in changes]
 
 
 def make_report(  # noqa: PLR0913 - keyword-only options
