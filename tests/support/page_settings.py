@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from architectures import build
+from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from weightproof import GuardCallback, GuardSession, attach
@@ -160,6 +161,16 @@ def faults(folder: Path) -> Names:
     return {"model": names["model"], "optimizer": names["optimizer"]}
 
 
+def health(folder: Path) -> Names:
+    """A Trainer, held-out windows, and a network of blocks with the answers that it and its baseline gave."""
+    net = torch.nn.Module()
+    net.embed, net.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+    net.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+    batches = [{"x": torch.randn(16, 8), "y": torch.randint(4, (16,))} for _ in range(8)]
+    answers = {"right": [1.0] * 30, "right_with_frozen_blocks": [1.0, 0.0] * 15}
+    return {**with_trainer(folder), "held_out": windows(32), "net": net, "F": functional, "batches": batches, **answers}
+
+
 # Pages whose blocks do not go on from one another.
 APART = {"README.md"}
 
@@ -169,6 +180,7 @@ SETTINGS: Mapping[str, Callable[[Path], Names]] = {
     "adapters.md": adapters,
     "deltas.md": deltas,
     "faults.md": faults,
+    "health.md": health,
     "loss.md": losses,
     "planner.md": planning,
     "recipes.md": with_trainer,
