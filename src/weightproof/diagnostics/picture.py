@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["health_png"]
-
-Place = Literal["best", "center right"]
 
 _COLOURS = {Status.PASS: GREEN, Status.WARN: ORANGE, Status.FAIL: RED, Status.INVALID: RED, Status.SKIPPED: "#777777"}
 _MOST_TICKS = 12
@@ -63,7 +61,7 @@ def _gradients(axis: Axes, report: HealthReport) -> None:
         return
     _line(axis, report.diagnostics["scale_product"].per_layer, SKY, "times the residual norm", style=":")
     axis.axhline(report.limits.gradient_floor, color=RED, lw=1.0, ls="--", label="floor")
-    _axes(axis, report, "norm", legend="center right")  # between the curves and the floor
+    _axes(axis, report, "norm", legend=0.12)  # above the floor, below the curves
 
 
 def _agreement(axis: Axes, report: HealthReport) -> None:
@@ -129,7 +127,7 @@ def _points(values: Layers) -> tuple[list[int], list[float]]:
     return [index for index, _ in known], [value for _, value in known]
 
 
-def _axes(axis: Axes, report: HealthReport, what: str, *, log: bool = True, legend: Place = "best") -> None:
+def _axes(axis: Axes, report: HealthReport, what: str, *, log: bool = True, legend: float | None = None) -> None:
     if log:
         axis.set_yscale("log")
     count = len(report.layers)
@@ -160,14 +158,17 @@ def _say(axis: Axes, message: str) -> None:
         side.set_color("#CCCCCC")
 
 
-def _tidy(axis: Axes, legend: Place = "best") -> None:
+def _tidy(axis: Axes, legend: float | None = None) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     axis.tick_params(labelsize=8, colors=INK)
     axis.grid(visible=True, axis="both", color="#E6E6E6", lw=0.6)
     axis.set_axisbelow(True)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False, loc=legend)
+        if legend is None:
+            axis.legend(fontsize=8, frameon=False)
+        else:
+            axis.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.0, legend))
     low, high = axis.get_ylim()
     if axis.get_yscale() == "log" and np.isfinite([low, high]).all() and high / low < 10:
         axis.set_ylim(low / 2, high * 2)
