@@ -12,6 +12,7 @@ weights that was taken after the merge has lost much of what it was (docs/steeri
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from weightproof.differences import delta_file, sources
 from weightproof.differences.contrasts import contrasted
-from weightproof.differences.factors import LowRank, Part, dense_of, frobenius, scaled_part, values_of
+from weightproof.differences.factors import LowRank, Part, dense_of, frobenius, largest_element, scaled_part, values_of
 from weightproof.errors import InputError
 from weightproof.folders.jsonable import to_jsonable
 from weightproof.lora.folders import is_adapter_folder
@@ -77,8 +78,15 @@ class Delta:
         return dense_of(self._part(name))
 
     def singular_values(self, name: str) -> Tensor:
-        """Singular values of one change, descending, float64; of factors only the r that may differ from zero."""
-        return values_of(self._part(name))
+        """Singular values of one change, descending, float64; of factors only the r that may differ from zero.
+
+        Raises:
+            InputError: The delta has no such matrix, or it holds NaN or inf there.
+        """
+        part = self._part(name)
+        if not math.isfinite(largest_element(part)):
+            raise InputError(f"the delta of {name} holds NaN or inf: was its adapter trained to the end?")
+        return values_of(part)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 import trained_models
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from trained_adapters import adapter_folder
 
 from weightproof import Delta
@@ -62,6 +63,19 @@ def test_what_makes_no_delta_is_one_sentence(base, tmp_path, capsys):
     save_file({"w": torch.ones(2, 2)}, tmp_path / "plain.safetensors")
     assert run("show", tmp_path / "plain.safetensors") == 3
     assert "no delta of weightproof" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_with_nan_is_one_sentence_and_no_file(tmp_path, capsys):
+    adapter = tmp_path / "torn"
+    shutil.copytree(adapter_folder("llama"), adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = next(key for key in tensors if "down_proj.lora_B" in key)
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    for command in (["make", adapter, "-o", tmp_path / "x"], ["show", adapter]):
+        assert run(*command) == 3
+        assert "down_proj.weight holds NaN or inf" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -46,8 +46,9 @@ def make(  # noqa: PLR0913, PLR0917 - one option a line
         delta = Delta.between(first, second)
     else:
         delta = Delta.contrast(_side(first, base), _side(second, base), mode)  # pyright: ignore[reportArgumentType]
+    rows = _rows(delta)  # what cannot be shown, such as NaN, is not written
     path = delta.save(out)
-    _show(delta, as_json=as_json)
+    _show(delta, rows, as_json=as_json)
     if not as_json:
         sys.stdout.write(f"written to {path}\n")
 
@@ -60,7 +61,8 @@ def show(
     """Show what a delta was made from, and how large it is in each matrix."""
     from weightproof.deltas import Delta
 
-    _show(Delta.load(path), as_json=as_json)
+    delta = Delta.load(path)
+    _show(delta, _rows(delta), as_json=as_json)
 
 
 def _is_model(path: Path) -> bool:
@@ -98,8 +100,7 @@ def _rows(delta: Delta) -> dict[str, dict[str, object]]:
     return rows
 
 
-def _show(delta: Delta, *, as_json: bool) -> None:
-    rows = _rows(delta)
+def _show(delta: Delta, rows: dict[str, dict[str, object]], *, as_json: bool) -> None:
     if as_json:
         metadata = {key: value for key, value in delta.metadata.items() if key != "norms"}
         content = {"digest": delta.digest, "metadata": metadata, "parts": rows}
