@@ -11,7 +11,7 @@ from typing import Any
 from parity import Seen
 
 from weightproof.policy import with_digests
-from weightproof.types import EditRecord, MatrixReading, Measurement, Readings, TensorReading
+from weightproof.types import EditRecord, MatrixReading, Measurement, Readings, TensorReading, WindowReading
 
 
 @dataclass
@@ -98,6 +98,10 @@ class Comparison:
             where = f"{at}: {then.statistic} of {then.target}"
             if then.guard == "spectral" and then.target in self._names:
                 self._screened_measurement(where, then, now, runs)
+            elif then.statistic in _MOVES and self._names:
+                # Changes of shards are summed over ranks: the last bits differ.
+                self._close(where, then.statistic, then.value, now.value)
+                self._same(where, replace(then, value=None), replace(now, value=None))
             else:
                 self._same(where, _placeless(then), _placeless(now))
                 self.exact += 1
@@ -126,6 +130,8 @@ class Comparison:
         for item in fields(Readings):
             if item.name in ("tensors", "bulks", "second_moments"):
                 self._mapping(f"{at}: {item.name}", getattr(alone, item.name), getattr(here, item.name))
+            elif item.name == "window" and self._names:
+                self._window(f"{at}: window", alone.window, here.window)
             elif item.name not in ("matrices", "edit"):
                 self._same(f"{at}: readings.{item.name}", getattr(alone, item.name), getattr(here, item.name))
         if not self._same(f"{at}: matrices", list(alone.matrices), list(here.matrices)):
@@ -136,6 +142,24 @@ class Comparison:
                 self._screened_reading(f"{at}: reading of {name}", then, now)
             else:
                 self._same(f"{at}: reading of {name}", then, now)
+
+    def _window(self, at: str, alone: WindowReading | None, here: WindowReading | None) -> None:
+        """What was seen of a window of training; reports of how far weights moved to the screens' tolerance."""
+        if alone is None or here is None:
+            self._same(at, alone, here)
+            return
+        for then, now in zip(alone.reports, here.reports, strict=True):
+            if then.statistic in _MOVES:
+                self._close(f"{at}: {then.statistic}", then.statistic, then.value, now.value)
+        rounded = [
+            replace(one, reports=tuple(replace(r, value=None) if r.statistic in _MOVES else r for r in one.reports))
+            for one in (alone, here)
+        ]
+        moves = [dict(one.usual_moves or {}) for one in (alone, here)]
+        if self._same(f"{at}: usual moves", list(moves[0]), list(moves[1])):
+            for name, then in moves[0].items():
+                self._close(f"{at}: usual move of {name}", "usual_move", then, moves[1][name])
+        self._same(at, *(replace(one, usual_moves={}) for one in rounded))
 
     def _mapping(self, at: str, alone: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         if self._same(f"{at}: names", list(alone), list(here)):
@@ -151,6 +175,9 @@ class Comparison:
         # How a norm was found may differ: brackets that decide the same limit need not be of the same rung.
         loose = dict.fromkeys(("frobenius_norm", "norm_collapse", "spectral_norm", "spectral_norm_error"))
         self._same(at, replace(then, **loose, method=""), replace(now, **loose, method=""))
+
+
+_MOVES = ("gain_move", "weight_move")
 
 
 def _placeless(one: Any) -> Any:

@@ -12,6 +12,7 @@ from tests.support.chains import tiny_llama
 from torch import nn
 
 from weightproof import GuardSession
+from weightproof.collective import Processes
 from weightproof.readings.readings_json import readings_json, readings_of
 from weightproof.readings.vector_moves import vector_moves
 from weightproof.statistics import window_reports
@@ -194,7 +195,7 @@ def test_moves_of_vectors_leave_out_what_has_no_size():
     with torch.no_grad():
         model[1].weight.mul_(1.1)
         model[0].bias.add_(1.0)
-    assert vector_moves(model, snapshot) == {"1.weight": pytest.approx(0.1, rel=1e-5)}
+    assert vector_moves(model, snapshot, Processes.alone()) == {"1.weight": pytest.approx(0.1, rel=1e-5)}
 
 
 # ---- a loop ---------------------------------------------------------------------------------------------------------

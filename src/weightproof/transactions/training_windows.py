@@ -158,7 +158,7 @@ class TrainingWindows:
         every = processes.gather("gradient norms", (our_norms, window.num_skipped))
         norms, skipped = every[0][0], max(count for _, count in every)
         with processes.together("moves of biases and gains"):
-            gains = vector_moves(guarded.model, good.point.snapshot)
+            gains = vector_moves(guarded.model, good.point.snapshot, processes)
         subject = Subject(
             handle.name,
             handle.kind,
