@@ -12,8 +12,10 @@ LLMC := .venv-llm-compressor/bin
 LLMC_STAMP := .venv-llm-compressor/.installed
 KRONFLUENCE := .venv-kronfluence/bin
 KRONFLUENCE_STAMP := .venv-kronfluence/.installed
+PEERS := .venv-peers/bin
+PEERS_STAMP := .venv-peers/.installed
 
-.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-llm-compressor test-kronfluence test-browser recipes docs lint format benchmark benchmark-distributed benchmark-coverage benchmark-curvature benchmark-factors clean
+.PHONY: demo test test-slow test-faults drill-table test-faults-slow test-zero test-quantizers test-llm-compressor test-kronfluence test-browser recipes docs lint format benchmark benchmark-distributed benchmark-coverage benchmark-curvature benchmark-factors benchmark-detection-peers clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weightproof needs Python 3.11 or newer; set PYTHON=...")'
@@ -83,6 +85,15 @@ $(KRONFLUENCE_STAMP): pyproject.toml constraints.txt tests/kronfluence/constrain
 test-kronfluence: $(KRONFLUENCE_STAMP) ## factors against those of kronfluence, and folders that it wrote; half a minute
 	OMP_NUM_THREADS=1 $(KRONFLUENCE)/python -m pytest tests/kronfluence
 
+# invarlock 0.12.1 declares Python 3.12, for one file that neither its guards nor its runner of guards import: without
+# dependencies, so that torch stays what it is (what it needs, the project has). weightwatcher names no versions.
+$(PEERS_STAMP): pyproject.toml constraints.txt benchmarks/detection/peers-constraints.txt
+	test -x $(PEERS)/python || $(PYTHON) -m venv .venv-peers
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c benchmarks/detection/peers-constraints.txt -e '.[dev]' powerlaw scikit-learn matplotlib-inline
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python invarlock==0.12.1 weightwatcher==0.7.7
+	@touch $@
+
 recipes: $(STAMP)         ## every shipped recipe on the demo model, its certificates verified; writes tests/recipes/last_run.txt
 	$(BIN)/python tests/recipes/run_all.py --write
 
@@ -118,5 +129,8 @@ benchmark-curvature: $(STAMP) ## loss changes foreseen against measured, plans b
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/curvature.py --write
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/equal_size.py --write
 
+benchmark-detection-peers: $(PEERS_STAMP) ## invarlock and weightwatcher on every edit of the detection benchmark: hours; resumable
+	OMP_NUM_THREADS=1 $(PEERS)/python benchmarks/detection/peers.py
+
 clean:
-	rm -rf .venv .venv-zero .venv-quantizers .venv-llm-compressor .venv-kronfluence .cache weightproof-demo guarded-quantization
+	rm -rf .venv .venv-zero .venv-quantizers .venv-llm-compressor .venv-kronfluence .venv-peers .cache weightproof-demo guarded-quantization

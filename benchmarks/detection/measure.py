@@ -155,7 +155,7 @@ def blamed_blocks(step: Any) -> list[int]:
 def measure(trained: Trained, case: Case, judge: Judge, baseline: Any, tiers: dict[str, str]) -> dict[str, Any]:
     """One row: the session only watches, so that the edited model is there for the truth."""
     model = copy.deepcopy(trained.model)
-    write = case.write or (_planned(trained, case.edit) if case.kind is None else None)
+    write = case.write or (planned(trained, case.edit) if case.kind is None else None)
     session = GuardSession(model, policy="balanced", retain=trained.retain, baseline=baseline)
     try:
         started = time.perf_counter()
@@ -195,10 +195,10 @@ def _edited(session: GuardSession, case: Case, write: Write | None) -> Any:
     return step
 
 
-def _planned(trained: Trained, edit: Any) -> Write:
+def planned(trained: Trained, edit: Any, retain: Sequence[Batch] | None = None) -> Write:
     """One of our own edits as a plain write: what it makes of a copy, without telling what it is."""
     scratch = copy.deepcopy(trained.model)
-    session = GuardSession(scratch, policy="balanced")
+    session = GuardSession(scratch, policy="balanced", retain=retain)
     session.apply(edit, on_violation="monitor")
     session.close()
     values = dict(scratch.named_parameters())

@@ -2,7 +2,8 @@
 
 `python benchmarks/detection/run.py` measures every case that has no row yet (`--models llama-0,bert-1` some of them;
 two processes at a time with `--jobs 2`), then scores all rows there are into `results.json` and `results.md`. It can be
-interrupted at any time and goes on where it was. `--score` only scores.
+interrupted at any time and goes on where it was. `--score` only scores. What other tools say of the same edits is
+scored beside ours where `make benchmark-detection-peers` has been run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ sys.path.insert(0, str(HERE.parents[1] / "tests" / "support"))  # the weight edi
 
 from detection_models import ARCHITECTURES, CACHE, Recipe  # noqa: E402
 from measure import measure_all, rows_of  # noqa: E402
+from peers import peers_path  # noqa: E402
 from score import save, score  # noqa: E402
+from score_peers import by_peers  # noqa: E402
 from tables import markdown  # noqa: E402
 
 SEEDS = (0, 1)
@@ -67,7 +70,8 @@ def main() -> None:
     rows = [row for recipe in chosen for row in rows_of(CACHE / f"rows-{recipe.folder.name}.jsonl")]
     if not rows:
         raise SystemExit("there are no rows to score: run without --score first")
-    results = score(rows)
+    peers = [row for recipe in chosen for row in rows_of(peers_path(recipe))]
+    results = score(rows) | {"peers": by_peers(rows, peers)}
     save(results, HERE / "results.json")
     (HERE / "results.md").write_text(markdown(results), encoding="utf-8")
     print(markdown(results))

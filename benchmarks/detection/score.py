@@ -188,7 +188,6 @@ def score(rows: Sequence[Row]) -> dict[str, Any]:
             "median": float(np.median([row["check_seconds"] for row in rows])),
             "p95": float(np.quantile([row["check_seconds"] for row in rows], 0.95)),
         },
-        "peers": {"invarlock 0.12.1": "not run", "weightwatcher 0.7": "not run"},
     }
 
 

@@ -13,6 +13,7 @@ def markdown(results: dict[str, Any]) -> str:
         _statistics(results),
         _groups(results),
         _localisation(results),
+        _peers(results),
         _misses(results),
     ]
     return "\n\n".join(parts) + "\n"
@@ -120,5 +121,67 @@ def _misses(results: dict[str, Any]) -> str:
             "",
             *(f"- {n}" for n in results["not_preserved"]),
         ]
-    lines += ["", *(f"{peer}: {state}." for peer, state in results["peers"].items())]
     return "\n".join(lines)
+
+
+def _peers(results: dict[str, Any]) -> str:
+    found = results["peers"]
+    missing = [f"{peer}: {state}." for peer, state in found.items() if state == "not run"]
+    if missing:
+        return "**Other tools on the same edits**\n\n" + "\n".join(missing)
+    return "\n\n".join([_peers_verdicts(found), _peers_shift(found)])
+
+
+def _peers_verdicts(found: dict[str, Any]) -> str:
+    invarlock, ours = found["invarlock 0.12.1"], found["ours, same edits"]
+    judged = [
+        *((f"weightproof, {name}", ours[name], ours["seconds"]) for name in ("all", "weights")),
+        *(
+            (f"invarlock 0.12.1, {name}{where}", verdicts, invarlock["seconds"] if name == "guards" else None)
+            for part, where in (("all models", ""), ("models that pass untouched", ", models that it passes untouched"))
+            for name, verdicts in invarlock[part].items()
+        ),
+    ]
+    rows = [
+        [
+            name,
+            percent(verdicts["tpr"]),
+            percent(verdicts["fpr"]),
+            percent(verdicts["false_alarms_preserving"]),
+            str(verdicts["nothing_said"]),
+            f"{seconds['median']:.2f}" if seconds else "",
+        ]
+        for name, verdicts, seconds in judged
+    ]
+    header = ["tool", "harmful found", "benign flagged", "preserving flagged", "nothing said", "seconds (median)"]
+    edits = found["edits"]
+    outcomes = [
+        f"{part} {', '.join(f'{count} {kind}' for kind, count in counts.items())}"
+        for part, counts in invarlock["outcomes"].items()
+    ]
+    return (
+        f"**Other tools on the same edits** ({edits['judged']} of {edits['of']}; own thresholds, tier balanced)\n\n"
+        + _table(header, rows)
+        + f"\n\ninvarlock 0.12.1, outcomes: {'; '.join(outcomes)}. Failed untouched: "
+        + f"{', '.join(invarlock['fails_untouched']) or 'none'}."
+    )
+
+
+def _peers_shift(found: dict[str, Any]) -> str:
+    one = found["weightwatcher 0.7.7"]
+    rows = [
+        [
+            f"{name} change of alpha",
+            f"{shift['auroc']['value']:.3f} [{shift['auroc']['lower']:.3f}, {shift['auroc']['upper']:.3f}]",
+            percent(shift["tpr_at_1pct_fpr"]),
+            percent(shift["false_alarms_preserving"]),
+        ]
+        for name in ("mean", "largest")
+        if (shift := one[name]) is not None
+    ]
+    header = ["weightwatcher 0.7.7", "AUROC", "harmful found at 1 % of the benign flagged", "preserving flagged there"]
+    return (
+        (_table(header, rows) if rows else "weightwatcher 0.7.7: too few edits to score.")
+        + f"\n\nMeasured {one['measured']} edits, {one['errors']} errors; {one['layers_fitted']} of {one['layers']} "
+        + f"layers had an alpha before and after; {one['seconds']['median']:.2f} s (median)."
+    )
