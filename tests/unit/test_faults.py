@@ -336,3 +336,13 @@ def test_a_refused_fault_leaves_no_hook():
     with pytest.raises(InputError):
         inject([faults.Overflow(), faults.NormGainFlip(tensor="nope")], run.model, run.optimizer)
     assert run.hooks() == 0
+
+
+@pytest.mark.parametrize("value", [1e-30, 3e-11, 2e-6, 1e-3, 0.05, 0.9, -0.05])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bit_that_makes_a_number_larger_is_found_whatever_its_size(value, dtype):
+    held = torch.full((3,), value, dtype=dtype)
+    bit = faults.bits._raising_bit(held, 1)
+    assert same_bits(held, torch.full((3,), value, dtype=dtype)), "the tensor itself is left as it is"
+    before, after = flip_bit(held, 1, bit)
+    assert abs(before) < abs(after) < 2.0

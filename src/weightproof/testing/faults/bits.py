@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from weightproof.errors import InputError
+from weightproof.parallel.placements import local_of
 from weightproof.testing.faults.fault import ParameterFault
 from weightproof.testing.injection import Injection
 from weightproof.testing.tampering import flip_bit, pick_element
 
-# Bits from the most significant one: the top bit of an exponent, and lower ones, which move a number by 2^16, 2^8 and
-# 2^4, up where that bit is 0 (of squared gradients, gradients and weights of a common size it is). What a bit of the
+# Bits from the most significant one: the top bit of an exponent, and lower ones, which move a number by 2^8 and 2^4,
+# up where that bit is 0 (of gradients and weights of a common size it is). What a bit of the
 # fraction does to one number among many nobody can see.
 TOP_EXPONENT_BIT = 1
-UPPER_EXPONENT_BIT = 4
 LOWER_EXPONENT_BIT = 5
 LOW_EXPONENT_BIT = 6
 
@@ -25,14 +25,25 @@ LOW_EXPONENT_BIT = 6
 @dataclass(frozen=True, kw_only=True)
 class _BitFlip(ParameterFault):
     element: int | None = None
-    bit: int = TOP_EXPONENT_BIT
+    bit: int | None = TOP_EXPONENT_BIT  # None: the highest one below the top that makes the number larger
     weaker: ClassVar[Mapping[str, Any] | None] = {"bit": LOWER_EXPONENT_BIT}
 
     def flip(self, run: Injection, tensor: Tensor, what: str) -> None:
         """Flip the bit and note it."""
         element = pick_element(tensor, self.seed) if self.element is None else self.element
-        before, after = flip_bit(tensor, element, self.bit)
-        run.note(self, f"bit {self.bit} of {what}[{element}]: {before:g} -> {after:g}")
+        bit = _raising_bit(tensor, element) if self.bit is None else self.bit
+        before, after = flip_bit(tensor, element, bit)
+        run.note(self, f"bit {bit} of {what}[{element}]: {before:g} -> {after:g}")
+
+
+def _raising_bit(tensor: Tensor, element: int) -> int:
+    """The highest bit below the top one of the exponent that makes a number larger, whatever its size is."""
+    number = local_of(tensor).detach().flatten()[element]
+    for bit in range(TOP_EXPONENT_BIT + 1, 8 * tensor.element_size()):
+        before, after = flip_bit(number.reshape(1).clone(), 0, bit)
+        if abs(after) > abs(before):
+            return bit
+    return TOP_EXPONENT_BIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +78,7 @@ class OptimizerBitFlip(_BitFlip):
 
     name: ClassVar[str] = "optimizer-bit-flip"
     hits: ClassVar[str] = "an optimizer moment"
-    weaker: ClassVar[Mapping[str, Any] | None] = {"bit": UPPER_EXPONENT_BIT, "state": "exp_avg_sq"}
+    weaker: ClassVar[Mapping[str, Any] | None] = {"bit": None, "state": "exp_avg_sq"}
     state: str = "exp_avg"
 
     def before_step(self, run: Injection) -> None:
