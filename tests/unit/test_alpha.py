@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -135,6 +136,18 @@ def test_a_zero_delta_and_weights_that_cannot_be_read_have_no_bound():
     assert broken.rows[0].reason
     with pytest.raises(InputError, match=r"did you mean '0\.weight'"):
         safe_alpha(model, Delta({"0.weigth": a_direction()}))
+
+
+def test_nothing_is_foretold_for_other_weights_unless_asked_for():
+    model, other = of_noise(), of_noise(seed=1)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed[0].weight.add_(a_direction().dense())
+    delta = Delta.between(model, changed)
+    assert safe_alpha(model, delta).bound is not None
+    with pytest.raises(InputError, match=r"made for another base: 0\.weight had the digest"):
+        safe_alpha(other, delta)
+    assert safe_alpha(other, delta, same_base=False).bound is not None
 
 
 # ---------------------------------------------------------------- the guards as judges

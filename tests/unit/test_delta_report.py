@@ -390,12 +390,21 @@ def test_what_cannot_be_scored_is_one_sentence_each(tmp_path: Path):
         make_report(base, delta, title="narrow", broad_rank=0)
     with pytest.raises(InputError, match="and prompts to halve"):
         make_report(base, delta, title="nothing to halve", splits=3)
+    with pytest.raises(InputError, match="the batch size must be 1 or more, not 0"):
+        make_report(base, delta, {"input_ids": chain_samples(16, 9, seed=1)}, title="no batch", batch_size=0)
     with pytest.raises(InputError, match="no list of blocks"):
         make_report(nn.Sequential(nn.Linear(4, 4)), delta, title="flat")
     fresh = adapted(copy.deepcopy(base), configuration("llama", target_modules=WRITERS["llama"]))
     fresh.save_pretrained(str(tmp_path / "fresh"))
     with pytest.raises(InputError, match=r"the change is zero in all 6 matrices"):
         make_report(base, read_change(tmp_path / "fresh", base), title="fresh")
+
+
+def test_a_file_in_place_of_the_folder_is_told_before_the_work(tmp_path: Path, capsys: Any):
+    (tmp_path / "file").write_text("mine")
+    assert run("delta", "report", "there-is-no-base", tmp_path, "--out", tmp_path / "file") == 3
+    assert "is a file: give a folder for the report" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_adapter_without_lora_weights_is_refused(tmp_path: Path):

@@ -173,6 +173,9 @@ def test_a_folder_that_only_has_the_name_of_the_base_is_no_base(tmp_path, caplog
     found = Delta.load(tmp_path / "adapter")
     assert set(found.base_digests) == set(found.names)
     assert found.base_digests == Delta.from_adapter(model).base_digests
+    untrained("llama", seed=5).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"trained on another base: .* had the digest"):
+        Delta.from_adapter(tmp_path / "adapter", base=tmp_path / "other")
     (tmp_path / "base" / "model.safetensors").unlink()
     assert Delta.load(tmp_path / "adapter").base_digests == {}
     assert "cannot be read" in caplog.text

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from weightproof.alpha.fitting import Target, fitted
+from weightproof.alpha.fitting import Target, fitted, require_base
 from weightproof.deltas import Delta
 from weightproof.differences.factors import values_of
 from weightproof.errors import InputError
@@ -139,7 +139,9 @@ def _is_unread(row: SafeAlpha) -> bool:
     return row.bound is None and row.sigma_delta > 0.0
 
 
-def safe_alpha(model: nn.Module, delta: Delta | Path | str, policy: str | Path | Policy = "balanced") -> AlphaTable:
+def safe_alpha(
+    model: nn.Module, delta: Delta | Path | str, policy: str | Path | Policy = "balanced", *, same_base: bool = True
+) -> AlphaTable:
     """Foretell how far a delta can be taken, from the spectra of the weights as they are; nothing is written.
 
     Reads each matrix of the delta once, for its singular values. What outputs and loss say of an alpha is another
@@ -149,14 +151,17 @@ def safe_alpha(model: nn.Module, delta: Delta | Path | str, policy: str | Path |
         model: The model that would be steered.
         delta: What would be added.
         policy: Whose limit of spectral growth counts.
+        same_base: False: foretell it for other weights than it was made for, too.
 
     Raises:
-        InputError: The delta does not fit the model.
+        InputError: The delta does not fit the model, or was made for other weights.
     """
     delta = delta if isinstance(delta, Delta) else Delta.load(delta)
     found = load_policy(policy)
     kappa = found.limits_for(Spectral).kappa
     targets = fitted(delta, iter_weight_matrices(model))
+    if same_base:
+        require_base(delta, targets, lambda matrix: matrix.load())
     rows = (_row(one, math.exp(for_family(kappa, one.matrix.family))) for one in targets)
     return AlphaTable(tuple(rows), found.name)
 

@@ -87,7 +87,7 @@ def require_base(delta: Delta, targets: Iterable[Target], original: Callable[[We
             raise InputError(
                 f"the delta was made for another base: {matrix.name} had the digest {then[:16]} then"
                 f"{f' ({made})' if made else ''} and has {now[:16]} here. Nothing was written. Load that base in its "
-                "own dtype, or pass same_base=False to add it to these weights all the same"
+                "own dtype, or pass same_base=False (--other-base) to add it to these weights all the same"
             )
 
 

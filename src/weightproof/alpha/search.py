@@ -120,7 +120,8 @@ def search_alpha(  # noqa: PLR0913 - each is one choice of the search
             raise InputError("give either alphas= or bracket=, not both")
         next((alpha for alpha in _largest_first(alphas)[:max_trials] if kept(alpha)), None)
     else:
-        _bisect(_bracket(session, delta, bracket), kept, trials, tolerance, max_trials)
+        ends = _from_spectra(session, delta, same_base) if bracket is None else (*_bracket(bracket), False)
+        _bisect(ends, kept, trials, tolerance, max_trials)
     found = max((one.alpha for one in trials if one.is_kept), key=abs, default=None)
     step = session.apply(Steer(delta, found, same_base)) if keep and found is not None else None
     return AlphaSearch(found, tuple(trials), step)
@@ -133,14 +134,16 @@ def _largest_first(alphas: Sequence[float]) -> list[float]:
     return found
 
 
-def _bracket(session: GuardSession, delta: Delta, given: tuple[float, float] | None) -> tuple[float, float, bool]:
-    """(low, high, whether to look further out than high)."""
-    if given is not None:
-        low, high = sorted((require_alpha(end) for end in given), key=abs)
-        if high == 0.0 or low * high < 0.0 or low == high:
-            raise InputError(f"bracket must be two numbers of the same sign, the smaller may be 0, not {given!r}")
-        return low, high, False
-    bound = safe_alpha(session.model, delta, session.policy).bound
+def _bracket(given: tuple[float, float]) -> tuple[float, float]:
+    low, high = sorted((require_alpha(end) for end in given), key=abs)
+    if high == 0.0 or low * high < 0.0 or low == high:
+        raise InputError(f"bracket must be two numbers of the same sign, the smaller may be 0, not {given!r}")
+    return low, high
+
+
+def _from_spectra(session: GuardSession, delta: Delta, same_base: bool) -> tuple[float, float, bool]:
+    """(low, high, True: look further out than high)."""
+    bound = safe_alpha(session.model, delta, session.policy, same_base=same_base).bound
     if not bound:
         raise InputError("the spectra give no bound to begin from (see safe_alpha): give alphas= or bracket=")
     return 0.0, bound / _GROWTH, True

@@ -47,6 +47,8 @@ def report(  # noqa: PLR0913, PLR0917 - one option a line
     from weightproof.delta_report.making import in_float32, make_report
     from weightproof.folders.loading import load_model, resolve_folder
 
+    if out is not None and out.is_file():  # told before the work, not after it
+        raise InputError(f"--out {out} is a file: give a folder for the report")
     folder = resolve_folder(base)
     loaded = load_model(folder, device=device)
     delta, others = _changes(loaded.model, adapter, against, mode, other_seed or [])

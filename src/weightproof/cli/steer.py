@@ -20,6 +20,7 @@ _MODEL = typer.Argument(help="Model folder (or Hub id).")
 _DELTA = typer.Argument(help="A delta (weightproof delta make), or the folder of an adapter.")
 _POLICY = typer.Option(help="conservative, balanced, aggressive, or a policy file.")
 _RETAIN = typer.Option(help="Text or JSONL on which the loss must not rise.")
+_OTHER_BASE = typer.Option("--other-base", help="Other weights than it was made for.")
 _DEVICE = typer.Option(help="Where the model is run, as torch names it.")
 _JSON = typer.Option("--json", help="Print as JSON.")
 
@@ -28,6 +29,7 @@ def alpha(
     model: Annotated[str, _MODEL],
     delta: Annotated[Path, _DELTA],
     policy: Annotated[str, _POLICY] = "balanced",
+    other_base: Annotated[bool, _OTHER_BASE] = False,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Foretell from spectra how far a delta may be taken; nothing is written."""
@@ -36,7 +38,7 @@ def alpha(
     from weightproof.steering import safe_alpha
 
     found = Delta.load(delta)
-    table = safe_alpha(load_model(resolve_folder(model)).model, found, policy)
+    table = safe_alpha(load_model(resolve_folder(model)).model, found, policy, same_base=not other_base)
     if as_json:
         sys.stdout.write(json.dumps(table.to_json(), indent=2, allow_nan=False) + "\n")
     else:
@@ -52,7 +54,7 @@ def search(  # noqa: PLR0913, PLR0917 - one option a line
     max_trials: Annotated[int, typer.Option(help="Stop after this many.")] = 16,
     retain: Annotated[Path | None, _RETAIN] = None,
     policy: Annotated[str, _POLICY] = "balanced",
-    other_base: Annotated[bool, typer.Option("--other-base", help="Other weights than it was made for.")] = False,
+    other_base: Annotated[bool, _OTHER_BASE] = False,
     device: Annotated[str, _DEVICE] = "cpu",
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
@@ -91,7 +93,7 @@ def steer(  # noqa: PLR0913, PLR0917 - one option a line
     alpha: Annotated[float, typer.Option(help="How much of the delta; negative: away from it.")] = 1.0,
     retain: Annotated[Path | None, _RETAIN] = None,
     policy: Annotated[str, _POLICY] = "balanced",
-    other_base: Annotated[bool, typer.Option("--other-base", help="Other weights than it was made for.")] = False,
+    other_base: Annotated[bool, _OTHER_BASE] = False,
     device: Annotated[str, _DEVICE] = "cpu",
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:

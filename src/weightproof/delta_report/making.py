@@ -89,6 +89,8 @@ def make_report(  # noqa: PLR0913 - keyword-only options
     weights = WeightSide.of(model)
     _require_ranks(rank, broad_rank, weights.width)
     _require_prompts(prompts, positive, negative, rank)
+    if batch_size < 1:
+        raise InputError(f"the batch size must be 1 or more, not {batch_size}")
     if splits < 0 or (splits and prompts is None):
         raise InputError(f"{splits} further halves of the prompts: a number from 0 is needed, and prompts to halve")
 

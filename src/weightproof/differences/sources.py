@@ -15,7 +15,7 @@ from weightproof.errors import InputError
 from weightproof.folders.checkpoint_files import read_json
 from weightproof.folders.checkpoints import open_checkpoint
 from weightproof.folders.loading import LOADERS, load_model
-from weightproof.lora.adapters import Adapter, AdapterDelta, read_adapter, require_fits
+from weightproof.lora.adapters import Adapter, AdapterDelta, read_adapter, require_fits, require_values
 from weightproof.lora.folders import CONFIG
 from weightproof.lora.live import lora_layers, merged_names
 from weightproof.registry import load_plugin
@@ -145,17 +145,13 @@ def _in_folder(adapter: Adapter, folder: Path) -> dict[str, WeightMatrix]:
                 f"{adapter.source} is an adapter of another base: its delta of {name} is {list(delta.shape)} "
                 f"(d_out, d_in), the matrix in {folder} {[found[name].d_out, found[name].d_in]}"
             )
-        digest = adapter.base_digests.get(name)
-        if name in found and digest is not None and digest != (now := tensor_digest(found[name].load())):
-            raise InputError(
-                f"{adapter.source} is an adapter of another base: {name} had the digest {digest[:16]} when it was "
-                f"trained, and has {now[:16]} in {folder}"
-            )
     if adapter.deltas.keys().isdisjoint(found):
         raise InputError(
             f"{adapter.source} is an adapter of another base: {folder} has none of its matrices, such as "
             f"{next(iter(adapter.deltas))}"
         )
+    if adapter.base_digests or str(folder) != adapter.base:
+        require_values(adapter, found)
     return found
 
 

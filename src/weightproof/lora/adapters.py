@@ -84,7 +84,7 @@ def require_fits(adapter: Adapter, model: nn.Module, *, same_base: bool = True) 
                 f"the matrix {[matrix.d_out, matrix.d_in]}. {_made_for(adapter)}"
             )
     if same_base:
-        _require_base(adapter, matrices)
+        require_values(adapter, matrices)
 
 
 def _made_for(adapter: Adapter) -> str:
@@ -108,8 +108,12 @@ def _require_names(adapter: Adapter, model: nn.Module, matrices: Mapping[str, We
             )
 
 
-def _require_base(adapter: Adapter, matrices: Mapping[str, WeightMatrix]) -> None:
-    """Compare the base's values with those it was trained on, where they are known and whole here."""
+def require_values(adapter: Adapter, matrices: Mapping[str, WeightMatrix]) -> None:
+    """Compare a base's matrices with those the adapter was trained on, where they are known and whole here.
+
+    Raises:
+        InputError: One differs.
+    """
     whole = {name: one for name, one in matrices.items() if name in adapter.deltas and _is_comparable(one)}
     for name in sorted(whole.keys() & adapter.base_digests.keys()):
         found = tensor_digest(whole[name].load())
