@@ -68,6 +68,13 @@ STATISTICS: Mapping[str, str] = {
     "contract_levels_per_group": "different values per scale group",
     "contract_sign_flip_fraction": "share of flipped signs",
     "became_zero": "matrices that became zero",
+    "loss_peak": "largest raw loss of a step",
+    "norm_peak": "largest gradient norm of a step",
+    "rate_peak": "largest learning rate of a step",
+    "moment_growth": "largest growth of an optimizer moment, times the usual",
+    "weight_move": "largest change of a matrix, times the usual",
+    "gain_move": "largest change of a gain or bias, times the usual",
+    "slowest_step": "seconds of the slowest step",
 }
 
 APPLIED: Mapping[str, str] = {
