@@ -54,10 +54,10 @@ def _verdicts(judged: Sequence[tuple[Row, bool | None]]) -> dict[str, Any]:
     }
 
 
-def _flagged_by(found: Mapping[str, Any], parts: Sequence[str]) -> bool | None:
-    """Whether one of these parts failed; None where none failed and one raised, or all are unsupported."""
+def _flagged_by(found: Mapping[str, Any], parts: Sequence[str], raised: Sequence[str] = ("fail",)) -> bool | None:
+    """Whether one of these parts failed; None where none failed and one raised an error, or all are unsupported."""
     outcomes = [found[part]["outcome"] for part in parts]
-    if "fail" in outcomes:
+    if any(outcome in raised for outcome in outcomes):
         return True
     quiet = all(outcome in {"pass", "warn", "unsupported"} for outcome in outcomes)
     return False if quiet and set(outcomes) != {"unsupported"} else None
@@ -69,7 +69,9 @@ def _invarlock(judged: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
     fair = [(row, found) for row, found in judged if untouched.get(row["model"]) is False]
 
     def verdicts(chosen: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
-        return {name: _verdicts([(row, _flagged_by(f, of)) for row, f in chosen]) for name, of in INVARLOCK.items()}
+        every = {name: _verdicts([(row, _flagged_by(f, of)) for row, f in chosen]) for name, of in INVARLOCK.items()}
+        warned = [(row, _flagged_by(f, guards, ("fail", "warn"))) for row, f in chosen]  # its runner accepts a warning
+        return every | {"guards, warnings counted": _verdicts(warned)}
 
     def seconds(kind: str) -> dict[str, float]:
         return _seconds([sum(found[guard].get(kind, 0.0) for guard in guards) for _, found in judged])

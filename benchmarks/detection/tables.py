@@ -140,6 +140,7 @@ def _peers_verdicts(found: dict[str, Any]) -> str:
             (f"invarlock 0.12.1, {name}{where}", verdicts, invarlock["seconds"] if name == "guards" else None)
             for part, where in (("all models", ""), ("models that pass untouched", ", models that it passes untouched"))
             for name, verdicts in invarlock[part].items()
+            if part == "all models" or name.startswith("guards")
         ),
     ]
     rows = [
@@ -163,7 +164,8 @@ def _peers_verdicts(found: dict[str, Any]) -> str:
         f"**Other tools on the same edits** ({edits['judged']} of {edits['of']}; own thresholds, tier balanced)\n\n"
         + _table(header, rows)
         + f"\n\ninvarlock 0.12.1, outcomes: {'; '.join(outcomes)}. Failed untouched: "
-        + f"{', '.join(invarlock['fails_untouched']) or 'none'}."
+        + f"{', '.join(invarlock['fails_untouched']) or 'none'}. Its guards are prepared in "
+        + f"{invarlock['prepare_seconds']['median']:.2f} s (median): not counted, as our baseline is not."
     )
 
 
