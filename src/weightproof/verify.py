@@ -22,12 +22,13 @@ from weightproof.certifying.certification import TRAINING, Request, certify_fold
 from weightproof.certifying.comparison import compare_folders, read_folder
 from weightproof.certifying.form import Content, StepForm, content_of
 from weightproof.certifying.model_pair import Data
+from weightproof.deltas import Delta
 from weightproof.errors import InputError, WeightproofError
 from weightproof.lora.adapters import Adapter
 from weightproof.policy import Policy
 from weightproof.types import EditRecord, Readings
 from weightproof.verification.folder import check_base_files, check_folder
-from weightproof.verification.kind import adapters_at_hand, compare_merge, kind_of
+from weightproof.verification.kind import adapters_at_hand, compare_merge, delta_digest, kind_of
 from weightproof.verification.outputs import compare_outputs
 from weightproof.verification.readings import compare_readings, compare_records
 from weightproof.verification.result import Difference, Findings, Status, Verification
@@ -55,7 +56,7 @@ class Demands:
         base: Folder of the model before the change.
         data: What outputs and losses are computed on at level 3.
         adapters: What a merge put into the weights: folders that PEFT wrote, or adapters that were read; several in the
-            order in which they were merged at once.
+            order in which they were merged at once. Where a model was steered: the path of the delta.
         skip: Files of the folder that are no part of the model, such as the certificate.
     """
 
@@ -134,7 +135,7 @@ class _Run:
         self.content, self.folder, self.demands = content, folder, demands
         self.findings, self.progress = findings, progress
         self.is_readable = False
-        self.adapter: Adapter | None = None
+        self.adapter: Adapter | Delta | None = None
 
     def first(self, skip: Sequence[Path]) -> None:
         """Level 1."""
@@ -256,6 +257,8 @@ class _Run:
 
 
 def _how_to_give(record: EditRecord) -> str:
+    if delta_digest(record) is not None:
+        return ": give that very delta with --adapter"
     named = record.kind == kinds.LoraMerge.name and isinstance(record.params.get("adapter"), str)
     return ": give that very adapter with --adapter" if named else ""
 

@@ -114,8 +114,16 @@ def test_a_steered_model_is_written_with_its_certificate_or_not_at_all(base, tmp
     assert moved.names == (DOWN,)
     assert torch.allclose(moved.dense(DOWN), 0.01 * part.dense(), atol=1e-7)
     command = ["verify", str(made / "certificate.json"), "--model", str(made), "--unsigned-ok"]
-    with pytest.raises(SystemExit) as left:
-        main(command)
-    assert not left.value.code
+    further = [*command, "--base", str(base), "--level", "3"]
+    other = Delta({DOWN: LowRank(part.left, 2.0 * part.right)}).save(tmp_path / "other.safetensors")
+    for asked, code in (
+        (command, 0),
+        (further, 2),  # the contract is about the delta, which the certificate names and does not hold
+        ([*further, "--adapter", str(delta)], 0),
+        ([*further, "--adapter", str(other)], 1),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(asked)
+        assert (left.value.code or 0) == code
     assert run("steer", base, delta, "--alpha", 1e5, "-o", tmp_path / "bad", "--json") == 1
     assert not list((tmp_path / "bad").rglob("*.safetensors"))

@@ -41,7 +41,9 @@ def verify(  # noqa: PLR0913, PLR0917 - one option a line
     target: Annotated[Path | None, typer.Option(help="The target data that the certificate was made with.")] = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="Adapter that was merged, as PEFT saved it; several in the order of merging."),
+        typer.Option(
+            help="Adapter that was merged, as PEFT saved it (several in the order of merging), or delta steered by."
+        ),
     ] = None,
     parent: Annotated[
         Path | None, typer.Option(help="Certificate of the base, which this one must go on from.")

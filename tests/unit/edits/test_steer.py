@@ -9,12 +9,13 @@ import torch
 import trained_models
 from edit_cases import Session, matrices, small_mlp
 
-from weightproof import Action, Delta, GuardSession, InputError, edits, steer
+from weightproof import Action, Delta, GuardSession, InputError, edits, kinds, steer
 from weightproof.deltas import LowRank
 from weightproof.edits import Edit, Steer
 from weightproof.judgement.plans import prepared, selected
 from weightproof.recipe import load_recipe
 from weightproof.types import Outcome
+from weightproof.verification.kind import kind_of
 
 FIRST = "mlp.0.weight"  # of small_mlp
 
@@ -106,6 +107,15 @@ def test_a_guarded_steering_is_kept_or_restored_and_says_what_it_added():
     assert merge.value is not None
     assert merge.value <= merge.limit
     assert next(one for one in small.verdicts if one.guard == "invariants").outcome is Outcome.PASS
+    again = kind_of(record, delta, {})  # what a verifier makes of the record, who has the delta
+    assert isinstance(again, kinds.LoraMerge)
+    (reading,) = again.measure(name, before, before + 0.01 * delta.dense(name))
+    assert reading.value is not None
+    assert reading.value <= reading.limit
+    assert kind_of(record, delta.scaled(2.0), {}) is None
+    assert kind_of(record, None, {}) is None
+    larger = Delta({**delta.parts, "lm_head.weight": torch.ones(40, 64)}, delta.metadata)
+    assert isinstance(kind_of(record, larger, {}), kinds.LoraMerge)  # of which only that matrix was chosen
     session.close()
 
 
