@@ -90,12 +90,10 @@ def test_fit_merge_and_show_by_command(folder, capsys):
 
 
 def test_a_dry_run_reads_no_data_and_writes_nothing(folder, capsys):
-    assert (
-        run("factors", "fit", folder / "model", "--data", folder / "none", "-o", folder / "f.safetensors", "--dry-run")
-        == 0
-    )
+    out = folder / "new" / "f.safetensors"
+    assert run("factors", "fit", folder / "model", "--data", folder / "none", "-o", out, "--dry-run") == 0
     assert "operations a token" in capsys.readouterr().out
-    assert not (folder / "f.safetensors").exists()
+    assert not out.parent.exists()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +101,7 @@ def test_a_dry_run_reads_no_data_and_writes_nothing(folder, capsys):
     [
         (("fit", "{model}", "--data", "{folder}/none.txt", "-o", "{folder}/f.safetensors"), "cannot be read"),
         (("fit", "{model}", "--data", "{data}", "-o", "{data}"), "is a file"),
+        (("fit", "{model}", "--data", "{data}", "-o", "{data}/f/g.safetensors"), "is a file"),
         (
             ("fit", "{model}", "--data", "{data}", "-o", "{folder}/f", "--include", "*.uq_proj"),
             "matches no weight matrix",
@@ -119,4 +118,5 @@ def test_bad_input_is_one_sentence(folder, capsys, arguments, message):
     assert run("factors", *(one.format(**places) for one in arguments)) == 3
     said = capsys.readouterr().err
     assert message in said
+    assert not (folder / "f").exists()
     assert "Traceback" not in said

@@ -138,9 +138,17 @@ def test_the_model_is_left_as_it_was():
         assert (parameter.requires_grad, parameter.grad) == (needed, gradient)
     assert not any(module._forward_hooks for module in model.modules())
     assert not model.get_submodule("model.layers.1.mlp.up_proj")._backward_hooks
-    broken = [*batches(count=1), {"input_ids": torch.full((1, 4), 10_000)}]
+    passes = []
+
+    def fail_the_second_time(*_):
+        passes.append(1)
+        if len(passes) == 2:
+            raise IndexError
+
+    planted = model.model.norm.register_forward_hook(fail_the_second_time)
     with pytest.raises(IndexError):
-        fitted(model=model, data=broken)
+        fitted(model=model, data=batches(count=2))
+    planted.remove()
     assert not any(module._forward_hooks for module in model.modules())
     assert model.lm_head.weight.requires_grad
 
@@ -407,16 +415,24 @@ def test_two_processes_give_the_factors_of_one():
         assert torch.equal(shared, alone[SISTERS[1]].activation_sum)
 
 
-def bad_batch_on_one(rank: int, size: int) -> str:
-    data = batches(count=4)
-    data[1] = {"input_ids": torch.full((1, 4), 10_000)}
-    with pytest.raises(Exception, match="index out of range") as caught:
-        fitted(data=data)
+def bad_batch_on_one(rank: int, size: int, planted: bool) -> str:
+    model, data = untrained("llama"), batches(count=4)
+    if planted and rank == 1:
+
+        def fail(*_):
+            raise IndexError("planted")
+
+        model.model.norm.register_forward_hook(fail)
+    elif not planted:
+        data[1] = {"input_ids": torch.full((1, 4), 10_000)}
+    with pytest.raises(Exception, match="planted" if planted else "holds the token id 10000") as caught:
+        fitted(model=model, data=data)
     return type(caught.value).__name__
 
 
 def test_a_bad_batch_on_one_process_ends_both():
-    assert run_world(bad_batch_on_one, 2) == ["CollectiveError", "IndexError"]
+    assert run_world(bad_batch_on_one, 2, True) == ["CollectiveError", "IndexError"]
+    assert run_world(bad_batch_on_one, 2, False) == ["InputError", "InputError"]
 
 
 def test_factors_of_other_weights_are_refused_by_hash():
@@ -439,6 +455,13 @@ def test_factors_of_other_weights_are_refused_by_hash():
         ({"data": []}, "no batch"),
         ({"data": [3]}, "no dict of tensors but int"),
         ({"data": [{"text": "a"}]}, "holds no tensor"),
+        ({"data": [{"mask": torch.ones(2, 9)}]}, r"batch 0 has no input_ids \(found: mask\)"),
+        ({"data": [{"input_ids": torch.ones(2, 9)}]}, "batch 0 holds floating point numbers where token ids belong"),
+        ({"data": [{"input_ids": torch.full((2, 9), 10**6)}]}, "batch 0 holds the token id 1000000, and the model has"),
+        (
+            {"data": [{"input_ids": torch.ones(2, 9).long(), "labels": torch.full((2, 9), -1)}], "labels": "empirical"},
+            "batch 0 holds the label -1, and the model has",
+        ),
         ({"require_full_rank": True}, r"fitted on 39 tokens and has 192 dimensions"),
     ],
 )

@@ -6,6 +6,7 @@ logits (the second-order term of the KL), and squared inner products of an edit 
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from weightproof.curvature.factors import Source
 from weightproof.curvature.fitting import correct_eigenvalues
 from weightproof.curvature.prediction import loss_form
 from weightproof.edits import RTN, SVD, Prune
+from weightproof.errors import InputError
 from weightproof.numerics.matrices import seeded_generator
+from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.weights import iter_weight_matrices
 
 NAMES = {
@@ -53,7 +56,7 @@ def as_stored(model_name: str, change: torch.Tensor) -> torch.Tensor:
 def test_the_form_is_the_quadratic_of_the_whole_kronecker_product():
     a, g, change = covariance(5, "a"), covariance(7, "g"), drawn(7, 5)
     whole = torch.kron(g, a)  # of the row-major vector of E
-    found = predict_loss_change(factors_of(Factor("w", 3 * a, 3 * g, 3)), {"w": change * 0}, {"w": change})
+    found = predict_loss_change(factors_of(Factor("w", 9 * a, 9 * g, 9)), {"w": change * 0}, {"w": change})
     expected = 0.5 * change.flatten() @ whole @ change.flatten()
     assert found.total == pytest.approx(float(expected), rel=1e-12)
 
@@ -74,7 +77,7 @@ def test_corrected_eigenvalues_replace_those_of_the_factors():
 
 @pytest.mark.parametrize("corrected", [None, torch.ones(4, 3, dtype=torch.float64)])
 def test_what_is_not_finite_has_no_prediction_and_what_did_not_change_costs_nothing(corrected):
-    factor = Factor("w", torch.eye(3, dtype=torch.float64), torch.eye(4, dtype=torch.float64), 1, "", corrected)
+    factor = Factor("w", torch.eye(3, dtype=torch.float64), torch.eye(4, dtype=torch.float64), 4, "", corrected)
     before = drawn(4, 3)
     broken = before.clone()
     broken[1, 1] = math.nan
@@ -82,6 +85,22 @@ def test_what_is_not_finite_has_no_prediction_and_what_did_not_change_costs_noth
     assert found.by_matrix == {"w": None}
     assert found.total is None
     assert predict_loss_change(factors_of(factor), {"w": before}, {"w": before.clone()}).total == 0.0
+
+
+def test_factors_that_are_no_covariance_or_of_other_weights_or_too_few_tokens_foretell_nothing():
+    before, whole = drawn(4, 3), torch.eye(4, dtype=torch.float64)
+    good = Factor("w", torch.eye(3, dtype=torch.float64), whole, 4, tensor_digest(before))
+    skew, broken = whole.clone(), whole.clone()
+    skew[0, 1], broken[1, 1] = 1.0, math.nan
+    for given, message in (
+        ({"gradient_sum": skew}, "the factor G of w is not symmetric"),
+        ({"gradient_sum": broken}, "the factor G of w holds NaN or inf"),
+        ({"tokens": 3}, "fitted on 3 tokens and has 4 dimensions"),
+        ({"weight_digest": "0" * 64}, "belong to other weights: w has the hash"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predict_loss_change(factors_of(replace(good, **given)), {"w": before}, {"w": before + 1})
+    assert predict_loss_change(factors_of(good), {"w": before}, {"w": before + 1}).total == pytest.approx(6 / 16)
 
 
 # ---- against the model ----------------------------------------------------------------------------------------------

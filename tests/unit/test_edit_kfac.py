@@ -73,6 +73,12 @@ def test_all_of_the_energy_changes_no_bit_and_is_told_as_no_edit(llama):
     assert {n for n, d in digests(model).items() if d != before[n]} == {"model.layers.0.mlp.up_proj.weight"}
 
 
+def test_an_energy_of_its_own_is_found_by_names_with_and_without_weight(llama):
+    of_one = edits.KFAC(llama[1], energy=0.5, energies={"*.layers.1.mlp.up_proj": 0.9})
+    assert of_one.energy_of(UP) == 0.9
+    assert of_one.energy_of(UP.replace("up", "gate")) == 0.5
+
+
 def test_gpt2_is_edited_in_the_orientation_of_the_linear_layer():
     model = untrained("gpt2")
     factors = fitted(model, "*.c_fc*", "gpt2")
@@ -157,6 +163,9 @@ def test_bad_input_is_refused_before_anything_is_written(llama, tmp_path):
         session.apply(edits.KFAC(factors, formula="ekfac"))
     with pytest.raises(InputError, match=r"q_proj.weight .*: it was not among the 9 matrices"):
         session.apply(edits.KFAC(factors, include="*.q_proj*"))
+    for include in ("*.mlp.up_proj*", edits.KFAC(factors).include):  # a slip must not leave a matrix with another share
+        with pytest.raises(InputError, match=r"energies: '\*\.down_proj' matches none of the . matrices"):
+            session.apply(edits.KFAC(factors, energies={"*.down_proj": 0.9}, include=include))
     few = fit_factors(model, data(count=1)[:1], UP, require_full_rank=False, progress=False)
     few = Factors({UP: dataclasses.replace(few[UP], tokens=100)}, few.source, {})
     with pytest.raises(InputError, match="no full rank"):

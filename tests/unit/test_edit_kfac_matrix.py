@@ -210,7 +210,7 @@ def test_corrected_eigenvalues_rank_by_themselves():
     u, v = left.vectors[:, 2], right.vectors[:, 3]
     assert mask.kept_pairs == 1
     assert torch.allclose(found, torch.outer(u, v) * (u @ weight @ v), atol=1e-13)
-    with pytest.raises(InputError, match="eigenvalue_correction"):
+    with pytest.raises(InputError, match="factors fit --ekfac"):
         project(weight, FactorBases(left, right), 0.5, "ekfac")
 
 

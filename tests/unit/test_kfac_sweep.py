@@ -101,7 +101,7 @@ def test_the_command_prints_a_table_and_writes_numbers_and_a_picture(scene, tmp_
 
 def test_nothing_to_sweep_is_refused(scene):
     model, factors, clean = scene
-    for given in ({"energies": []}, {"metrics": {}}, {"include": "*.q_proj*"}):
+    for given in ({"energies": []}, {"metrics": {}}, {"include": "*.q_proj*"}, {"include": (UP, "*.mpl.*")}):
         with pytest.raises(InputError):
             sweep(model, factors, **{"energies": [0.5], "metrics": {"a": clean_nll(clean)}, "include": UP} | given)
     with pytest.raises(InputError, match="no text"):

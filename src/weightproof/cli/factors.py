@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -174,5 +175,6 @@ def _require_place(out: Path) -> None:
     folder = out.parent if out.suffix == ".safetensors" else out
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder, or a file that ends in .safetensors")
-    if not folder.exists():
-        folder.mkdir(parents=True)
+    above = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{folder} cannot be written: {above} is a file, or may not be written to")

@@ -22,7 +22,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from weightproof.errors import InputError
-from weightproof.folders.files import write_atomically
+from weightproof.folders.files import make_folders, write_atomically
 from weightproof.snapshots.tensor_store import tensor_digest
 from weightproof.types import WeightMatrix
 from weightproof.weights import iter_weight_matrices
@@ -245,6 +245,7 @@ class Factors:
         header = json.dumps(
             {"format": _FORMAT, "source": vars(self.source), "refused": dict(self.refused), "factors": entries}
         )
+        make_folders(path.parent)
         write_atomically(path, safetensors_bytes(tensors, metadata={"header": header, "digest": _sha(header)}))
         return path
 

@@ -20,7 +20,7 @@ from weightproof.curvature.bases import bases_of
 from weightproof.curvature.collector import Collector, Target
 from weightproof.curvature.factors import Factor, Factors, Source, summed
 from weightproof.curvature.moments import CorrectedMoments, Moments, TokenSums
-from weightproof.curvature.objectives import Objective, objective_of, prepared
+from weightproof.curvature.objectives import Objective, check_batch, objective_of, prepared
 from weightproof.curvature.targets import FitCost, dealt_passes, find_targets, fit_cost
 from weightproof.errors import InputError
 from weightproof.forward.windows import digest_items, takes
@@ -222,6 +222,7 @@ class _Run:
             )
 
     def _add(self, collector: Collector, batch: Mapping[str, Tensor], number: int) -> None:
+        check_batch(batch, self._model, self._objective.task, f"batch {number}")
         batch = {name: value.to(self.device) for name, value in batch.items()}
         collector.masks = self._objective.masks(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from weightproof.errors import InputError
 from weightproof.forward.calibration import LABEL_NAMES
-from weightproof.loss_data.items import IGNORED, task_of
+from weightproof.forward.windows import vocab_size
+from weightproof.loss_data.items import IGNORED, check_range, task_of
 from weightproof.numerics.matrices import seeded_generator
 
 __all__ = ["LABELS", "Objective", "objective_of"]
@@ -142,6 +143,25 @@ def prepared(batch: Mapping[str, Tensor], model: nn.Module, task: str) -> dict[s
             raise InputError("batches of a sequence-to-sequence model need decoder_input_ids or labels")
         found["decoder_input_ids"] = make(labels=labels)
     return found
+
+
+def check_batch(batch: Mapping[str, Tensor], model: nn.Module, task: str, where: str) -> None:
+    """Refuse a batch that the model could not read, before it is run.
+
+    Raises:
+        InputError: If it has no token ids, or ids or labels that the model does not have.
+    """
+    ids = batch.get("input_ids")
+    if ids is None:
+        if task == "classes":  # of images, for example
+            return
+        raise InputError(f"{where} has no input_ids (found: {', '.join(batch)}): give token ids")
+    if ids.is_floating_point():
+        raise InputError(f"{where} holds floating point numbers where token ids belong: give integers")
+    check_range(ids, vocab_size(model), "token id", where)
+    labels = batch.get("labels")
+    if task in ("causal", "masked", "seq2seq") and labels is not None:
+        check_range(labels[labels.ne(IGNORED)], vocab_size(model), "label", where)
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from weightproof.curvature.eigenbasis import eigenbasis
-from weightproof.curvature.factors import Factor, Factors
+from weightproof.curvature.eigenbasis import checked_factor, eigenbasis
+from weightproof.curvature.factors import Factor, Factors, require_values
 from weightproof.errors import InputError
 from weightproof.weights import iter_weight_matrices
 
@@ -61,10 +61,12 @@ def predict_loss_change(
         The prediction, nats per token where the factors are of a loss summed over tokens.
 
     Raises:
-        InputError: If `before` are not the weights that the factors were fitted at, or names or shapes do not fit.
+        InputError: If `before` are not the weights that the factors were fitted at, names or shapes do not fit, or
+            the factors are not finite, not symmetric or of fewer tokens than dimensions.
     """
     if isinstance(before, nn.Module):
-        factors.require_weights(before)
+        factors.require_matrices(iter_weight_matrices(before))
+    factors.require_enough_tokens()
     old, new = _matrices(before), _matrices(after)
     found: dict[str, float | None] = {}
     for name in factors:
@@ -72,10 +74,22 @@ def predict_loss_change(
             raise InputError(f"{name} has factors and is missing {'before' if name not in old else 'after'} the edit")
         if old[name].shape != new[name].shape:
             raise InputError(f"{name} changed its shape from {list(old[name].shape)} to {list(new[name].shape)}")
+        require_usable(factors[name], old[name])
         change = new[name].to(torch.float64) - old[name].to(torch.float64)
         found[name] = loss_form(factors[name])(change) if bool(change.count_nonzero()) else 0.0
     others = [name for name in old if name not in factors and name in new and not torch.equal(old[name], new[name])]
     return Prediction(found, tuple(others))
+
+
+def require_usable(factor: Factor, weight: Tensor) -> None:
+    """Refuse a factor that is no covariance, or that was fitted at other weights than these, (d_out, d_in).
+
+    Raises:
+        InputError: Saying which of both, with the hashes of the weights.
+    """
+    checked_factor(factor.activation_sum, weight.shape[1], f"the factor A of {factor.name}")
+    checked_factor(factor.gradient_sum, weight.shape[0], f"the factor G of {factor.name}")
+    require_values(factor, weight)
 
 
 def quadratic_form(change: Tensor, activation_covariance: Tensor, gradient_covariance: Tensor) -> float | None:

@@ -120,7 +120,10 @@ def project(
     if formula == "original":
         return _by_products(weight, bases, energy)
     if formula == "ekfac" and bases.corrected is None:
-        raise InputError("formula 'ekfac' needs corrected eigenvalues: fit the factors with eigenvalue_correction=True")
+        raise InputError(
+            "formula 'ekfac' needs corrected eigenvalues: fit them too (weightproof factors fit --ekfac, or "
+            "weightproof.curvature.fitting.correct_eigenvalues)"
+        )
     return _by_saliency(weight, bases, energy, bases.corrected if formula == "ekfac" else None)
 
 

@@ -67,7 +67,8 @@ class KFAC(Selection):
         factors: Fitted at the weights that are edited (`weightproof.fit_factors`), or the path of their file.
         energy: Share of the saliency that is kept, 0 to 1; 1 changes nothing.
         formula: "original" (lambda_i mu_j), "modified" (times C_ij^2) or "ekfac" (corrected eigenvalues).
-        energies: Other energies for some matrices, by glob on their names; the first that matches.
+        energies: Other energies for some matrices, by glob on their names; the first that matches. One that matches
+            none of those that are edited is an error.
         sequential: Fit the factors of each matrix anew after the ones before it were edited: an edited layer shifts
             the inputs of the next. Needs `batches`, and one pass over them for each matrix.
         batches: Data for `sequential`, as for `weightproof.fit_factors`.
@@ -138,18 +139,30 @@ class KFAC(Selection):
         """Patterns of `include` that choose nothing; of the default ones some always do.
 
         Raises:
-            InputError: If the factors are of another model, or what a pattern chooses has none; says why.
+            InputError: If the factors are of another model, what a pattern chooses has none, or one of `energies` names
+            no matrix that is edited; says why.
         """
         matrices = list(matrices)
         self.factors.require_matrices(matrices)
         if self.include == DEFAULT_TARGETS:
             self._require_default(matrices)
+            self._require_energies(matrices)
             return ()
         for glob in self.include:
             chosen = [one for one in matrices if one.refusal is None and self._chooses(glob, one)]
             if chosen and not any(one.name in self.factors for one in chosen):
                 raise InputError(f"{glob!r} chooses nothing with factors: {self._why_none(chosen[0])}")
-        return super().unmatched(matrices)
+        unmatched = super().unmatched(matrices)
+        if not unmatched:
+            self._require_energies(matrices)
+        return unmatched
+
+    def _require_energies(self, matrices: Iterable[WeightMatrix]) -> None:
+        """An energy for a matrix that is not edited is a slip, and would silently leave another matrix with its own."""
+        names = [one.name for one in matrices if self.selects(one)]
+        for glob in self.energies:
+            if not any(_is_named(name, glob) for name in names):
+                raise InputError(f"energies: {glob!r} matches none of the {len(names)} matrices that are edited")
 
     def _require_default(self, matrices: Iterable[WeightMatrix]) -> None:
         if not any(self.selects(one) for one in matrices):
@@ -166,11 +179,11 @@ class KFAC(Selection):
 
     def _chooses(self, pattern: str, matrix: WeightMatrix) -> bool:
         """As elsewhere, and by names without `.weight`, as `fit_factors` takes them."""
-        return super()._chooses(pattern, matrix) or fnmatchcase(matrix.name.removesuffix(".weight"), pattern)
+        return super()._chooses(pattern, matrix) or _is_named(matrix.name, pattern)
 
     def energy_of(self, name: str) -> float:
         """The share that one matrix keeps."""
-        chosen = (energy for glob, energy in self.energies.items() if fnmatchcase(name, glob))
+        chosen = (energy for glob, energy in self.energies.items() if _is_named(name, glob))
         return next(chosen, self.energy)
 
     def prepare(self, session: Any) -> KFAC:
@@ -237,11 +250,16 @@ class KFAC(Selection):
         return found
 
 
-def readings_of(edit: KFAC, model: torch.nn.Module) -> list[KFACReading]:
-    """What an edit would do to each matrix that it selects; the model stays as it is.
+def _is_named(name: str, glob: str) -> bool:
+    """Whether a glob names a matrix, with `.weight` at its end or without, as `fit_factors` takes them."""
+    return fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
+
+
+def chosen_by(edit: KFAC, model: torch.nn.Module) -> list[WeightMatrix]:
+    """The matrices that an edit changes, with its factors proven to be of this model.
 
     Raises:
-        InputError: If the factors are not of this model, or nothing is selected.
+        InputError: If they are not, or are of too few tokens, or a pattern chooses nothing.
     """
     edit.factors.require_weights(model)
     edit.factors.require_enough_tokens()
@@ -250,4 +268,13 @@ def readings_of(edit: KFAC, model: torch.nn.Module) -> list[KFACReading]:
         raise InputError(
             f"{unmatched[0]!r} chooses no weight matrix of this model: see `weightproof inspect` for names"
         )
-    return [edit.read(matrix) for matrix in matrices if matrix.refusal is None and edit.selects(matrix)]
+    return [matrix for matrix in matrices if edit.selects(matrix)]
+
+
+def readings_of(edit: KFAC, model: torch.nn.Module) -> list[KFACReading]:
+    """What an edit would do to each matrix that it selects; the model stays as it is.
+
+    Raises:
+        InputError: As `chosen_by`.
+    """
+    return [edit.read(matrix) for matrix in chosen_by(edit, model)]

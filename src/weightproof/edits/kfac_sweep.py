@@ -16,12 +16,11 @@ from tqdm import tqdm
 
 from weightproof.activations import forward_outputs, undisturbed
 from weightproof.curvature.factors import Factors
-from weightproof.edits.kfac import DEFAULT_TARGETS, KFAC
+from weightproof.edits.kfac import DEFAULT_TARGETS, KFAC, chosen_by
 from weightproof.edits.kfac_controls import KFACControl
 from weightproof.errors import InputError
 from weightproof.snapshot import MatrixBits, write_matrix
 from weightproof.types import WeightMatrix
-from weightproof.weights import iter_weight_matrices
 
 __all__ = ["Metric", "SweepRow", "clean_nll", "recall", "sweep"]
 
@@ -82,11 +81,7 @@ def sweep(  # noqa: PLR0913 - each is one axis of the sweep
         raise InputError("a sweep needs at least one energy and one metric")
     patterns = (include,) if isinstance(include, str) else tuple(include)
     edits = [KFAC(factors, energy, formula, include=patterns) for energy in energies for formula in formulas]
-    factors.require_weights(model)
-    factors.require_enough_tokens()
-    chosen = [matrix for matrix in iter_weight_matrices(model) if edits[0].selects(matrix)]
-    if not chosen:
-        raise InputError(f"the factors hold no matrix that {', '.join(map(repr, patterns))} chooses")
+    chosen = chosen_by(edits[0], model)
     beside = [KFACControl(edit, one) for edit in edits if edit.formula == formulas[0] for one in controls]
     kept = MatrixBits(chosen)
     rows = [SweepRow("base", 1.0, 1.0, 0.0, {name: metric(model) for name, metric in metrics.items()})]

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from weightproof.collective import Processes
-from weightproof.curvature.eigenbasis import checked_factor
-from weightproof.curvature.factors import Factor, Factors, load_factors, require_values
-from weightproof.curvature.prediction import loss_form
+from weightproof.curvature.factors import Factor, Factors, load_factors
+from weightproof.curvature.prediction import loss_form, require_usable
 from weightproof.errors import InputError
 from weightproof.parallel.shards import Part, dealt
 from weightproof.probes import values_of
@@ -197,9 +196,7 @@ def _on(factor: Factor, place: torch.device) -> Factor:
 def _refusal(factor: Factor, weight: torch.Tensor) -> str | None:
     """Why a factor cannot be used with these weights; None where it can."""
     try:
-        checked_factor(factor.activation_sum, weight.shape[1], f"the factor A of {factor.name}")
-        checked_factor(factor.gradient_sum, weight.shape[0], f"the factor G of {factor.name}")
-        require_values(factor, weight)
+        require_usable(factor, weight)
     except InputError as error:
         return str(error)
     return None

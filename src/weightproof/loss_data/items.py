@@ -174,7 +174,7 @@ def _trimmed(sample: Item, model: nn.Module, where: str) -> Item:
         raise InputError(f"{where} holds floating point numbers where token ids belong: give integers")
     if ids.ndim != 1:
         return sample
-    _check_range(ids, vocab_size(model), "token id", where)
+    check_range(ids, vocab_size(model), "token id", where)
     mask = sample.get("attention_mask")
     if mask is None or mask.shape != ids.shape:
         return {**sample, "input_ids": ids.long()}
@@ -188,7 +188,12 @@ def _trimmed(sample: Item, model: nn.Module, where: str) -> Item:
     return kept
 
 
-def _check_range(ids: torch.Tensor, size: int | None, what: str, where: str) -> None:
+def check_range(ids: torch.Tensor, size: int | None, what: str, where: str) -> None:
+    """Refuse ids or labels that the model does not have; `size` None where it is not known how many those are.
+
+    Raises:
+        InputError: Naming one of them.
+    """
     if not ids.numel() or size is None:
         return
     low, high = int(ids.min()), int(ids.max())
@@ -227,7 +232,7 @@ def _token_windows(
         mask = piece.get("attention_mask")
         if mask is not None:
             given = given.masked_fill(mask.eq(0), IGNORED)
-        _check_range(given[given != IGNORED], _num_classes(model, form), "label", where)
+        check_range(given[given != IGNORED], _num_classes(model, form), "label", where)
         scored = given[1:] if form.task == "causal" else given
         yield _without_full_mask(piece), given, int(scored.ne(IGNORED).sum())
 
@@ -290,7 +295,7 @@ def _pair(sample: Item, labels: torch.Tensor | None, model: nn.Module, form: For
     if not len(scored):
         return
     labels = labels[: min(form.length, int(scored[-1]) + 1)].long()
-    _check_range(labels[labels != IGNORED], vocab_size(model), "label", where)
+    check_range(labels[labels != IGNORED], vocab_size(model), "label", where)
     ids = sample.get("input_ids")
     if ids is not None and main_input(model) == "input_ids":
         sample = {k: v[: form.length] if _per_token(v, ids) else v for k, v in sample.items()}
@@ -306,7 +311,7 @@ def _one_class(sample: Item, labels: torch.Tensor | None, model: nn.Module, form
     if labels is None or labels.numel() != 1 or labels.is_floating_point():
         raise InputError(f"{where} has no label: give 'label', the number of its class")
     label = labels.reshape(()).long()
-    _check_range(label.reshape(1), getattr(getattr(model, "config", None), "num_labels", None), "label", where)
+    check_range(label.reshape(1), getattr(getattr(model, "config", None), "num_labels", None), "label", where)
     ids = sample.get("input_ids")
     if ids is not None:
         sample = {k: v[: form.length] if _per_token(v, ids) else v for k, v in sample.items()}
