@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,8 @@ def test_the_files_of_a_report_say_the_same(reported: tuple[str, Path]):
     assert (out / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (out / "report.html").read_text()
     assert page.count("<tr>") >= 44
+    assert not re.search(r">\u22120(\.0+)?<", page)  # zero has no sign
+    assert ("The intervals are rough" in page) == any("r_act_low" in row["reasons"] for row in found["rows"])
     assert 'src="data:image/png;base64,' in page
     assert "http://" not in page
     assert "https://" not in page

@@ -89,13 +89,13 @@ class Report:
 
 
 def as_csv(table: Table) -> str:
-    """One line a candidate; what was not measured is empty, the last column says why."""
+    """One line a candidate; what was not measured is empty. The last column says why, or that an interval is rough."""
     numbers = [key for key, value in Row.__annotations__.items() if value == "float | None"]
     heads = ["candidate", "family", "axis_kind", "rank", "layers", *numbers]
     heads += [f"{kind} {role}" for kind in ("r_tensor", "percent_tensor") for role in table.tensors]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*heads, "not measured"])
+    writer.writerow([*heads, "reasons"])
     for row in table.rows:
         line: list[object] = [row.name, row.family, row.axis_kind, row.rank or "", row.layers]
         line += [_cell(getattr(row, key)) for key in numbers]
@@ -126,6 +126,7 @@ def page(report: Report, png: bytes) -> str:
             sides=sides(report.change),
             picture=Markup(base64.b64encode(png).decode()),
             gaps=_gaps(table),
+            rough=next((row.reasons["r_act_low"] for row in table.rows if "r_act_low" in row.reasons), None),
             undefined=undefined(table),
         )
     )
@@ -152,7 +153,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _fixed(value: float | None, places: int = 2) -> str:
     """With so many places, as numbers in a column are read."""
-    return "\u2013" if value is None else f"{value:.{places}f}".replace("-", words.MINUS)
+    return "\u2013" if value is None else f"{value:z.{places}f}".replace("-", words.MINUS)
 
 
 def lead(table: Table) -> str:
