@@ -94,6 +94,7 @@ def test_factors_that_are_no_covariance_or_of_other_weights_or_too_few_tokens_fo
     skew[0, 1], broken[1, 1] = 1.0, math.nan
     for given, message in (
         ({"gradient_sum": skew}, "the factor G of w is not symmetric"),
+        ({"gradient_sum": -whole}, "the factor G of w has negative numbers on its diagonal"),
         ({"gradient_sum": broken}, "the factor G of w holds NaN or inf"),
         ({"tokens": 3}, "fitted on 3 tokens and has 4 dimensions"),
         ({"weight_digest": "0" * 64}, "belong to other weights: w has the hash"),

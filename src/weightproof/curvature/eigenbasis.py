@@ -55,7 +55,7 @@ def checked_factor(factor: torch.Tensor, size: int, what: str) -> torch.Tensor:
         what: Which factor, for the error.
 
     Raises:
-        InputError: If it has another shape, holds NaN or inf, or is not symmetric.
+        InputError: If it has another shape, holds NaN or inf, is not symmetric, or has a negative diagonal.
     """
     if factor.shape != (size, size):
         raise InputError(f"{what} has shape {list(factor.shape)}, the weights need [{size}, {size}]")
@@ -66,6 +66,8 @@ def checked_factor(factor: torch.Tensor, size: int, what: str) -> torch.Tensor:
     largest = float(factor.abs().max())
     if float((factor - factor.T).abs().max()) > _ASYMMETRY * largest:
         raise InputError(f"{what} is not symmetric, so it is no covariance: fit it again")
+    if float(factor.diagonal().min()) < -_NEGATIVE * largest:
+        raise InputError(f"{what} has negative numbers on its diagonal, so it is no covariance: fit it again")
     return factor
 
 

@@ -14,8 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from weightproof.curvature.factors import Factors, require_digest
-from weightproof.curvature.prediction import loss_form
+from weightproof.curvature.factors import Factors
+from weightproof.curvature.prediction import loss_form, require_usable
 from weightproof.errors import InputError
 from weightproof.planner.predictors import MeasuredDivergence, Predictor, Scene
 from weightproof.types import WeightMatrix
@@ -87,8 +87,8 @@ class Curvature:
         """The predictor for one plan.
 
         Raises:
-            InputError: If a matrix has no factors, is sharded, or is not that at which they were fitted, or they were
-                fitted on fewer tokens than they have dimensions.
+            InputError: If a matrix has no factors, is sharded, or is not that at which they were fitted, or they are no
+                covariances or were fitted on fewer tokens than they have dimensions.
         """
         with scene.processes.together("comparing factors with the model"):
             _require_whole(scene)
@@ -96,7 +96,7 @@ class Curvature:
             for matrix in scene.matrices:
                 factor = self.factors[matrix.name]
                 if scene.processes.is_main:
-                    require_digest(factor, matrix)
+                    require_usable(factor, matrix.load())
         source = self.factors.source
         tokens = max((self.factors[one.name].tokens for one in scene.matrices), default=0)
         name = f"curvature, {source.labels} labels of {tokens:,} tokens, factors {self.factors.digest[:12]}"
