@@ -19,7 +19,7 @@ from weightproof.curvature import Factor, Factors, fit_factors, predict_loss_cha
 from weightproof.curvature.eigenbasis import eigenbasis
 from weightproof.curvature.factors import Source
 from weightproof.curvature.fitting import correct_eigenvalues
-from weightproof.curvature.prediction import loss_form
+from weightproof.curvature.prediction import loss_form, quadratic_form
 from weightproof.edits import RTN, SVD, Prune
 from weightproof.errors import InputError
 from weightproof.numerics.matrices import seeded_generator
@@ -260,3 +260,11 @@ def test_the_damaged_matrix_is_blamed(scene):
     for name in scene.matrices:
         after = rounded | scene.edited(RTN(2).plan, [name])
         assert predict_loss_change(scene.factors, scene.before, after).ranked()[0][0] == name
+
+
+def test_an_indefinite_factor_foretells_nothing():
+    indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)  # eigenvalues 3 and -1
+    change = torch.tensor([[1.0, -1.0], [0.0, 0.0]], dtype=torch.float64)  # along the negative one
+    assert quadratic_form(change, indefinite, torch.eye(2, dtype=torch.float64)) is None
+    along = torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    assert quadratic_form(along, indefinite, torch.eye(2, dtype=torch.float64)) == pytest.approx(3.0)

@@ -92,8 +92,14 @@ def require_usable(factor: Factor, weight: Tensor) -> None:
     require_values(factor, weight)
 
 
+# Of the sum of the absolute terms: far above what float32 sums of millions of terms are off by.
+_ROUNDING = 1e-4
+
+
 def quadratic_form(change: Tensor, activation_covariance: Tensor, gradient_covariance: Tensor) -> float | None:
-    """1/2 tr(G E A E') for one matrix; None where it is not finite.
+    """1/2 tr(G E A E') for one matrix; None where it is not finite, or below zero by more than rounding.
+
+    No covariances give a negative value: a factor that does has negative eigenvalues, and says nothing about a loss.
 
     Args:
         change: E, (d_out, d_in).
@@ -102,8 +108,11 @@ def quadratic_form(change: Tensor, activation_covariance: Tensor, gradient_covar
     """
     dtype = activation_covariance.dtype
     change = change.to(dtype)
-    value = 0.5 * float(((gradient_covariance.to(dtype) @ change) * (change @ activation_covariance)).sum())
-    return max(value, 0.0) if math.isfinite(value) else None
+    terms = (gradient_covariance.to(dtype) @ change) * (change @ activation_covariance)
+    value = 0.5 * float(terms.sum())
+    if not math.isfinite(value) or value < -_ROUNDING * float(terms.abs().sum()):
+        return None
+    return max(value, 0.0)
 
 
 def loss_form(factor: Factor) -> Callable[[Tensor], float | None]:

@@ -176,7 +176,9 @@ def _predicted(
     change = weight.detach().to(place, torch.float64) - before
     value = form(change)
     if value is None:
-        return replace(reading, reason="it is not finite")
+        finite = bool(change.isfinite().all())
+        reason = "its factors are no covariances: they foretell a negative change" if finite else "it is not finite"
+        return replace(reading, reason=reason)
     norm = float(before.norm())
     return replace(reading, predicted=value, relative_change=float(change.norm()) / norm if norm else None)
 
