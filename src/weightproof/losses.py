@@ -201,6 +201,20 @@ class LossProbe:
                 track.unusable = f"the loss before the change is NaN or infinite on {broken} windows"
         self._stale = False
 
+    def adopt(self, known: LossProbe) -> None:
+        """Take over what another probe captured: of the same windows, and of a model with the same weights.
+
+        For many sessions on copies of one model. That the weights are the same is the caller's to know.
+
+        Raises:
+            InputError: If the other has read nothing, or other windows.
+        """
+        if known.is_stale or [one.digest for one in known.windows] != [one.digest for one in self.windows]:
+            raise InputError("these losses are of other windows, or were never read: call capture() instead")
+        for ours, theirs in zip(self._tracks, known._tracks, strict=True):
+            ours.before, ours.unusable = theirs.before, theirs.unusable
+        self._stale = False
+
     def _same_windows(self) -> None:
         ours = tuple(windows.digest for windows in self.windows)
         every = self.processes.gather("loss windows", ours)
@@ -231,15 +245,18 @@ class LossProbe:
 
     # -- after -------------------------------------------------------------------------------------
 
-    def measure(self) -> tuple[LossReading, ...]:
+    def measure(self, *, to_the_end: bool = False) -> tuple[LossReading, ...]:
         """Losses of the model as it is now, against those before: one reading a metric and role.
 
         Windows are read until every limit of the role is decided, or there are none left. A forward pass that
         fails now, or a loss that is NaN or infinite, is a reading that says so: the same windows ran before.
-        """
-        return tuple(reading for track in self._tracks for reading in self._measured(track))
 
-    def _measured(self, track: _Track) -> list[LossReading]:
+        Args:
+            to_the_end: Read every window, whatever is decided before.
+        """
+        return tuple(reading for track in self._tracks for reading in self._measured(track, to_the_end=to_the_end))
+
+    def _measured(self, track: _Track, *, to_the_end: bool) -> list[LossReading]:
         reason = track.reason or track.unusable
         if reason is None and self._stale:
             reason = "the losses before the change were not read"
@@ -251,7 +268,9 @@ class LossProbe:
             for chunk in track.windows.chunks():
                 scores = self._scores(track, chunk, "losses after the change")
                 tally.add(chunk, track.before[chunk.start : chunk.stop], scores)
-                if tally.is_broken or chunk.stop == track.windows.num_windows or self._is_decided(tally):
+                if tally.is_broken or chunk.stop == track.windows.num_windows:
+                    break
+                if not to_the_end and self._is_decided(tally):
                     break
         except InputError as error:
             return tally.failed(track.before, f"the model no longer runs on windows that it ran on: {_brief(error)}")
