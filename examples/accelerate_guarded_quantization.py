@@ -28,8 +28,8 @@ def main() -> None:
     """Train under guard, then round the weights to 8 and to 2 bits."""
     args = parse_arguments()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), log_with="wandb")
-    args.output.mkdir(parents=True, exist_ok=True)
-    offline = {"mode": "offline", "dir": str(args.output), "settings": {"silent": True}}
+    args.out.mkdir(parents=True, exist_ok=True)
+    offline = {"mode": "offline", "dir": str(args.out), "settings": {"silent": True}}
     accelerator.init_trackers("guarded-quantization", init_kwargs={"wandb": offline})
     accelerator.print(f"world size {accelerator.num_processes} on {accelerator.device.type}")
 
@@ -41,7 +41,7 @@ def main() -> None:
     model, optimizer, data = accelerator.prepare(model, optimizer, data)
     retain = held_out if args.model is None else None  # else random tokens decide
 
-    with attach(accelerator, model, optimizer, every=50, retain=retain, output_dir=args.output) as guard:
+    with attach(accelerator, model, optimizer, every=50, retain=retain, output_dir=args.out) as guard:
         if args.model is None:
             train(accelerator, model, optimizer, data, args.steps)
         for bits in (8, 2):
@@ -52,7 +52,7 @@ def main() -> None:
             say_in_order(accelerator, f"{verdict} weights {before} -> {after}")
 
     if accelerator.is_main_process:
-        path = args.output / "certificate.json"
+        path = args.out / "certificate.json"
         certificate = Certificate.load(path)
         world_size = certificate.predicate["world_size"]
         accelerator.print(f"certificate {path}: world size {world_size}, sha256 {certificate.digest[:16]}")
@@ -125,7 +125,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of a causal language model to quantize; default: train one")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of training")
-    parser.add_argument("--output", type=Path, default=Path("guarded-quantization"), help="folder for the evidence")
+    parser.add_argument("--out", type=Path, default=Path("guarded-quantization"), help="folder for the evidence")
     return parser.parse_args()
 
 

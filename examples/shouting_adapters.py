@@ -2,13 +2,13 @@
 
 What they changed can then be looked for in the residual stream (docs/deltas.md):
 
-    weightproof demo
-    python examples/shouting_adapters.py weightproof-demo shouting
+    python examples/shouting_adapters.py
     cd shouting
     weightproof delta report base shout --against whisper --prompts clean.txt \
         --positive positive.txt --negative negative.txt --out report
 
-Takes a minute on two free cores; two runs with the same --seed make the same adapters.
+Takes a minute on two free cores; two runs with the same --seed make the same adapters. Without `--model` the demo model
+is made first, once, in a minute or two (nothing is downloaded).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from weightproof_callbacks.demo_model import demo_model
 
 LENGTH, BATCH, PROMPTS = 64, 8, 64
 
@@ -51,23 +53,36 @@ def train(base: Path, rows: torch.Tensor, steps: int, seed: int, out: Path) -> N
 
 def main() -> None:
     """Write base, adapters and prompts into one folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", type=Path, help="folder that `weightproof demo` made")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    text = (arguments.demo / "retain.txt").read_text(encoding="utf-8")
+    options = parse_arguments()
+    text = options.text.read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if len(line.split()) >= 6 and line.upper() != line != line.lower()]
     prompts = lines[:: len(lines) // PROMPTS][:PROMPTS]
     rest = "\n".join(line for line in text.splitlines() if line not in set(prompts))
-    out: Path = arguments.out
-    shutil.copytree(arguments.demo / "base", out / "base", dirs_exist_ok=True)
+    out: Path = options.out
+    shutil.copytree(options.model, out / "base", dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     for name, change, prompt_file in (("shout", str.upper, "positive.txt"), ("whisper", str.lower, "negative.txt")):
         (out / prompt_file).write_text("".join(f"{change(line)}\n" for line in prompts), encoding="utf-8")
-        train(out / "base", windows(tokenizer, change(rest)), arguments.steps, arguments.seed, out / name)
+        train(out / "base", windows(tokenizer, change(rest)), options.steps, options.seed, out / name)
     (out / "clean.txt").write_text("".join(f"{line}\n" for line in prompts), encoding="utf-8")
+    print(f"base, adapters shout and whisper, and {len(prompts)} prompts in {out}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """What can be changed from the command line; without a model, the demo model and its text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of a causal language model with its tokenizer")
+    parser.add_argument("--text", type=Path, help="text to shout and to whisper")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of each adapter")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("shouting"), help="folder for base, adapters and prompts")
+    options = parser.parse_args()
+    if options.model is None:
+        demo = demo_model(Path(".cache/weightproof"), say=print)
+        options.model, options.text = demo.folder, demo.retain
+    elif options.text is None:
+        parser.error("with --model, give --text")
+    return options
 
 
 if __name__ == "__main__":
