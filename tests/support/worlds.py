@@ -9,6 +9,7 @@ torch and weightproof loaded, so that a world starts in a fraction of a second.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -190,6 +191,7 @@ def _live(
     pipe: Connection, rank: int, size: int, source: tuple[str, str, str], args: bytes, timeout: float, log: str
 ) -> None:
     """The life of one rank."""
+    gc.freeze()  # what the server loaded stays: Trainer asks for a full collection after each training
     # A shell starts what it puts into the background with interrupts ignored; tests of interrupts need them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with Path(log).open("w") as stacks:
