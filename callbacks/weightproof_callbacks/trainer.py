@@ -510,5 +510,5 @@ def _cost_line(session: GuardSession, steps: int) -> str:
     return (
         f"weightproof: {cost.checks} checks over {steps} steps, {rejected} rejected; {cost.seconds:.1f} s "
         f"(baseline {cost.baseline_seconds:.1f} s), {cost.snapshot_bytes / 2**20:.1f} MiB of snapshot, "
-        f"{cost.baseline_bytes / 2**20:.1f} MiB of baseline"
+        f"{cost.baseline_bytes / 2**20:.1f} MiB of baseline; evidence in {session.output_dir}"
     )
