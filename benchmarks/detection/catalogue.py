@@ -1,21 +1,21 @@
 """The edits, as data: what is changed, how it was declared, and where.
 
 `Case.expected` is set only where the function is preserved by construction; of every other edit the truth is measured
-(see `truth`). A case writes in place. Everything random is drawn from a generator seeded by the case's name.
+(see `measure`). A case writes in place. Everything random is drawn from a generator seeded by the case's name.
 """
 
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import weight_edits
+from adversarial import deceiving, others
 from anatomy import Anatomy, Part, anatomy
+from case import Case
 from detection_models import Trained
 from torch import Tensor, nn
 from writes import (
@@ -55,34 +55,6 @@ from writes import (
 
 from weightproof import iter_weight_matrices, kinds
 from weightproof.edits import GPTQ, RTN, SVD, Prune
-
-
-@dataclass(frozen=True)
-class Case:
-    """One edit of one model.
-
-    Attributes:
-        name: Unique within a model.
-        group: What tables sum over.
-        write: The change, in place; None where `edit` makes it.
-        edit: One of weightproof's own edits instead, applied by the session.
-        kind: What it is declared to be; None: nothing is declared.
-        preserving: Whether the function is the same by construction.
-        block: The block that is damaged, where it is one; what localisation should name.
-    """
-
-    name: str
-    group: str
-    write: Write | None = None
-    edit: Any = None
-    kind: Any = None
-    preserving: bool = False
-    block: int | None = None
-    tags: tuple[str, ...] = field(default=())
-
-    def generator(self) -> torch.Generator:
-        """Random numbers of this case alone."""
-        return torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
 
 
 def preserving(trained: Trained) -> Iterator[Case]:
@@ -335,7 +307,10 @@ def wrongly_preserving(trained: Trained) -> Iterator[Case]:
 
 def catalogue(trained: Trained) -> list[Case]:
     """Every case of one model, in a fixed order, no name twice."""
-    makers = (preserving, compression, merges, single_matrix, bits, whole_model, faults_inside_int8, wrongly_preserving)
+    makers = (
+        preserving, compression, merges, single_matrix, bits, whole_model, faults_inside_int8, wrongly_preserving,
+        deceiving, others,
+    )  # fmt: skip
     cases = [case for maker in makers for case in maker(trained)]
     names = [case.name for case in cases]
     assert len(names) == len(set(names)), "two cases have one name"

@@ -71,6 +71,7 @@ class Trained(NamedTuple):
     retain: list[dict[str, torch.Tensor]]
     truth: list[dict[str, torch.Tensor]]
     documents: tuple[int, ...]  # file of each truth window
+    attack: dict[str, torch.Tensor]  # windows of training files, for edits that climb the loss
 
 
 def windows_of(texts: dict[str, str], count: int, seed: int) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -195,6 +196,7 @@ def load(recipe: Recipe) -> Trained:
     model = CLASSES[recipe.architecture].from_pretrained(recipe.folder).eval()
     others = torch.load(recipe.folder / "others.pt", weights_only=True)
     middle = len(heldout) // 3
+    seen, _ = windows_of(corpus.train, BATCH, 33)
     # Of BERT 15 % of the tokens are scored: more windows for as many of them.
     given, _ = windows_of(dict(heldout[:middle]), RETAIN_WINDOWS * (3 if recipe.architecture == "bert" else 1), 31)
     unseen, documents = windows_of(dict(heldout[middle:]), TRUTH_WINDOWS, 32)
@@ -206,4 +208,5 @@ def load(recipe: Recipe) -> Trained:
         [as_inputs(recipe.architecture, row[None], 7_000 + i) for i, row in enumerate(given)],
         [as_inputs(recipe.architecture, part, 8_000 + i) for i, part in enumerate(unseen.split(BATCH))],
         documents,
+        as_inputs(recipe.architecture, seen, 9_000),
     )

@@ -23,7 +23,7 @@ from detection_models import CACHE, Recipe, Trained, load, num_scored, token_los
 from torch import nn
 from tqdm import tqdm
 
-from weightproof import GuardSession
+from weightproof import GuardSession, load_policy
 from weightproof.judgement.situations import gather, situation_of
 from weightproof.registry import load_plugin, plugins
 from weightproof.types import Outcome, Verdict
@@ -31,6 +31,17 @@ from weightproof.types import Outcome, Verdict
 Batch = dict[str, torch.Tensor]
 # Tiers whose verdicts a decision may use: weights alone, outputs as well, the loss as well.
 TIERS = {"weights": ("T0", "T1"), "outputs": ("T0", "T1", "T2"), "all": ("T0", "T1", "T2", "T3")}
+# Statistics of weights that are averaged over the model, too.
+AVERAGED = {
+    "circuits/relative_distance",
+    "circuits/log_size_ratio",
+    "spectral/log_spectral_norm_ratio",
+    "spectral/log_stable_rank_ratio",
+    "rmt/num_spikes",
+}
+# Guards whose word without the others is of interest.
+ALONE = (("invariants",), ("invariants", "circuits"))
+TIER = "balanced"
 REPLICATES = 2000
 VERSION = 1
 
@@ -108,23 +119,32 @@ def situations(verdicts: Sequence[Verdict], tiers: dict[str, str], kind: str) ->
     """What a policy would be asked to act on, for each choice of guards: by tier, and all but one."""
     choices = {name: [v for v in verdicts if tiers[v.guard] in kept] for name, kept in TIERS.items()}
     choices |= {f"all without {left}": [v for v in verdicts if v.guard != left] for left in sorted(tiers)}
-    choices |= {"invariants alone": [v for v in verdicts if v.guard == "invariants"]}
+    choices |= {" and ".join(kept): [v for v in verdicts if v.guard in kept] for kept in ALONE}
     return {
         name: situation_of(gather(chosen, tiers), (), training=kind == "train")[0] for name, chosen in choices.items()
     }
 
 
 def statistics(verdicts: Iterable[Verdict]) -> dict[str, float]:
-    """Of each statistic the value furthest from no change over all its targets; inf where it is not finite."""
+    """Of each statistic the value furthest from no change over all its targets; inf where it is not finite.
+
+    Beside it the root mean square over all targets, and of the divergence each kind of window by itself.
+    """
     found: dict[str, float] = {}
+    sizes: dict[str, list[float]] = {}
     for verdict in verdicts:
         for one in verdict.measurements:
             key = f"{one.guard}/{one.statistic}"
             size = _size(one.value, one.reference, one.statistic)
             if size is not None:
                 found[key] = max(found.get(key, 0.0), size)
+                sizes.setdefault(key, []).append(size)
+                if one.guard == "divergence":
+                    found[f"{key}, {one.target}"] = size
         beyond = [one for one in verdict.measurements if one.outcome is not Outcome.PASS]
         found[f"{verdict.guard}/share raised"] = len(beyond) / max(1, len(verdict.measurements))
+    for key in AVERAGED & sizes.keys():
+        found[f"{key}, rms"] = math.sqrt(sum(size * size for size in sizes[key]) / len(sizes[key]))
     return found
 
 
@@ -152,11 +172,31 @@ def blamed_blocks(step: Any) -> list[int]:
     return sorted(found, key=lambda block: -found[block])
 
 
-def measure(trained: Trained, case: Case, judge: Judge, baseline: Any, tiers: dict[str, str]) -> dict[str, Any]:
+class Untouched:
+    """What a session knows of the model before any edit: the same for every case, read once."""
+
+    def __init__(self, trained: Trained) -> None:
+        self.trained = trained
+        self._session = GuardSession(trained.model, policy=TIER, retain=trained.retain)
+        self._session.guarded.assessor.capture_losses()
+
+    def session(self, model: nn.Module) -> GuardSession:
+        """A session on a copy of the model."""
+        begun = GuardSession(model, policy=TIER, retain=self.trained.retain, baseline=self._session.baseline)
+        begun.guarded.assessor.loss.adopt(self._session.guarded.assessor.loss)
+        return begun
+
+    def close(self) -> None:
+        """End the session on the untouched model."""
+        self._session.close()
+
+
+def measure(case: Case, judge: Judge, untouched: Untouched, tiers: dict[str, str]) -> dict[str, Any]:
     """One row: the session only watches, so that the edited model is there for the truth."""
+    trained = untouched.trained
     model = copy.deepcopy(trained.model)
     write = case.write or (planned(trained, case.edit) if case.kind is None else None)
-    session = GuardSession(model, policy="balanced", retain=trained.retain, baseline=baseline)
+    session = untouched.session(model)
     try:
         started = time.perf_counter()
         step = _edited(session, case, write)
@@ -168,6 +208,7 @@ def measure(trained: Trained, case: Case, judge: Judge, baseline: Any, tiers: di
     assert step.decision is not None
     return {
         "version": VERSION,
+        "policy": session.policy.digest,
         "model": trained.recipe.name,
         "case": case.name,
         "group": case.group,
@@ -198,7 +239,7 @@ def _edited(session: GuardSession, case: Case, write: Write | None) -> Any:
 def planned(trained: Trained, edit: Any, retain: Sequence[Batch] | None = None) -> Write:
     """One of our own edits as a plain write: what it makes of a copy, without telling what it is."""
     scratch = copy.deepcopy(trained.model)
-    session = GuardSession(scratch, policy="balanced", retain=retain)
+    session = GuardSession(scratch, policy=TIER, retain=retain)
     session.apply(edit, on_violation="monitor")
     session.close()
     values = dict(scratch.named_parameters())
@@ -222,18 +263,23 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [row for row in found if row["version"] == VERSION]
 
 
+def current_rows(recipe: Recipe) -> list[dict[str, Any]]:
+    """Our rows of one model that were made under the limits that the tier has now: others are made again."""
+    digest = load_policy(TIER).digest
+    return [row for row in rows_of(CACHE / f"rows-{recipe.folder.name}.jsonl") if row.get("policy") == digest]
+
+
 def measure_all(recipe: Recipe, only: str = "") -> None:
     """Every case of one model that has no row yet; what is done is kept when this is interrupted."""
     path = CACHE / f"rows-{recipe.folder.name}.jsonl"
-    done = {row["case"]: row for row in rows_of(path)}
+    done = {row["case"]: row for row in current_rows(recipe)}
     trained = load(recipe)
     judge, tiers = Judge(trained), guards_by_tier()
-    session = GuardSession(trained.model, policy="balanced", retain=trained.retain)
-    baseline = session.baseline
-    session.close()
+    untouched = Untouched(trained)
     path.write_text("".join(f"{json.dumps(row)}\n" for row in done.values()), encoding="utf-8")
     cases = [case for case in catalogue(trained) if case.name not in done and only in case.name]
     with path.open("a", encoding="utf-8") as out:
         for case in tqdm(cases, desc=recipe.name, unit="edit", mininterval=10.0):
-            out.write(json.dumps(measure(trained, case, judge, baseline, tiers)) + "\n")
+            out.write(json.dumps(measure(case, judge, untouched, tiers)) + "\n")
             out.flush()
+    untouched.close()

@@ -1,7 +1,8 @@
 """The detection benchmark: what is found, what is flagged for nothing, and what is missed.
 
 `python benchmarks/detection/run.py` measures every case that has no row yet (`--models llama-0,bert-1` some of them;
-two processes at a time with `--jobs 2`), then scores all rows there are into `results.json` and `results.md`. It can be
+two processes at a time with `--jobs 2`), then scores all rows there are into `results.json`, `points.csv`,
+docs/detection.md and its picture. It can be
 interrupted at any time and goes on where it was. `--score` only scores. What other tools say of the same edits is
 scored beside ours where `make benchmark-detection-peers` has been run.
 """
@@ -16,14 +17,17 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "support"))  # the weight edits that the tests use, too
 
-from detection_models import ARCHITECTURES, CACHE, Recipe  # noqa: E402
-from measure import measure_all, rows_of  # noqa: E402
+from detection_models import ARCHITECTURES, Recipe  # noqa: E402
+from measure import current_rows, measure_all, rows_of  # noqa: E402
 from peers import peers_path  # noqa: E402
-from score import save, score  # noqa: E402
+from plot import picture  # noqa: E402
+from score import points, save, score, write_points  # noqa: E402
 from score_peers import by_peers  # noqa: E402
 from tables import markdown  # noqa: E402
 
 SEEDS = (0, 1)
+BEGIN, END = "<!-- written by benchmarks/detection/run.py: begin -->", "<!-- end -->"
+DOCS = HERE.parents[1] / "docs"
 
 
 def recipes(wanted: str) -> list[Recipe]:
@@ -50,6 +54,13 @@ def measure_in_processes(chosen: list[Recipe], jobs: int) -> None:
         running.pop(0)
 
 
+def write_page(path: Path, tables: str) -> None:
+    """The tables between the two marks of the page."""
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n\n{tables.strip()}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
 def main() -> None:
     """Measure what is missing, and score."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,13 +78,15 @@ def main() -> None:
                 measure_all(recipe)
     if given.only_measure:
         return
-    rows = [row for recipe in chosen for row in rows_of(CACHE / f"rows-{recipe.folder.name}.jsonl")]
+    rows = [row for recipe in chosen for row in current_rows(recipe)]
     if not rows:
         raise SystemExit("there are no rows to score: run without --score first")
     peers = [row for recipe in chosen for row in rows_of(peers_path(recipe))]
     results = score(rows) | {"peers": by_peers(rows, peers)}
     save(results, HERE / "results.json")
-    (HERE / "results.md").write_text(markdown(results), encoding="utf-8")
+    write_points(points(rows), HERE / "points.csv")
+    (DOCS / "images" / "detection.png").write_bytes(picture(points(rows), results["tau"]))
+    write_page(DOCS / "detection.md", markdown(results))
     print(markdown(results))
 
 

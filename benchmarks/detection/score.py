@@ -8,10 +8,12 @@ something else is rightly taken back though it does no harm: such are counted ap
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,21 @@ Row = dict[str, Any]
 
 TAU = math.log(1.05)
 SAME_LOGITS = 1e-4
+# The statistic of weights that is asked what it finds alone: chosen before, from two pilots on other models.
+WEIGHT_STATISTIC = "circuits/relative_distance"
+# Groups of edits of which `weightproof calibrate` draws some; all others are new to the calibrated limits.
+CALIBRATED_GROUPS = {"preserving", "quantize", "prune", "low rank", "cast", "noise"}
+PLOTTED = (
+    "spectral/log_spectral_norm_ratio",
+    "circuits/relative_distance",
+    "divergence/kl, random windows",
+    "loss/difference",
+)
 REPLICATES = 1000
 # With the weights alone nothing is accepted without a warning by policy; what is found is what raises one.
 QUIET = {"no_forward_weights_pass", "nothing_measured"}
+# That an edit changed nothing is told as a warning, which is true, and no claim of harm.
+WEIGHTS_ALONE = {"weights", "invariants", "invariants and circuits"}
 
 
 def truth_of(row: Row, tau: float = TAU) -> str:
@@ -40,8 +54,8 @@ def truth_of(row: Row, tau: float = TAU) -> str:
 def is_flagged(row: Row, choice: str, actions: Mapping[str, str]) -> bool:
     """Whether these guards would have the change taken back (weights alone: whether they raise anything)."""
     situation = row["situations"][choice]
-    if choice in {"weights", "invariants alone"}:
-        return situation not in QUIET
+    if choice in WEIGHTS_ALONE:
+        return situation not in QUIET and not row["statistics"].get("invariants/no_op")
     return actions[situation] == "ROLLBACK"
 
 
@@ -172,6 +186,77 @@ def localisation(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def weights_alone(rows: Sequence[Row]) -> dict[str, Any]:
+    """Contracts and one statistic of weights, no forward pass: what is found where nothing benign is flagged.
+
+    The threshold is the largest value of any benign edit, of those that declare a kind and those that do not apart; a
+    broken contract counts as found. Held out: the threshold of the models of seed 0, judged on the others.
+    """
+    found: dict[str, Any] = {}
+    for declared in (True, False):
+        chosen = [row for row in rows if row["declared"] == declared]
+        harmful = [row for row in chosen if truth_of(row) == "harmful"]
+        benign = [row for row in chosen if truth_of(row) == "benign" and not row["broken"]]
+        limit = _largest(benign)
+        own = [row for row in benign if row["model"].endswith("-0")]
+        others = [row for row in chosen if not row["model"].endswith("-0")]
+        groups: dict[str, list[Row]] = defaultdict(list)
+        for row in harmful:
+            groups[row["group"]].append(row)
+        found["declared" if declared else "undeclared"] = {
+            "threshold": limit,
+            "tpr": share([_is_found(row, limit) for row in harmful]),
+            "n_benign": len(benign),
+            "by_kind": {name: share([_is_found(row, limit) for row in of]) for name, of in sorted(groups.items())},
+            "held_out": {
+                "threshold": _largest(own),
+                "tpr": share([_is_found(r, _largest(own)) for r in others if truth_of(r) == "harmful"]),
+                "fpr": share(
+                    [_is_found(r, _largest(own)) for r in others if truth_of(r) == "benign" and not r["broken"]]
+                ),
+            },
+        }
+    return found
+
+
+def _largest(benign: Sequence[Row]) -> float:
+    return max((row["statistics"].get(WEIGHT_STATISTIC, 0.0) for row in benign), default=0.0)
+
+
+def _is_found(row: Row, limit: float) -> bool:
+    return row["outcomes"]["invariants"] == "FAIL" or row["statistics"].get(WEIGHT_STATISTIC, 0.0) > limit
+
+
+def held_out(rows: Sequence[Row]) -> dict[str, Any]:
+    """All guards on what no calibration saw: models of other seeds, and of those the kinds that it never drew."""
+    models = [row for row in rows if not row["model"].endswith("-0")]
+    kinds = [row for row in models if row["group"] not in CALIBRATED_GROUPS]
+    chosen = {"models": models, "models and kinds of edits": kinds}
+    return {name: by_choice(of)["all"] for name, of in chosen.items() if of}
+
+
+def points(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the plot shows of each edit."""
+    return [
+        {
+            "model": row["model"],
+            "case": row["case"],
+            "group": row["group"],
+            "truth": truth_of(row),
+            "delta": _plain(row["truth"]["delta"]),
+            "lower": _plain(row["truth"]["lower"]),
+            "upper": _plain(row["truth"]["upper"]),
+            "action": row["action"],
+            **{name: _plain(row["statistics"].get(name, 0.0)) for name in PLOTTED},
+        }
+        for row in rows
+    ]
+
+
+def _plain(value: float) -> float | str:
+    return float(f"{value:.4g}") if math.isfinite(value) else "inf"
+
+
 def score(rows: Sequence[Row]) -> dict[str, Any]:
     """Everything that the tables show, from the rows of all models."""
     counts = Counter((row["model"], truth_of(row)) for row in rows)
@@ -183,6 +268,8 @@ def score(rows: Sequence[Row]) -> dict[str, Any]:
         "choices": by_choice(rows),
         "statistics": by_statistic(rows),
         "groups": by_group(rows),
+        "weights_alone": weights_alone(rows),
+        "held_out": held_out(rows),
         "localisation": localisation(rows),
         "seconds": {
             "median": float(np.median([row["check_seconds"] for row in rows])),
@@ -194,3 +281,11 @@ def score(rows: Sequence[Row]) -> dict[str, Any]:
 def save(results: dict[str, Any], path: Any) -> None:
     """JSON without NaN or infinity, a line a field."""
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_points(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """One line an edit."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)

@@ -12,6 +12,8 @@ def markdown(results: dict[str, Any]) -> str:
         _choices(results),
         _statistics(results),
         _groups(results),
+        _weights_alone(results),
+        _held_out(results),
         _localisation(results),
         _peers(results),
         _misses(results),
@@ -99,6 +101,46 @@ def _groups(results: dict[str, Any]) -> str:
         "benign flagged, all guards",
     ]
     return "**By kind of edit**\n\n" + _table(header, rows)
+
+
+def _weights_alone(results: dict[str, Any]) -> str:
+    found = results["weights_alone"]
+    rows = [
+        [
+            name,
+            f"{one['threshold']:.3f}",
+            percent(one["tpr"]),
+            f"0 of {one['n_benign']}",
+            percent(one["held_out"]["tpr"]),
+            percent(one["held_out"]["fpr"]),
+        ]
+        for name, one in found.items()
+    ]
+    kinds = [[f"{name}, {group}", percent(one)] for name, of in found.items() for group, one in of["by_kind"].items()]
+    header = [
+        "edits",
+        "threshold",
+        "harmful found",
+        "benign flagged",
+        "found, held-out models",
+        "flagged, held-out models",
+    ]
+    return (
+        "**Contracts and weights alone, no forward pass** (a broken contract, or circuits further off than in any "
+        "benign edit; held out: threshold of seed 0 on the models of seed 1)\n\n"
+        + _table(header, rows)
+        + "\n\n"
+        + _table(["kind of edit", "harmful found"], kinds)
+    )
+
+
+def _held_out(results: dict[str, Any]) -> str:
+    rows = [
+        [name, percent(one["tpr"]), percent(one["fpr"]), percent(one["false_alarms_preserving"])]
+        for name, one in results["held_out"].items()
+    ]
+    header = ["new to the calibration", "harmful found", "benign flagged", "preserving flagged"]
+    return "**The calibrated limits on what they were not made from** (all guards)\n\n" + _table(header, rows)
 
 
 def _localisation(results: dict[str, Any]) -> str:

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 import trained_models
+import transformers
 import weight_edits
 from torch import nn
 
 from weightproof import GuardSession, edits
 from weightproof.collective import Processes
 from weightproof.errors import InputError
+from weightproof.forward.windows import max_length
 from weightproof.guards.loss import LossLimits
 from weightproof.loss_data.items import IGNORED, Form, loss_items
 from weightproof.loss_data.scores import negative_log_likelihood
@@ -113,6 +115,17 @@ def test_of_trained_models_int8_is_accepted_and_what_breaks_them_is_rejected(nam
         assert reading.sums["weight"] == reading.tokens_used < reading.num_tokens
     assert probe.measure() == (same,)
     assert same.before == pytest.approx(loss(model), rel=0.1)
+
+
+def test_losses_of_one_model_serve_the_probes_of_its_copies():
+    model, heldout, _ = trained("llama")
+    first, second = probe_of(model, heldout), LossProbe(copy.deepcopy(model), heldout, None, SMALL, Processes.alone())
+    second.adopt(first)
+    assert second.measure() == first.measure()
+    other = LossProbe(model, heldout[:-1], None, SMALL, Processes.alone())
+    for known, ours in ((first, other), (other, second)):
+        with pytest.raises(InputError, match="other windows, or were never read"):
+            ours.adopt(known)
 
 
 @pytest.mark.parametrize("name", trained_models.NAMES)
@@ -260,9 +273,21 @@ def test_windows_cut_a_text_without_overlap_and_their_order_is_fixed_by_content(
 
 
 def test_windows_are_as_long_as_the_position_table_allows():
-    model = trained("gpt2").model  # 128 positions, two left free
+    model = trained("gpt2").model  # 128 positions
     windows = windows_of(model, random_ids(1, 512).flatten(), replace(TINY, length=512))
-    assert sorted(len(ids) for ids, _ in contents(windows)) == [8, 126, 126, 126, 126]
+    assert [len(ids) for ids, _ in contents(windows)] == [128, 128, 128, 128]
+
+
+def test_a_table_that_begins_behind_its_padding_index_has_fewer_positions():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    shared = {"vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 1, **sizes}
+    kinds = {"roberta": (30, transformers.RobertaForMaskedLM), "bert": (32, transformers.BertForMaskedLM)}
+    for name, (positions, kind) in kinds.items():
+        model = kind(transformers.AutoConfig.for_model(name, **shared)).eval()
+        assert max_length(model) == positions
+        model(input_ids=torch.full((1, positions), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, positions + 1), 5))
 
 
 def test_documents_are_groups_and_stay_together():

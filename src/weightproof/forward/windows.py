@@ -79,13 +79,22 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def max_length(model: nn.Module) -> int | None:
     """Longest token sequence the position table allows; None when nothing limits it.
 
-    Two positions are left free: RoBERTa-style tables start counting after the padding index.
+    RoBERTa-style tables (those with a padding index) begin to count behind that index.
     """
     config = _config(model)
     sources = [config, getattr(config, "text_config", None), getattr(config, "decoder", None)]
     limits = [getattr(source, field, None) for source in sources for field in _POSITION_FIELDS]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    return max(1, min(known) - 2) if known else None
+    return max(1, min(known) - _first_position(model)) if known else None
+
+
+def _first_position(model: nn.Module) -> int:
+    indices = [
+        getattr(module, "padding_idx", None)
+        for name, module in model.named_modules()
+        if "position" in name.rpartition(".")[2]
+    ]
+    return max((index + 1 for index in indices if isinstance(index, int)), default=0)
 
 
 def special_ids(model: nn.Module) -> frozenset[int]:
