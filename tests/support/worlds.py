@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 PRELOADED = ["numpy", "pytest", "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "transformers"]
-PRELOADED += ["transformers.models.llama.modeling_llama", "accelerate"]
+PRELOADED += ["transformers.models.llama.modeling_llama", "transformers.trainer", "accelerate"]
 PRELOADED += ["weightproof.session", "weightproof.edits", "worlds"]
 
 # After the first failure the other ranks get this long to report theirs.
