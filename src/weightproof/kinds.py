@@ -20,7 +20,7 @@ and without a forward pass. A reading is within its contract when `value <= limi
 | LowRank | `error_over_tail`: ||E||_F / that of the best approximation of this rank | 1 | yes |
 | all but Cast | `altered_outside_matrices`: a bias, norm or buffer changed | 0 | yes |
 | preserving | `circuit_change`, `output_change`: see `weightproof.contracts.preserving` | rounding of the dtype | yes |
-| train | `relative_growth`: see `weightproof.guards.training_contract` | provisional | no |
+| train | `relative_delta` of one window: see `weightproof.guards.contract` | 9, provisional | yes |
 
 `merge_error` is 1 for a delta merged zero times or twice, and 2 for the wrong sign; the reading says in words which
 of these it looks like. A value that is undefined (NaN in the weights) is given as inf, because NaN compares with no

@@ -177,12 +177,12 @@ def chosen_blocks(model: nn.Module, names: str | Sequence[str] | None = None) ->
     if not lists:
         raise InputError(
             f"{type(unwrap(model)).__name__} has no list of repeated blocks that is known: name it, for example "
-            "block_names='encoder.layers', or name its blocks in their order"
+            "block_names='encoder.layers' (--blocks encoder.layers), or name its blocks in their order"
         )
     if len(lists) > 1:
         raise InputError(
             f"{type(unwrap(model)).__name__} has {len(lists)} lists of blocks ({', '.join(lists)}): name the one to "
-            f"look at, for example block_names={lists[-1]!r}"
+            f"look at, for example block_names={lists[-1]!r} (--blocks {lists[-1]})"
         )
     return found
 
@@ -191,12 +191,14 @@ def _named_blocks(model: nn.Module, names: str | Sequence[str]) -> tuple[Block, 
     modules = {clean_name(name): module for name, module in unwrap(model).named_modules() if name}
     wanted = [names] if isinstance(names, str) else list(names)
     if missing := [name for name in wanted if name not in modules]:
-        raise InputError(f"the model has no module {missing[0]!r}: block_names must name its blocks, or their list")
+        raise InputError(
+            f"the model has no module {missing[0]!r}: block_names (--blocks) must name its blocks, or their list"
+        )
     if not isinstance(names, str):
         return tuple(Block(name, modules[name]) for name in wanted)
     found = tuple(Block(f"{names}.{child}", module) for child, module in modules[names].named_children())
     if not found:
-        raise InputError(f"{names!r} holds no modules: block_names must name the list of the blocks")
+        raise InputError(f"{names!r} holds no modules: block_names (--blocks) must name the list of the blocks")
     return found
 
 
@@ -341,7 +343,7 @@ class _Reader:
             name = self._blocks[max(0, index - 1)].name
             if index not in seen.stream:
                 raise InputError(
-                    f"{name} gave no tensor on these prompts: block_names must name blocks that are called"
+                    f"{name} gave no tensor on these prompts: block_names (--blocks) must name blocks that are called"
                 )
             values = seen.stream[index]
             if values.ndim != 3 or len(values) != len(rows) or (found and values.shape != found[0].shape):

@@ -12,7 +12,7 @@ from weightproof.guards.conclude import edit_kind
 from weightproof.guards.scope import changed_tensors
 from weightproof.types import ContractReading, EditRecord, Measurement, Outcome, Readings
 
-WITH_CONTRACT = frozenset({"cast", "quantize", "prune", "lora_merge", "preserving"})
+WITH_CONTRACT = frozenset({"cast", "quantize", "prune", "low_rank", "lora_merge", "preserving"})
 
 # ||W' - W||_F / ||W||_F of one window of training. Provisional: a matrix that grew tenfold, which the spectral guard
 # calls gross, has moved by 9 or more. Healthy training from random initialisation moved no matrix with a learned

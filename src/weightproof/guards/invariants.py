@@ -31,9 +31,6 @@ from weightproof.statistics.spikes import LASTING_RATIO, MAX_SKIPPED, Score, is_
 from weightproof.statistics.window_reports import FAMILY, measurement_of, weight_move, worst_reports
 from weightproof.types import EditRecord, Measurement, Outcome, Readings, Verdict
 
-WITH_CONTRACT = frozenset({"cast", "quantize", "prune", "lora_merge", "low_rank"})
-
-
 _SHOWN = 3
 
 

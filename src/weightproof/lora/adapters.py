@@ -146,7 +146,7 @@ def _another_base(adapter: Adapter, name: str, then: str, now: str) -> InputErro
     return InputError(
         f"{adapter.source} was trained on another base: {name} had the digest {then[:16]} there"
         f"{f' ({adapter.base})' if adapter.base else ''}, and has {now[:16]} here. Load that base, or pass "
-        "same_base=False to merge into these weights all the same"
+        "same_base=False (in a recipe `same_base: false`) to merge into these weights all the same"
     )
 
 

@@ -44,7 +44,7 @@ def test_a_breach_says_what_it_looks_like(found, outcome, words):
     assert (item.reason is None) if words is None else (words in item.reason)
 
 
-@pytest.mark.parametrize("kind", ["prune", "lora_merge", "preserving", "cast", "quantize"])
+@pytest.mark.parametrize("kind", ["prune", "lora_merge", "preserving", "cast", "quantize", "low_rank"])
 def test_a_contract_that_was_measured_on_nothing_warns(kind):
     (item,) = judged(replace(after(), edit=edit(kind, f"{UP}.weight")))
     assert item.outcome is Outcome.WARN
