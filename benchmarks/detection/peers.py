@@ -35,7 +35,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,21 +237,36 @@ def _finite(value: float) -> float | str:
 TOOLS: dict[str, Any] = {"invarlock": Invarlock, "weightwatcher": Weightwatcher}
 
 
-def judge_all(recipe: Recipe, wanted: Callable[[Case], bool]) -> None:
-    """Every wanted case of one model that has no row yet."""
-    path = peers_path(recipe)
-    done = {row["case"]: row for row in rows_of(path)}
-    trained = load(recipe)
-    tools = {name: tool(trained) for name, tool in TOOLS.items()}
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in done.values()), encoding="utf-8")
-    cases = [case for case in catalogue(trained) if case.name not in done and wanted(case)]
-    with path.open("a", encoding="utf-8") as out:
-        for case in tqdm(cases, desc=f"peers, {recipe.name}", unit="edit", mininterval=10.0):
-            write = write_of(trained, case)
-            row: dict[str, Any] = {"version": VERSION, "model": recipe.name, "case": case.name}
-            row |= {name: tool.judge(case.name, write, case.generator()) for name, tool in tools.items()}
+class Bench:
+    """One model with the tools that are prepared for it, and the file of its rows."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.path = peers_path(recipe)
+        self.done = {row["case"]: row for row in rows_of(self.path)}
+        self.path.write_text("".join(f"{json.dumps(row)}\n" for row in self.done.values()), encoding="utf-8")
+        self.trained = load(recipe)
+        self.tools = {name: tool(self.trained) for name, tool in TOOLS.items()}
+
+    def missing(self) -> list[Case]:
+        """Cases that have no row yet."""
+        return [case for case in catalogue(self.trained) if case.name not in self.done]
+
+    def judge(self, case: Case) -> None:
+        """Make the row of one case."""
+        write = write_of(self.trained, case)
+        row: dict[str, Any] = {"version": VERSION, "model": self.recipe.name, "case": case.name}
+        row |= {name: tool.judge(case.name, write, case.generator()) for name, tool in self.tools.items()}
+        with self.path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
-            out.flush()
+
+
+def judge_all(benches: Sequence[Bench], wanted: Callable[[Case], bool]) -> None:
+    """Every wanted case that has no row yet; in an order of its own, so that an interrupted run is a fair sample."""
+    waiting = [(bench, case) for bench in benches for case in bench.missing() if wanted(case)]
+    waiting.sort(key=lambda one: zlib.crc32(one[1].name.encode()))
+    for bench, case in tqdm(waiting, desc="peers", unit="edit", mininterval=10.0):
+        bench.judge(case)
 
 
 def recipes(wanted: str) -> Iterator[Recipe]:
@@ -271,8 +287,7 @@ def main() -> None:
     if missing := [f"{name} {VERSIONS[name]}" for name, there in installed().items() if not there]:
         raise SystemExit(f"{' and '.join(missing)} not installed here: run `make benchmark-detection-peers`")
     names = {name.strip() for name in given.cases.split(";") if name.strip()}
-    for recipe in recipes(given.models):
-        judge_all(recipe, lambda case: not names or case.name in names)
+    judge_all([Bench(recipe) for recipe in recipes(given.models)], lambda case: not names or case.name in names)
 
 
 if __name__ == "__main__":
