@@ -1,4 +1,4 @@
-"""`accelerate launch`: the CPU configurations start two processes, the example does what it says on both of them."""
+"""`accelerate launch`: the CPU configurations start two processes, the example does what its page says on both of them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from tests.support.launching import ROOT, launch
 from tests.support.wandb_records import read_offline_run
+from worlds import run_world
 
 import weightproof_recipes
-from weightproof import Certificate
+from weightproof import Certificate, attach
 from weightproof.errors import InputError
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
 CPU_CONFIGS = ("cpu_x2",)
 
 WHO = """
@@ -37,16 +39,6 @@ with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
 accelerator.end_training()
 """
 
-ALONE = """
-import torch
-from accelerate import Accelerator
-from weightproof import attach
-
-accelerator = Accelerator()
-attach(accelerator, accelerator.prepare(torch.nn.Linear(2, 2)))
-"""
-
-
 # ---- configurations -------------------------------------------------------------------------------------------------
 
 
@@ -61,15 +53,21 @@ def test_a_cpu_configuration_really_starts_two_processes(name, tmp_path):
     assert found == {"0.json": replicated, "1.json": replicated}
 
 
+def each_alone(rank, size):
+    """A loop that does not ask for the CPU, in an environment such as launchers make: what the guard says to it."""
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 1
+    with pytest.raises(InputError) as refused:
+        attach(accelerator, accelerator.prepare(torch.nn.Linear(2, 2)))
+    return str(refused.value)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the trap is that of machines without GPU")
-def test_processes_that_accelerate_does_not_join_are_refused(tmp_path):
+def test_processes_that_accelerate_does_not_join_are_refused():
     """Without cpu=True two processes start, and each believes it is alone."""
-    (tmp_path / "alone.py").write_text(ALONE)
-    config = weightproof_recipes.launch_config("cpu_x2")
-    code, output, errors = launch(["--config_file", config, tmp_path / "alone.py"], timeout=120)
-    assert code != 0, output
-    assert "2 processes were launched but the Accelerator sees 1" in errors
-    assert "Accelerator(cpu=True)" in errors
+    for said in run_world(each_alone, 2):
+        assert "2 processes were launched but the Accelerator sees 1" in said
+        assert "Accelerator(cpu=True)" in said
 
 
 @pytest.mark.parametrize(
@@ -124,14 +122,14 @@ def test_the_command_prints_where_a_configuration_lies(arguments, code, says):
 # ---- the example ----------------------------------------------------------------------------------------------------
 
 
-def readme_command():
-    """The README's command, as arguments of `accelerate launch`."""
-    (found,) = re.findall(r"^\$ accelerate launch (.*?[^\\])$", README, re.MULTILINE | re.DOTALL)
+def command_of_the_page():
+    """The command of the page on examples, as arguments of `accelerate launch`."""
+    (found,) = re.findall(r"^\$ accelerate launch (.*?[^\\])$", PAGE, re.MULTILINE | re.DOTALL)
     return shlex.split(found.replace("\\\n", " "))
 
 
-def test_the_readmes_command_keeps_int8_and_rolls_int2_back_on_both_ranks(tmp_path):
-    code, output, errors = launch([*readme_command(), "--steps", "60", "--output", tmp_path], timeout=400)
+def test_the_command_of_the_page_keeps_int8_and_rolls_int2_back_on_both_ranks(tmp_path):
+    code, output, errors = launch([*command_of_the_page(), "--steps", "60", "--out", tmp_path], timeout=400)
     assert code == 0, output + errors
     lines = [line for line in output.splitlines() if line.startswith(("world", "rank", "certificate"))]
     assert lines[0] == "world size 2 on cpu"
