@@ -1,4 +1,4 @@
-"""`accelerate launch`: the CPU configurations start two processes, the example does what its page says on both of them."""
+"""`accelerate launch`: the CPU configurations start two processes, the example does what its page says on both."""
 
 from __future__ import annotations
 
