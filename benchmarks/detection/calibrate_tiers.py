@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +33,22 @@ from detection_models import (  # noqa: E402
 )
 from tqdm import tqdm  # noqa: E402
 
-from weightproof.calibration.drawing import draw  # noqa: E402
+from weightproof.calibration.conformal import share_supported  # noqa: E402
+from weightproof.calibration.drawing import WORDS, draw  # noqa: E402
+from weightproof.calibration.draws import Draw, Truth  # noqa: E402
+from weightproof.calibration.fitting import LEVEL, Fit, fit, role_of  # noqa: E402
 from weightproof.calibration.journal import Journal  # noqa: E402
 from weightproof.calibration.measuring import Bench  # noqa: E402
-from weightproof.policy import load_policy  # noqa: E402
+from weightproof.folders.files import write_atomically  # noqa: E402
+from weightproof.policy import TIERS, load_policy  # noqa: E402
 from weightproof_callbacks.commands.corpus import read_corpus, standard_library  # noqa: E402
 
-SEED = 1
-DRAWS = 340
+# Of each model its own: the same edits on all of them would be fewer independent draws.
+SEEDS = {"llama": 11, "gpt2": 12, "bert": 13}
+DRAWS, FALSE_ALARMS = 272, 0.05
+RESULT = HERE / "calibration.json"
 # A window is cut to the position table less what special tokens may take; of BERT a seventh of the tokens is scored.
-LENGTH, WINDOWS = 62, {"llama": 640, "gpt2": 640, "bert": 1280}
+LENGTH, WINDOWS = 62, {"llama": 512, "gpt2": 512, "bert": 960}
 EVERY_FILE = 60_000_000
 
 
@@ -68,24 +76,95 @@ def benches() -> dict[str, Bench]:
 def draw_all(number: int) -> Journal:
     """So many draws of each model, in turn; those made are kept."""
     models = benches()
-    header = {"calibration": "shipped tiers", "seed": SEED}
+    header = {"calibration": "shipped tiers", "seeds": SEEDS}
     header |= {"models": {name: [one.digest, one.data_digest] for name, one in models.items()}}
     journal = Journal(CACHE / "calibration.jsonl", header)
     done = {(one.model, one.number) for one in journal.draws}
     for index in tqdm(range(number), desc="draws of each model", mininterval=10.0):
         for name, bench in models.items():
             if (name, index) not in done:
-                journal.add(replace(bench.measure(draw(SEED, index, bench.choices)), model=name))
+                journal.add(replace(bench.measure(draw(SEEDS[name], index, bench.choices)), model=name))
     return journal
+
+
+def packed(draws: Sequence[Draw]) -> dict[str, Any]:
+    """Draws as a table: short enough to be kept with the code. Numbers to three digits."""
+    names = sorted({name for one in draws for name in one.statistics})
+    rows = []
+    for one in draws:
+        assert one.truth is not None
+        truth = [_short(value) for value in (one.truth.delta, one.truth.lower, one.truth.upper)]
+        values = [_short(one.statistics[name]) if name in one.statistics else None for name in names]
+        rows.append([one.model, one.number, one.edit, int(one.preserving), *truth, *values])
+    return {"columns": ["model", "number", "edit", "preserving", "delta", "lower", "upper", *names], "rows": rows}
+
+
+def unpacked(table: dict[str, Any]) -> list[Draw]:
+    """The draws of a table."""
+    names, found = table["columns"][7:], []
+    for model, number, edit, preserving, delta, lower, upper, *values in table["rows"]:
+        statistics = {name: float(value) for name, value in zip(names, values, strict=True) if value is not None}
+        truth = Truth(float(delta), float(lower), float(upper))
+        found.append(Draw(number, edit, bool(preserving), truth, statistics, model))
+    return found
+
+
+def _short(value: float) -> float | str:
+    return float(f"{value:.3g}") if math.isfinite(value) else "Infinity"
+
+
+def fitted(draws: Sequence[Draw], false_alarms: float) -> dict[str, Fit]:
+    """Every tier, at the level that is asked for, or the lowest that its benign draws support."""
+    found = {}
+    for tier in TIERS:
+        policy = load_policy(tier)
+        tau = policy.limits["loss"]["tau"]
+        level = [one for one in draws if role_of(one.number) == LEVEL and one.label(tau) == "benign"]
+        least = math.ceil(share_supported(len(level)) * 1000) / 1000
+        found[tier] = fit(draws, policy, false_alarms=max(false_alarms, least))
+    return found
+
+
+def show(fits: dict[str, Fit]) -> None:
+    """Limits as they are put into the tiers, and how the draws that fixed none judge them."""
+    for tier, one in fits.items():
+        present = load_policy(tier).limits
+        print(f"{tier}: {dict(one.counts)}; {one.in_words}; groups {one.groups}")
+        for guard, keys in one.limits.items():
+            for key, value in keys.items():
+                print(f"  {guard}.{key}: {present[guard][key]} -> {value}")
+        for judged in one.judged:
+            print(
+                f"  {judged.guard}: {judged.flagged} of {judged.benign} benign flagged, "
+                f"{judged.found} of {judged.harmful} harmful found"
+            )
+
+
+def finish(content: dict[str, Any], false_alarms: float) -> None:
+    """Fit the draws, print the limits, and write everything."""
+    draws = content.pop("draws")
+    fits = fitted(unpacked(draws), false_alarms)
+    show(fits)
+    content |= {"distribution": WORDS, "fits": {tier: asdict(one) for tier, one in fits.items()}}
+    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in draws["rows"])
+    table = f'{{"columns": {json.dumps(draws["columns"])}, "rows": [\n{rows}\n]}}'
+    write_atomically(RESULT, f'{json.dumps(content, indent=1)[:-2]},\n"draws": {table}\n}}\n'.encode())
 
 
 def main() -> None:
     """Draw what is missing, fit, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=DRAWS, help="of each model")
+    parser.add_argument("--false-alarms", type=float, default=FALSE_ALARMS)
+    parser.add_argument("--fit", action="store_true", help="only fit from the draws of calibration.json")
     given = parser.parse_args()
-    journal = draw_all(given.draws)
-    print(json.dumps({"draws": len(journal.draws)}))
+    if given.fit:
+        content = json.loads(RESULT.read_text(encoding="utf-8"))
+    else:
+        journal = draw_all(given.draws)
+        content = {**json.loads(journal.path.read_text(encoding="utf-8").partition("\n")[0])}
+        content["draws"] = packed([one for one in journal.draws if one.number < given.draws])
+    finish(content, given.false_alarms)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ statistics, each the largest size over its targets:
 
 - `kappa/<family>`, `kappa_stable_rank/<family>`, `kappa_collapse/<family>`: log ratios to the baseline, of the spectral
   norm, the stable rank and the norm collapse; `size/<family>`: of the Frobenius norm;
-- `spikes_moved/<family>`, `spikes/<family>`: how far the number of outliers of a family moved, and what it was;
+- `spikes_moved/<family>`, `spikes/<family>`: how far the number of outliers of a family moved, and what it was; a gain
+  counts where a session would judge it: of casts, quantization and pruning, declared as such;
 - `distance`: of circuits; `band`: of second moments, log ratio; `kl`, `hidden_error`: of outputs;
 - `num_matrices`: how many matrices the edit changed.
 """
@@ -30,6 +31,7 @@ from weightproof.collective import Processes
 from weightproof.divergence import measure_divergence
 from weightproof.errors import InputError
 from weightproof.guards.loss import LossLimits
+from weightproof.guards.rmt import NO_GAIN
 from weightproof.guards.spectral import COLLAPSE, GROWTH, STABLE_RANK
 from weightproof.judgement.assessment import Assessor
 from weightproof.judgement.plans import rewrite, vectors
@@ -46,6 +48,8 @@ _SPECTRAL = {GROWTH: "kappa", STABLE_RANK: "kappa_stable_rank", COLLAPSE: "kappa
 _GUARDS = ("spectral", "rmt", "circuits", "variance", "divergence")
 # A preserving edit that moves the outputs by more than this (nats per token) does not preserve this model's function.
 ROUNDING = 1e-3
+# What an edit would be declared as, where that makes a difference to a guard.
+_JUDGED_KINDS = {"cast": "cast", "rtn": "quantize", "prune": "prune"}
 # Of the intervals of the truth, whatever the policy says.
 _ALPHA = 0.05
 
@@ -145,7 +149,7 @@ class Bench:
         planned = rewrite(self._processes, drawn.name, matrices, self._plan(drawn, matrices))
         touched = frozenset(one.tensor_name for one in matrices if one.name in planned)
         try:
-            return Draw.of(drawn, self._true_change(drawn), self._statistics(touched))
+            return Draw.of(drawn, self._true_change(drawn), self._statistics(touched, _JUDGED_KINDS.get(drawn.kind)))
         finally:
             self._snapshot.restore_tensors(touched)
 
@@ -162,13 +166,14 @@ class Bench:
             return Truth(math.inf, math.inf, math.inf)  # the loss is not finite any more
         return Truth(reading.difference, reading.lower, reading.upper)
 
-    def _statistics(self, touched: frozenset[str]) -> dict[str, float]:
+    def _statistics(self, touched: frozenset[str], kind: str | None) -> dict[str, float]:
         after = self._after(touched)
         found: dict[str, float] = {"num_matrices": float(self._num_changed(touched))}
         for name in _GUARDS:
             guard = self._assessor.guards[name]
             for one in guard.judge(self._before, after, self._assessor.limits[name]).measurements:
-                _note(found, one)
+                if one.statistic != "num_spikes_gained" or kind in NO_GAIN:
+                    _note(found, one)
         for name, reading in after.matrices.items():
             then = self._before.matrices[name].frobenius_norm
             if then and reading.frobenius_norm:

@@ -31,13 +31,13 @@ class CircuitLimits:
     """Limits of the circuits guard.
 
     Attributes:
-        distance: Relative distance of one layer's spectrum of a product; docs/guards/circuits.md has what
-            quantization to 8, 4, 3 and 2 bits moves it by on trained models.
+        distance: Relative distance of one layer's spectrum of a product, calibrated on benign edits
+            (docs/calibration.md); docs/guards/circuits.md has what quantization moves it by on trained models.
         gross_ratio: FAIL where a product's size changed by more than this factor, as for the top singular value of one
             matrix.
     """
 
-    distance: float = 0.10
+    distance: float = 0.36
     gross_ratio: float = 10.0
 
     def __post_init__(self) -> None:

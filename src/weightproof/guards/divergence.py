@@ -26,15 +26,15 @@ class DivergenceLimits:
     """Limits of the divergence guard.
 
     Attributes:
-        kl: Nats per token. docs/evidence.md E4: on five briefly trained models every harmful edit gave at least
-            .057 on random tokens and every harmless one at most .0004; .02 lies between.
-        hidden_error: For models without logits; .10 is what a KL of .02 means for logits of standard
+        kl: Nats per token, calibrated on benign edits (docs/calibration.md). docs/evidence.md E4: on five briefly
+            trained models every harmful edit gave at least .057 on random tokens.
+        hidden_error: For models without logits; .15 is what a KL of .041 means for logits of standard
             deviation 2 (KL is about (h s)^2 / 2).
         warn_fraction: Share of a limit above which it is WARN (docs/guards/divergence.md: half of it).
     """
 
-    kl: float = 0.02
-    hidden_error: float = 0.10
+    kl: float = 0.041
+    hidden_error: float = 0.15
     warn_fraction: float = 0.5
 
     def __post_init__(self) -> None:

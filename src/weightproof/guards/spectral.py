@@ -38,8 +38,8 @@ COLLAPSE = "log_norm_collapse_ratio"
 COARSE = 0.01
 
 
-def _everywhere(value: float) -> FamilyLimits:
-    return {DEFAULT: value}
+def _by_family(default: float, attn: float, ffn: float) -> FamilyLimits:
+    return {DEFAULT: default, "attn": attn, "ffn": ffn}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +47,33 @@ class SpectralLimits:
     """Limits of the spectral guard; family limits are mappings with a `default`.
 
     Attributes:
-        kappa: |log(s1'/s1)|. docs/evidence.md E1: every int8 edit of 48 matrices stays below 10 %,
-            proven without any spectral work; measured |ds1|/s1 of int8 is at most 6e-4.
-        kappa_stable_rank: |log stable-rank ratio|; room for kappa on both sides of the square.
-        kappa_collapse: |log norm-collapse ratio|; a factor 2 (invarlock 0.12.1 warns at 4).
+        kappa: |log(s1'/s1)|, calibrated on benign edits (docs/calibration.md).
+        kappa_stable_rank: |log stable-rank ratio|: twice kappa and the largest change of the Frobenius norm.
+        kappa_collapse: |log norm-collapse ratio|, calibrated as kappa (invarlock 0.12.1 warns at 1.386).
         max_new_zero_rows: Rows (or columns) that may become zero; int8 per channel makes none.
         alpha: False discovery rate of Benjamini-Hochberg over all tested statistics.
         null_form: Shape of the fitted null tail; only `exponential` exists.
-        null_n: Number of benign edits that the null scales were fitted on.
-        null_scale: Scale of |log(s1'/s1)| under benign edits: max 6e-4 of 95 matrices / ln 95.
-        null_scale_stable_rank: The same for the stable rank: 2 (1.3e-4 + 6e-4) / ln 95.
-        null_scale_collapse: The same for norm collapse: int8 moves a row norm by at most .016.
+        null_n: Number of matrices, changed by benign edits, that the null scales were fitted on.
+        null_scale: Scale of |log(s1'/s1)| under benign edits: kappa / ln null_n, so that a value at its limit is
+            one in all of them (docs/calibration.md).
+        null_scale_stable_rank: The same for the stable rank.
+        null_scale_collapse: The same for norm collapse.
         gross_growth: s1 ratio outside [1/g, g] is FAIL (docs/guards/spectral.md).
         gross_stable_rank: stable-rank ratio below this is FAIL (docs/guards/spectral.md; invarlock 0.12.1 fatal).
         gross_collapse: collapse ratio below this is FAIL (docs/guards/spectral.md; invarlock 0.12.1 fatal).
         correct: None, `scale` or `clip`: bring s1 back to kappa through the snapshot, then judge again.
     """
 
-    kappa: FamilyLimits = field(default_factory=lambda: _everywhere(0.10))
-    kappa_stable_rank: FamilyLimits = field(default_factory=lambda: _everywhere(0.25))
-    kappa_collapse: FamilyLimits = field(default_factory=lambda: _everywhere(0.69))
+    kappa: FamilyLimits = field(default_factory=lambda: _by_family(0.15, 0.15, 0.15))
+    kappa_stable_rank: FamilyLimits = field(default_factory=lambda: _by_family(0.68, 0.68, 0.65))
+    kappa_collapse: FamilyLimits = field(default_factory=lambda: _by_family(0.58, 0.48, 0.58))
     max_new_zero_rows: int = 0
     alpha: float = 0.05
     null_form: str = "exponential"
-    null_n: int = 95
-    null_scale: FamilyLimits = field(default_factory=lambda: _everywhere(1.3e-4))
-    null_scale_stable_rank: FamilyLimits = field(default_factory=lambda: _everywhere(3.2e-4))
-    null_scale_collapse: FamilyLimits = field(default_factory=lambda: _everywhere(3.5e-3))
+    null_n: int = 5743
+    null_scale: FamilyLimits = field(default_factory=lambda: _by_family(0.018, 0.018, 0.018))
+    null_scale_stable_rank: FamilyLimits = field(default_factory=lambda: _by_family(0.079, 0.079, 0.076))
+    null_scale_collapse: FamilyLimits = field(default_factory=lambda: _by_family(0.068, 0.056, 0.068))
     gross_growth: float = 10.0
     gross_stable_rank: float = 0.25
     gross_collapse: float = 0.10

@@ -21,8 +21,7 @@ class VarianceLimits:
     """Limits of the variance guard.
 
     Attributes:
-        band: |log(v'/v)|. Variance equalisation corrects scales down to .85 (docs/guards/variance.md), which is a
-            ratio of second moments of .85^-2, in logarithms .325; beyond it equalisation cannot repair.
+        band: |log(v'/v)|, calibrated on benign edits (docs/calibration.md).
         gross_band: FAIL beyond this; a factor 10, as for a single matrix's top singular value.
         equalise: Whether edits are corrected by variance equalisation (see
             `weightproof.transactions.equalisation`); off.
@@ -34,7 +33,7 @@ class VarianceLimits:
             perplexity of 100 to drop by .05.
     """
 
-    band: float = 0.325
+    band: float = 0.78
     gross_band: float = 2.303
     equalise: bool = False
     max_equalised: int = 8
