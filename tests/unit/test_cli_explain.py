@@ -6,8 +6,10 @@ import json
 
 import pytest
 from architectures import build
+from rich.markup import escape
 
 from weightproof import GuardSession, cli, edits
+from weightproof.cli.decision_view import next_for, open_console
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +58,14 @@ def test_a_step_that_was_never_judged_is_one_sentence(explain):
     code, _, err = explain("--step", "7")
     assert code == 3
     assert err == "error: no step 7 was judged: this certificate has 1, 2, 3\n"
+
+
+def test_names_of_matrices_are_no_emoji(capsys):
+    open_console().print("layers.0.mlp:up: relative_distance", markup=False)
+    open_console().print(escape("layers.0.mlp:up: relative_distance"))
+    assert capsys.readouterr().out.splitlines() == ["layers.0.mlp:up: relative_distance"] * 2
+
+
+@pytest.mark.parametrize(("kind", "words"), [("train", "lower the learning rate"), ("quantize", "repair what")])
+def test_a_broken_window_needs_another_advice_than_a_broken_edit(kind, words):
+    assert next_for({"situation": "t0_fail", "kind": kind}).startswith(words)

@@ -74,7 +74,7 @@ def run(recipe: Mapping[str, Any], output: Path, *, seed: int) -> list[str]:
         output: An empty folder.
         seed: Seed of initialisation and data order.
     """
-    console = Console(highlight=False, width=None if Console().is_terminal else demo_report.WIDTH)
+    console = Console(highlight=False, emoji=False, width=None if Console().is_terminal else demo_report.WIDTH)
     result = DemoResult(output)
     started = time.perf_counter()
     live = wandb.init(

@@ -154,7 +154,7 @@ def _show(rows: list[Row], not_run: dict[str, str]) -> None:
         view.add_column(head, overflow="fold")
     for line in lines:
         view.add_row(*line)
-    console = Console(highlight=False, width=None if Console().is_terminal else 200)
+    console = Console(highlight=False, emoji=False, width=None if Console().is_terminal else 200)
     console.print(view)
     console.print(
         f"harm: loss without a guard above the clean twin's, nats; more than {HARMFUL:g} is harmful. "

@@ -51,8 +51,18 @@ def open_console() -> Console:
     """Standard output; of a fixed width where nobody watches a terminal."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+    # Names of matrices hold colons: `mlp:up:` is no emoji.
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=WIDTH)
+
+
+def next_for(step: Mapping[str, Any]) -> str | None:
+    """What to do next; None where nothing is known to help.
+
+    A window of training that broke an exact invariant has been taken back: nothing of it is left to repair.
+    """
+    broken_window = step["situation"] == "t0_fail" and step["kind"] == "train"
+    return NEXT.get("train_fail" if broken_window else step["situation"])
 
 
 def show_decision(console: Console, step: Mapping[str, Any], not_tested: Sequence[str]) -> None:
@@ -65,7 +75,7 @@ def show_decision(console: Console, step: Mapping[str, Any], not_tested: Sequenc
     console.print(f"because {escape(str(step['reason']))}")
     if reached := _reached(step):
         console.print(escape(reached))
-    console.print(f"next: {NEXT.get(step['situation'], 'read the reason above')}", "")
+    console.print(f"next: {next_for(step) or 'read the reason above'}", "")
     console.print(_verdict_table(step["verdicts"]), "")
     console.print("not tested:")
     for sentence in not_tested:

@@ -59,14 +59,14 @@ def _chosen(steps: Sequence[Any], number: int | None) -> Any:
 
 
 def _explain(certificate: Certificate, step: Any, worst: int, *, as_json: bool) -> None:
-    from weightproof.cli.decision_view import NEXT, open_console, show_decision, worst_table
+    from weightproof.cli.decision_view import next_for, open_console, show_decision, worst_table
 
     predicate = certificate.predicate
     steps = predicate["steps"]
     if as_json:
         fields = ("name", "action", "applied", "situation", "reason", "warned", "assurance", "verdicts")
         found = {name: step[name] for name in fields}
-        found |= {"next": NEXT.get(step["situation"]), "not_tested": _not_tested(predicate, step), "steps": len(steps)}
+        found |= {"next": next_for(step), "not_tested": _not_tested(predicate, step), "steps": len(steps)}
         if (forecast := _forecast(step, predicate)) is not None:
             ranked = {row.name: row.predicted for row in forecast.rows}
             found |= {"predicted": {"total": forecast.total, "by_matrix": ranked, "factors": forecast.factors}}

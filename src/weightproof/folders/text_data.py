@@ -42,7 +42,10 @@ def read_examples(
     if path.suffix.lower() == ".jsonl":
         return _from_lines(path, encode, place, encoder_decoder=encoder_decoder)
     if encode is None:
-        raise InputError(f"{place} holds text and there is no tokenizer: give encode=, or a .jsonl file of 'input_ids'")
+        raise InputError(
+            f"{place} holds text and there is no tokenizer: give encode= in Python, save a tokenizer into the model's "
+            "folder, or give a .jsonl file of 'input_ids'"
+        )
     return _from_text(path, encode, place)
 
 

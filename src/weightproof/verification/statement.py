@@ -40,7 +40,10 @@ def check_signature(
     said = "nobody vouches for this certificate: no public key was given to check its signature with"
     if not certificate.is_signed:
         said = "nobody vouches for this certificate: it is not signed"
-    (findings.notes if unsigned_ok else findings.unchecked).append(said)
+    if unsigned_ok:
+        findings.notes.append(said)
+    else:
+        findings.unchecked.append(f"{said} (give the signer's public key, or accept that with --unsigned-ok)")
     return ()
 
 
