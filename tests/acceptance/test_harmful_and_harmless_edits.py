@@ -8,10 +8,12 @@ With `loss windows` the loss guard decides, to whom harm is more than its policy
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,11 +88,25 @@ def is_harmful(delta_nll: float, most: float) -> bool:
     return not delta_nll <= most
 
 
-def delta_nll(edit: Edit, trained: Trained) -> float:
+@functools.cache
+def trained_model(name: str) -> Trained:
+    """Return one trained model for all that is asked of it; whoever edits takes a copy."""
+    return load(name)
+
+
+@functools.cache
+def loss_before(name: str) -> float:
+    """Return the held-out loss of the model as trained."""
+    trained = trained_model(name)
+    return trained.loss(trained.model)
+
+
+@functools.cache
+def delta_nll(name: str, edit: Edit) -> float:
     """Return the edit's change of the held-out loss, on a copy that no guard sees."""
-    edited = copy.deepcopy(trained.model)
+    edited = copy.deepcopy(trained_model(name).model)
     apply_edit(edit, edited)
-    return trained.loss(edited) - trained.loss(trained.model)
+    return trained_model(name).loss(edited) - loss_before(name)
 
 
 def contents(model: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
@@ -112,13 +128,13 @@ def guarded(session: GuardSession, edit: Edit) -> Step:
     return step
 
 
-def harmful_rows(trained: Trained, most: float, **given: object) -> Iterable[Row]:
+def harmful_rows(name: str, trained: Trained, most: float, **given: Any) -> Iterable[Row]:
     """Judge every harmful edit in one session, proving after each that the model is back."""
     model = copy.deepcopy(trained.model)
     session = GuardSession(model, **given)
     before, objects = contents(model), module_objects(model)
     for edit in HARMFUL:
-        harm = delta_nll(edit, trained)
+        harm = delta_nll(name, edit)
         if not is_harmful(harm, most):
             print(f"  {edit.name}: not harmful here (delta-NLL {harm:.5f}), exempt")
             continue
@@ -133,25 +149,26 @@ def harmful_rows(trained: Trained, most: float, **given: object) -> Iterable[Row
             before, objects = contents(model), module_objects(model)
 
 
-def harmless_rows(name: str, trained: Trained, **given: object) -> Iterable[Row]:
-    """Judge every harmless edit, each against the model as trained."""
+def harmless_rows(name: str, trained: Trained, **given: Any) -> Iterable[Row]:
+    """Judge every harmless edit, each against the model as trained: its baseline is read once."""
+    given["baseline"] = GuardSession(copy.deepcopy(trained.model), **given).baseline
     for edit in harmless_edits(name):
         session = GuardSession(copy.deepcopy(trained.model), **given)
-        yield Row(edit.name, delta_nll(edit, trained), Action.KEEP, guarded(session, edit))
+        yield Row(edit.name, delta_nll(name, edit), Action.KEEP, guarded(session, edit))
     session = GuardSession(copy.deepcopy(trained.model), **given)
     step = session.apply(RTN(8))
-    yield Row("RTN(8), declared", trained.loss(session.model) - trained.loss(trained.model), Action.KEEP, step)
+    yield Row("RTN(8), declared", trained.loss(session.model) - loss_before(name), Action.KEEP, step)
 
 
 @pytest.mark.parametrize(("name", "windows"), CASES)
 def test_harmful_edits_are_rolled_back_and_harmless_ones_kept(name: str, windows: str, policy: Path) -> None:
-    trained = load(name)
+    trained = trained_model(name)
     retain = calibration_windows(name, RETAIN[windows]) or None
     given = {"retain": retain, "policy": policy if windows == LOSS else "balanced"}
     most = math.log(1.05) if windows == LOSS else HARM
-    print(f"\n{name}, {windows}: held-out loss {trained.loss(trained.model):.4f}")
+    print(f"\n{name}, {windows}: held-out loss {loss_before(name):.4f}")
     rows = []
-    for row in (*harmful_rows(trained, most, **given), *harmless_rows(name, trained, **given)):
+    for row in (*harmful_rows(name, trained, most, **given), *harmless_rows(name, trained, **given)):
         print(row)
         rows.append(row)
     for (architecture, edit), reason in NOT_ADMITTED.items():
