@@ -197,8 +197,8 @@ def tensors(shape: Shape, folder: str, prefix: str = "") -> Iterator[tuple[str, 
 
 
 @torch.no_grad()
-def put_int8(model: nn.Module, shape: Shape) -> None:
-    """The edit, in place: every tensor of the int8 folder copied into the model."""
+def put_int8(model: nn.Module, shape: Shape, prefix: str = "") -> None:
+    """The edit, in place: every tensor of the int8 folder copied into the model, or into a part by its prefix."""
     own = dict(model.named_parameters())
-    for name, value in tensors(shape, INT8):
-        own[name].copy_(value)
+    for name, value in tensors(shape, INT8, prefix):
+        own[name.removeprefix(prefix)].copy_(value)

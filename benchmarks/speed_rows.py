@@ -27,7 +27,7 @@ THREADS = "1"
 os.environ.update(OMP_NUM_THREADS=THREADS, OPENBLAS_NUM_THREADS=THREADS, MKL_NUM_THREADS=THREADS, TQDM_DISABLE="1")
 
 import torch  # noqa: E402
-from speed_models import BASE, FULL, INT8, SMOKE, Shape, load, load_block, make, put_int8  # noqa: E402
+from speed_models import BASE, BLOCK, FULL, INT8, SMOKE, Shape, load, load_block, make, put_int8  # noqa: E402
 from torch import nn  # noqa: E402
 
 Row = dict[str, Any]
@@ -319,26 +319,54 @@ def invarlock(job: Job) -> Rows:
     return {"invarlock_prepare": prepare, "invarlock_check": check}
 
 
+# The names that the older guard reads, for those of a Llama.
+AS_GPT2 = {
+    "q_proj": "attn.c_attn", "k_proj": "attn.c_attn", "v_proj": "attn.c_attn", "o_proj": "attn.c_proj",
+    "gate_proj": "mlp.c_fc", "up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj",
+}  # fmt: skip
+
+
+def named_as_gpt2(block: nn.Module) -> nn.Module:
+    """The linear maps of a block under names that the older guard reads; the same objects."""
+    renamed = nn.Module()
+    for name, module in block.named_modules():
+        own = name.rpartition(".")[2]
+        if own in AS_GPT2:
+            inner, _, last = AS_GPT2[own].partition(".")
+            side, holder = nn.Module(), nn.Module()
+            side.add_module(last, module)
+            holder.add_module(inner, side)
+            renamed.add_module(own, holder)
+    return renamed
+
+
 def invarlock_rmt(job: Job) -> Rows:
-    """The guard of 0.2.0 that decomposes weights: prepare, then after_edit, which measures, and finalize."""
+    """The guard of 0.2.0 that decomposes weights: prepare, then after_edit, which measures, and finalize.
+
+    It reads matrices of GPT-2's names alone. On a block of a Llama it is given these names, and the row says so.
+    """
     from invarlock.guards.rmt import RMTGuard
 
-    model = load(job.shape, job.device)
-    guard = RMTGuard(correct=False)
-    meter = Meter(job.device)
-    prepared, row = meter.measure(lambda: guard.prepare(model))
-    found = {"matrices": len(guard.baseline_mp_stats)}
-    if not found["matrices"]:
-        raise RuntimeError("it finds no matrix in this model: it knows the names of GPT-2's alone")
+    more: Row = {}
+    if job.shape.architecture == "gpt2":
+        model = load(job.shape, job.device)
+        judged, prefix = model, ""
+    else:
+        model = load_block(job.shape, job.device)
+        judged, prefix = named_as_gpt2(model), BLOCK
+        more = {"times": job.times, "note": "under GPT-2's names: as it comes it reads no matrix of a Llama"}
+    guard, meter = RMTGuard(correct=False), Meter(job.device)
+    prepared, row = meter.measure(lambda: guard.prepare(judged))
     if not prepared["ready"]:
         raise RuntimeError(str(prepared.get("error")))
-    put_int8(model, job.shape)
+    more["matrices"] = len(guard.baseline_mp_stats)
+    put_int8(model, job.shape, prefix)
 
     def check() -> None:
-        guard.after_edit(model)
-        guard.finalize(model)
+        guard.after_edit(judged)
+        guard.finalize(judged)
 
-    return {"rmt_prepare": row | found, "rmt_check": meter.measure(check)[1] | found}
+    return {"rmt_prepare": row | more, "rmt_check": meter.measure(check)[1] | more}
 
 
 def weightwatcher(job: Job) -> Rows:

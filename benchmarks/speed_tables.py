@@ -56,7 +56,7 @@ LINES = (
     Line("verify_2", "verify_2", "verify, level 2", on_host=True),
     Line("invarlock_prepare", "invarlock", "four guards: prepare", INVARLOCK, "baseline"),
     Line("invarlock_check", "invarlock", "four guards: check after the int8 edit", INVARLOCK, "check_outputs"),
-    Line("rmt_prepare", "invarlock_rmt", "guard rmt: prepare", RMT, "baseline"),
+    Line("rmt_prepare", "invarlock_rmt", "guard rmt: prepare", RMT, "fits"),
     Line("rmt_check", "invarlock_rmt", "guard rmt: check after the int8 edit", RMT, "check_weights"),
     Line("weightwatcher", "weightwatcher", "`analyze()`, once", WATCHER, "fits"),
 )
@@ -96,9 +96,10 @@ def _size(count: int | None) -> str:
 
 
 def _seconds(row: Row) -> str:
-    times = row.get("times", 1)
-    said = _number(whole_seconds(row))
-    return said if times == 1 else f"{said} (x{times} from one block: {_number(row['seconds'])})"
+    times, said = row.get("times", 1), _number(whole_seconds(row))
+    notes = [f"x{times} from one block: {_number(row['seconds'])}"] if times > 1 else []
+    notes += [row["note"]] if "note" in row else []
+    return f"{said} ({'; '.join(notes)})" if notes else said
 
 
 def _why_not(row: Row | None) -> str:
@@ -109,12 +110,12 @@ def _why_not(row: Row | None) -> str:
 
 
 def _ratio(line: Line, rows: Mapping[str, Any]) -> str:
-    """Ours over theirs, where both were measured on the same share of the model."""
+    """Ours over theirs, unless ours was measured on less of the model."""
     ours, theirs = rows.get(line.against), rows[line.name]
-    if not line.against or not is_measured(ours) or ours.get("times", 1) != theirs.get("times", 1):
+    if not is_measured(ours) or ours.get("times", 1) > theirs.get("times", 1):
         return ""
     what = next(one.what for one in LINES if one.name == line.against).split(":")[0].partition(" after ")[0]
-    return f"{_number(ours['seconds'] / theirs['seconds'])} ({what})"
+    return f"{_number(whole_seconds(ours) / whole_seconds(theirs))} ({what})"
 
 
 def _cells(line: Line, rows: Mapping[str, Any], device: str) -> list[str]:

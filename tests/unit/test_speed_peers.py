@@ -57,10 +57,13 @@ def test_ratios_are_to_one_read_and_of_ours_to_theirs(tables):
     assert cells(tables.table(rows, "cpu"), "exact spectra of")[2:] == ["", "3 MiB"]
 
 
-def test_one_block_multiplied_says_so_and_is_only_compared_with_the_like(tables):
-    rows = {"read": measured(0.5), "spectra": measured(2.0, times=16), "svdvals": measured(8.0, times=16)}
-    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[:2] == ["128 (x16 from one block: 8)", "256"]
+def test_one_block_multiplied_says_so_and_ours_is_never_compared_on_less(tables):
+    rows = {"read": measured(0.5), "spectra": measured(2.0, times=16), "svdvals": measured(8.0, times=16, note="so")}
+    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[:2] == ["128 (x16 from one block: 8; so)", "256"]
+    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[2].startswith("0.25 ")
     rows["spectra"] = measured(32.0)
+    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[2].startswith("0.25 ")
+    rows |= {"spectra": measured(2.0, times=16), "svdvals": measured(128.0)}
     assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[2] == ""
 
 
@@ -241,6 +244,24 @@ def test_our_rows_measure(script, model, monkeypatch, tmp_path):
     assert rows["read"]["bytes"] == sum(value.nbytes for _, value in speed_models.tensors(job.shape, "base"))
     assert rows["check_outputs"]["situation"] == "no_loss_outputs_pass_quiet"
     assert rows["check_weights"]["situation"] == "no_forward_weights_pass"
+
+
+def test_the_older_guard_is_given_every_linear_map_of_a_llama(script, monkeypatch, tmp_path):
+    import speed_models
+    import speed_rows
+
+    monkeypatch.setattr(speed_models, "CACHE", tmp_path)
+    shape = replace(speed_models.SMOKE["1b"])
+    speed_models.make(shape)
+    block = speed_models.load_block(shape)
+    linear = [module for module in block.modules() if hasattr(module, "in_features")]
+    named = dict(speed_rows.named_as_gpt2(block).named_modules())
+    read = [module for name, module in named.items() if name.endswith(tuple(speed_rows.AS_GPT2.values()))]
+    assert len(read) == len(linear) == 7
+    assert {id(module) for module in read} == {id(module) for module in linear}
+    before = read[0].weight.detach().clone()
+    speed_models.put_int8(block, shape, speed_models.BLOCK)
+    assert not before.equal(read[0].weight)
 
 
 @pytest.mark.slow
