@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -23,34 +22,9 @@ from weightproof import Certificate, attach
 from weightproof.errors import InputError
 
 PAGE = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
-CPU_CONFIGS = ("cpu_x2",)
-
-WHO = """
-import json, sys
-import torch
-from accelerate import Accelerator
-
-accelerator = Accelerator(cpu=True)
-assert torch.distributed.get_world_size() == accelerator.num_processes
-model = accelerator.prepare(torch.nn.Linear(2, 2))
-found = [accelerator.num_processes, torch.distributed.get_backend(), type(model).__name__, str(accelerator.device)]
-with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
-    json.dump(found, file)
-accelerator.end_training()
-"""
+CPU_CONFIGS = ("cpu_x2",)  # launched by the example below, and with Trainer in test_trainer_checkpoints
 
 # ---- configurations -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CPU_CONFIGS)
-def test_a_cpu_configuration_really_starts_two_processes(name, tmp_path):
-    (tmp_path / "who.py").write_text(WHO)
-    config = weightproof_recipes.launch_config(name)
-    code, output, errors = launch(["--config_file", config, tmp_path / "who.py", tmp_path], timeout=120)
-    assert code == 0, output + errors
-    found = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    replicated = [2, "gloo", "DistributedDataParallel", "cpu:0"]
-    assert found == {"0.json": replicated, "1.json": replicated}
 
 
 def each_alone(rank, size):

@@ -143,19 +143,21 @@ trainer = trainer_for(Path(sys.argv[1]), [guard], steps=8, per_device_train_batc
 trainer.train()
 assert torch.distributed.get_world_size() == guard.session.processes.size == trainer.args.world_size == 2
 actions = [str(step.decision.action) for step in guard.history]
-found = [type(trainer.model_wrapped).__name__, actions, guard.session.model_digest]
+joined = [torch.distributed.get_backend(), type(trainer.model_wrapped).__name__, trainer.args.world_size]
+found = [joined, actions, guard.session.model_digest, str(trainer.accelerator.device)]
 (Path(sys.argv[1]) / f"{trainer.args.process_index}.json").write_text(json.dumps(found))
 """
 
 
-def test_accelerate_launch_guards_one_model_in_two_processes(tmp_path):
+def test_accelerate_launch_really_starts_two_processes_and_they_guard_one_model(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     arguments = ["--config_file", weightproof_recipes.launch_config("cpu_x2"), tmp_path / "train.py", tmp_path, ROOT]
     code, output, errors = launch(arguments, timeout=120)
     assert code == 0, output + errors
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    assert first[:2] == ["DistributedDataParallel", ["KEEP", "KEEP", "KEEP"]]
+    assert first[:2] == [["gloo", "DistributedDataParallel", 2], ["KEEP", "KEEP", "KEEP"]]
+    assert first[3] == "cpu:0"
     certificate = Certificate.load(tmp_path / "weightproof" / "certificate.json")
     assert (certificate.predicate["world_size"], certificate.model_digest) == (2, first[2])
     assert errors.count("weightproof: 3 checks over 8 steps, 0 rejected") == 1, "one process speaks"
