@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from weightproof import GuardSession, load_policy
+from weightproof.folders.jsonable import json_digest
 from weightproof.judgement.situations import gather, situation_of
 from weightproof.registry import load_plugin, plugins
 from weightproof.types import Outcome, Verdict
@@ -179,6 +180,7 @@ class Untouched:
         self.trained = trained
         self._session = GuardSession(trained.model, policy=TIER, retain=trained.retain)
         self._session.guarded.assessor.capture_losses()
+        self.limits = what_decides()
 
     def session(self, model: nn.Module) -> GuardSession:
         """A session on a copy of the model."""
@@ -208,7 +210,7 @@ def measure(case: Case, judge: Judge, untouched: Untouched, tiers: dict[str, str
     assert step.decision is not None
     return {
         "version": VERSION,
-        "policy": session.policy.digest,
+        "policy": untouched.limits,
         "model": trained.recipe.name,
         "case": case.name,
         "group": case.group,
@@ -263,9 +265,15 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [row for row in found if row["version"] == VERSION]
 
 
+def what_decides() -> str:
+    """Digest of the tier's limits and actions, without the words about where they come from."""
+    policy = load_policy(TIER)
+    return json_digest({"limits": policy.limits, "actions": policy.actions, "required": policy.required})
+
+
 def current_rows(recipe: Recipe) -> list[dict[str, Any]]:
     """Our rows of one model that were made under the limits that the tier has now: others are made again."""
-    digest = load_policy(TIER).digest
+    digest = what_decides()
     return [row for row in rows_of(CACHE / f"rows-{recipe.folder.name}.jsonl") if row.get("policy") == digest]
 
 

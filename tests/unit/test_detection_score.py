@@ -140,7 +140,7 @@ def test_that_nothing_changed_is_no_claim_of_harm():
 def test_rows_end_where_a_run_was_interrupted_and_other_limits_make_them_again(tmp_path, monkeypatch):
     recipe = measure.Recipe("llama", 0)
     monkeypatch.setattr(measure, "CACHE", tmp_path)
-    now = measure.load_policy(measure.TIER).digest
+    now = measure.what_decides()
     made = [{"version": measure.VERSION, "policy": policy, "case": case} for case, policy in (("a", now), ("b", "old"))]
     text = "".join(f"{json.dumps(one)}\n" for one in made) + '{"version": 1, "pol'
     (tmp_path / f"rows-{recipe.folder.name}.jsonl").write_text(text, encoding="utf-8")
