@@ -263,6 +263,13 @@ def test_tables_between_marks_are_those_of_the_benchmarks():
 # ---------------------------------------------------------------- what the pages name
 
 
+def test_the_outputs_of_edits_are_those_of_the_last_run():
+    module = benchmark("edit_outputs")
+    text = (ROOT / "docs" / "edits.md").read_text(encoding="utf-8")
+    assert module.BEGIN in text
+    assert module.with_table(text, result("edit_outputs")) == text
+
+
 def test_every_make_target_that_a_page_names_exists():
     rules = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = {
