@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,29 +204,44 @@ def snapshot(job: Job) -> Rows:
     return {"snapshot": meter.measure(lambda: Snapshot.capture(model))[1]}
 
 
+@contextlib.contextmanager
+def _clocked(spent: list[tuple[float, float]]) -> Iterator[None]:
+    """Note the wall and processor seconds of a block."""
+    wall, processor = time.perf_counter(), time.process_time()
+    yield
+    spent.append((time.perf_counter() - wall, time.process_time() - processor))
+
+
 def _guarded_edit(job: Job) -> Rows:
     from weightproof import GuardSession
     from weightproof.kinds import Quantize
+    from weightproof.transactions.transaction import Transaction
 
     model, meter = job.model()
     saved = job.baseline if job.baseline.exists() else None
     session = GuardSession(model, baseline=saved)
-    editing = 0.0
+    editing: list[tuple[float, float]] = []
+    judging: list[tuple[float, float]] = []
+    judge = Transaction.judge
+
+    def judge_by_the_clock(self: Transaction) -> None:
+        with _clocked(judging):
+            judge(self)
 
     def guarded() -> Any:
-        nonlocal editing
-        with session.edit("int8", kind=Quantize(8), on_violation="monitor") as step:
-            started = time.perf_counter()
+        with session.edit("int8", kind=Quantize(8), on_violation="monitor") as step, _clocked(editing):
             put_int8(model, job.shape)
-            editing = time.perf_counter() - started
         return step
 
-    step, row = meter.measure(guarded)
+    Transaction.judge = judge_by_the_clock
+    try:
+        step, row = meter.measure(guarded)
+    finally:
+        Transaction.judge = judge
+    clocks = ("seconds", "processor_seconds")
+    whole = row | {clock: row[clock] - editing[0][index] for index, clock in enumerate(clocks)}
     said = {"situation": step.decision.situation, "with_baseline_from_file": saved is not None}
-    whole = row | {"seconds": row["seconds"] - editing}
-    # The processor's part of the judgement alone is not known: it has the share that the whole has.
-    share = row["processor_seconds"] / row["seconds"]
-    return {"check": row | said | {"seconds": step.seconds, "processor_seconds": step.seconds * share}, "edit": whole}
+    return {"check": row | said | dict(zip(clocks, judging[0], strict=True)), "edit": whole}
 
 
 def check_outputs(job: Job) -> Rows:

@@ -74,9 +74,9 @@ def is_measured(row: Row | None) -> TypeGuard[Row]:
     return row is not None and row.get("status") == "measured"
 
 
-def whole_seconds(row: Row) -> float:
-    """Seconds for all blocks, where one stood for them."""
-    return row["seconds"] * row.get("times", 1)
+def whole_seconds(row: Row, clock: str = "processor_seconds") -> float:
+    """Seconds for all blocks, where one stood for them; of the processor, which other work on a machine moves least."""
+    return row[clock] * row.get("times", 1)
 
 
 # ---------------------------------------------------------------- cells
@@ -96,7 +96,7 @@ def _size(count: int | None) -> str:
 
 
 def _seconds(row: Row) -> str:
-    times, said = row.get("times", 1), _number(whole_seconds(row))
+    times, said = row.get("times", 1), _number(whole_seconds(row, "seconds"))
     notes = [f"x{times} from one block: {_number(row['seconds'])}"] if times > 1 else []
     notes += [row["note"]] if "note" in row else []
     return f"{said} ({'; '.join(notes)})" if notes else said
@@ -121,17 +121,17 @@ def _ratio(line: Line, rows: Mapping[str, Any]) -> str:
 def _cells(line: Line, rows: Mapping[str, Any], device: str) -> list[str]:
     row, read = rows.get(line.name), rows.get("read")
     if not is_measured(row):
-        return [_why_not(row), "", "", ""]
-    reads = _number(whole_seconds(row) / read["seconds"]) if is_measured(read) else "not measured"
+        return [_why_not(row), "", "", "", ""]
+    reads = _number(whole_seconds(row) / whole_seconds(read)) if is_measured(read) else "not measured"
     memory = _size(row["peak_bytes"])
     if device != "cpu":
         memory = f"{_size(row.get('device_peak_bytes'))}, host {memory}"
-    return [_seconds(row), reads, _ratio(line, rows), memory]
+    return [_seconds(row), _number(whole_seconds(row)), reads, _ratio(line, rows), memory]
 
 
 def table(rows: Mapping[str, Any], device: str) -> str:
     """Markdown of one model."""
-    head = ["", "tool", "seconds", "in reads", "ours / theirs", "peak memory"]
+    head = ["", "tool", "seconds", "of the processor", "in reads", "ours / theirs", "peak memory"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for line in lines_for(device):
         lines.append(f"| {' | '.join([line.what, line.tool or 'torch', *_cells(line, rows, device)])} |")

@@ -49,35 +49,42 @@ def cells(text, what):
 
 def test_ratios_are_to_one_read_and_of_ours_to_theirs(tables):
     rows = {"read": measured(0.02), "spectra": measured(2.0), "svdvals": measured(8.0)}
-    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[:3] == [
-        "8",
-        "400",
-        "0.25 (exact spectra of every matrix)",
-    ]
-    assert cells(tables.table(rows, "cpu"), "exact spectra of")[2:] == ["", "3 MiB"]
+    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[:3] == ["8", "8", "400"]
+    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[3] == "0.25 (exact spectra of every matrix)"
+    assert cells(tables.table(rows, "cpu"), "exact spectra of")[3:] == ["", "3 MiB"]
+
+
+def test_ratios_are_of_processor_seconds(tables):
+    rows = {"read": measured(0.02), "spectra": measured(20.0) | {"processor_seconds": 2.0}, "svdvals": measured(8.0)}
+    assert cells(tables.table(rows, "cpu"), "exact spectra of")[:3] == ["20", "2", "100"]
+    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[3].startswith("0.25 ")
 
 
 def test_one_block_multiplied_says_so_and_ours_is_never_compared_on_less(tables):
     rows = {"read": measured(0.5), "spectra": measured(2.0, times=16), "svdvals": measured(8.0, times=16, note="so")}
-    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[:2] == ["128 (x16 from one block: 8; so)", "256"]
-    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[2].startswith("0.25 ")
+    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[:3] == [
+        "128 (x16 from one block: 8; so)",
+        "128",
+        "256",
+    ]
+    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[3].startswith("0.25 ")
     rows["spectra"] = measured(32.0)
-    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[2].startswith("0.25 ")
+    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[3].startswith("0.25 ")
     rows |= {"spectra": measured(2.0, times=16), "svdvals": measured(128.0)}
-    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[2] == ""
+    assert cells(tables.table(rows, "cpu"), "`torch.linalg.svdvals`")[3] == ""
 
 
 def test_what_was_not_run_or_failed_has_a_reason_and_no_number(tables):
     rows = {"read": measured(0.5), "spectra": {"status": "failed", "reason": "RuntimeError: a | b"}}
     rows["weightwatcher"] = {"status": "not run", "reason": "no environment at x"}
     text = tables.table(rows, "cpu")
-    assert cells(text, "`analyze()`") == ["not run: no environment at x", "", "", ""]
-    assert cells(text, "exact spectra of") == ["failed: RuntimeError: a / b", "", "", ""]
+    assert cells(text, "`analyze()`") == ["not run: no environment at x", "", "", "", ""]
+    assert cells(text, "exact spectra of") == ["failed: RuntimeError: a / b", "", "", "", ""]
     assert cells(text, "baseline")[0] == "not run"
 
 
 def test_without_one_read_there_is_no_ratio_to_it(tables):
-    assert cells(tables.table({"spectra": measured(2.0)}, "cpu"), "exact spectra of")[1] == "not measured"
+    assert cells(tables.table({"spectra": measured(2.0)}, "cpu"), "exact spectra of")[2] == "not measured"
 
 
 def test_every_model_measured_so_far_is_on_the_page_between_its_marks(tables):
@@ -218,7 +225,7 @@ def test_a_missing_peer_is_not_run_and_another_version_neither(script, tmp_path)
     assert found["weightwatcher"] == {"status": "not run", "reason": f"no environment at {tmp_path / 'python'}"}
     assert found["invarlock_check"]["status"] == "not run"
     assert found["rmt_check"] == {"status": "not run", "reason": f"{older} has invarlock 0.3.7"}
-    assert cells(page.read_text(encoding="utf-8"), "`analyze()`")[1:] == ["", "", ""]
+    assert cells(page.read_text(encoding="utf-8"), "`analyze()`")[1:] == ["", "", "", ""]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["older", "page.md", "rows.json"]  # no model was made
 
 
