@@ -154,7 +154,7 @@ def _judge_window(after: Readings) -> Iterator[Measurement]:
     if window.num_near is not None and window.guessing is not None:
         limit = most_near(window.num_steps)
         bad = window.num_near > limit
-        why = f"steps with about the loss of a model that guesses ({window.guessing:.3g}), or more"
+        why = f"steps whose loss is that of a model that guesses ({window.guessing:.3g}), or worse"
         yield Measurement(
             "invariants", "raw losses", "num_near_guessing", float(window.num_near), 0.0, float(limit),
             outcome=Outcome.FAIL if bad else Outcome.PASS,
