@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
 import pytest
 import torch
 from certified_folders import save_model, write_text
+from once import once_a_run, shared_folder
 from safetensors.torch import load_file, save_file
 from trained_models import load
 
@@ -39,11 +41,15 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
     """A model folder with text to keep and text to train on."""
-    root = tmp_path_factory.mktemp("mine")
-    save_model(load("llama").model, root / "base")
-    write_text(root / "retain.txt", rows=800)
-    write_text(root / "train.txt", rows=300, seed=7)
-    return root
+    root = shared_folder(tmp_path_factory) / "shipped-recipes"
+
+    def make():
+        save_model(load("llama").model, root / "base")
+        write_text(root / "retain.txt", rows=800)
+        write_text(root / "train.txt", rows=300, seed=7)
+        return root
+
+    return once_a_run(tmp_path_factory, "shipped-recipes", make)
 
 
 def replaced(root, name):
@@ -57,15 +63,12 @@ def replaced(root, name):
 @pytest.fixture(scope="module")
 def ran(mine, tmp_path_factory):
     """Run a recipe once; give its result."""
-    results = {}
 
-    def once(name):
-        if name not in results:
-            recipe = load_recipe(name, sets=replaced(mine, name), fast=True)
-            results[name] = run(recipe, tmp_path_factory.mktemp("out") / name, model=str(mine / "base"))
-        return results[name]
+    def ended(name):
+        recipe = load_recipe(name, sets=replaced(mine, name), fast=True)
+        return run(recipe, mine / "out" / name, model=str(mine / "base"))
 
-    return once
+    return functools.cache(lambda name: once_a_run(tmp_path_factory, f"shipped-recipe-{name}", lambda: ended(name)))
 
 
 @pytest.mark.parametrize("name", NAMES)

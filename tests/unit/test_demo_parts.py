@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from once import once_a_run, shared_folder
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from wandb_records import read_offline_run
 
@@ -180,15 +181,20 @@ def window(number, action):
 @pytest.fixture(scope="module")
 def fast_demo(tmp_path_factory):
     """One run of the whole demo, as a user starts it."""
-    folder = tmp_path_factory.mktemp("demo")
-    done = subprocess.run(
-        [sys.executable, "-c", "from weightproof.cli import main; main()", "demo", "--fast", "--output", "out"],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    folder = shared_folder(tmp_path_factory) / "fast-demo"
+
+    def run():
+        folder.mkdir()
+        return subprocess.run(
+            [sys.executable, "-c", "from weightproof.cli import main; main()", "demo", "--fast", "--output", "out"],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = once_a_run(tmp_path_factory, "fast-demo", run)
     return folder / "out", done
 
 
