@@ -1,7 +1,7 @@
 """Fit the limits of the shipped tiers: random edits of three models, the same code as `weightproof calibrate`.
 
 `python benchmarks/detection/calibrate_tiers.py` draws edits of the models of seed 0 in turn (Llama, GPT-2, BERT), goes
-on where it was interrupted, fits every tier and writes `calibration.json`; `--fit` fits from the draws that file holds.
+on where it was interrupted, fits every tier and writes `calibration.json`; `--fit` fits the draws of that file again.
 Seed 1 of each architecture is held out: the detection benchmark judges the tiers on it. Windows come from files of the
 standard library that neither the training of the models nor the benchmark uses.
 """
@@ -140,31 +140,31 @@ def show(fits: dict[str, Fit]) -> None:
             )
 
 
-def finish(content: dict[str, Any], false_alarms: float) -> None:
-    """Fit the draws, print the limits, and write everything."""
-    draws = content.pop("draws")
-    fits = fitted(unpacked(draws), false_alarms)
-    show(fits)
-    content |= {"distribution": WORDS, "fits": {tier: asdict(one) for tier, one in fits.items()}}
-    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in draws["rows"])
-    table = f'{{"columns": {json.dumps(draws["columns"])}, "rows": [\n{rows}\n]}}'
-    write_atomically(RESULT, f'{json.dumps(content, indent=1)[:-2]},\n"draws": {table}\n}}\n'.encode())
+def write(content: dict[str, Any], draws: Sequence[Draw], fits: dict[str, Fit]) -> None:
+    """The draws as a table, a draw a line, and what was fitted."""
+    table = packed(draws)
+    content = content | {"distribution": WORDS, "fits": {tier: asdict(one) for tier, one in fits.items()}}
+    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in table["rows"])
+    told = f'{{"columns": {json.dumps(table["columns"])}, "rows": [\n{rows}\n]}}'
+    write_atomically(RESULT, f'{json.dumps(content, indent=1)[:-2]},\n"draws": {told}\n}}\n'.encode())
 
 
 def main() -> None:
-    """Draw what is missing, fit, write."""
+    """Draw what is missing, fit, write; or only fit and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=DRAWS, help="of each model")
     parser.add_argument("--false-alarms", type=float, default=FALSE_ALARMS)
-    parser.add_argument("--fit", action="store_true", help="only fit from the draws of calibration.json")
+    parser.add_argument("--fit", action="store_true", help="fit the draws of calibration.json and show, write nothing")
     given = parser.parse_args()
     if given.fit:
-        content = json.loads(RESULT.read_text(encoding="utf-8"))
-    else:
-        journal = draw_all(given.draws)
-        content = {**json.loads(journal.path.read_text(encoding="utf-8").partition("\n")[0])}
-        content["draws"] = packed([one for one in journal.draws if one.number < given.draws])
-    finish(content, given.false_alarms)
+        show(fitted(unpacked(json.loads(RESULT.read_text(encoding="utf-8"))["draws"]), given.false_alarms))
+        return
+    journal = draw_all(given.draws)
+    header = json.loads(journal.path.read_text(encoding="utf-8").partition("\n")[0])
+    draws = unpacked(packed([one for one in journal.draws if one.number < given.draws]))
+    fits = fitted(draws, given.false_alarms)
+    show(fits)
+    write(header, draws, fits)
 
 
 if __name__ == "__main__":

@@ -290,8 +290,8 @@ class TestTiers:
             values = [getattr(policy.limits_for(guard), key) for policy in tiers]
             assert values == sorted(values)
         kappas = [policy.limits_for(Spectral).kappa["default"] for policy in tiers]
-        assert kappas == [0.05, 0.10, 0.25]
-        assert [policy.limits_for(Divergence).kl for policy in tiers] == [0.005, 0.02, 0.05]
+        assert kappas == [0.062, 0.15, 0.18]
+        assert [policy.limits_for(Divergence).kl for policy in tiers] == [0.01, 0.041, 0.11]
 
     def test_required_guards(self):
         assert load_policy("conservative").required == ("invariants", "divergence", "loss")
@@ -316,7 +316,7 @@ class TestUserPolicies:
         assert policy.name == "mine"
         limits = policy.limits_for(Spectral)
         assert limits.gross_growth == 5.0
-        assert limits.kappa == {"default": 0.10, "ffn": 0.3}
+        assert limits.kappa == {"default": 0.15, "attn": 0.15, "ffn": 0.3}
         assert policy.limits_for(Divergence).kl == 0.01
         assert policy.sources["limits.spectral.gross_growth"] == "user"
         assert policy.sources["limits.divergence.kl"] == "our own sweep"
@@ -329,10 +329,10 @@ class TestUserPolicies:
         mine = base.override(
             limits={"rmt": {"epsilon": {"attn": 0.2}}}, actions={"loss_undecided": "KEEP"}, name="mine"
         )
-        assert mine.limits_for(RMT).epsilon == {"default": 0.12, "ffn": 0.10, "expert": 0.10, "attn": 0.2}
+        assert mine.limits_for(RMT).epsilon == {"default": 0.31, "ffn": 0.31, "expert": 0.31, "attn": 0.2}
         assert mine.sources["limits.rmt.epsilon"] == mine.sources["actions.loss_undecided"] == "user"
         assert "limits.rmt.epsilon" not in mine.provisional
-        assert base.limits_for(RMT).epsilon["attn"] == 0.08
+        assert base.limits_for(RMT).epsilon["attn"] == 0.31
         assert load_policy(mine) is mine
 
     def test_mode_is_part_of_the_policy_and_of_its_digest(self, tmp_path):

@@ -15,7 +15,7 @@ from weightproof import __version__
 from weightproof.calibration.conformal import draws_for_rank
 from weightproof.calibration.drawing import SAFE_WORDS, VERSION, WORDS, draw
 from weightproof.calibration.draws import Draw
-from weightproof.calibration.fitting import LEVEL_SHARE, Fit, fit
+from weightproof.calibration.fitting import DIVISIONS, LEVEL_SHARE, Fit, fit
 from weightproof.calibration.journal import Journal
 from weightproof.calibration.measuring import Bench
 from weightproof.errors import InputError
@@ -67,14 +67,14 @@ class Calibration:
 
 
 def default_draws(false_alarms: float = FALSE_ALARMS, *, has_truth: bool = True) -> int:
-    """Draws after which the divergence, which rejects, is likely bounded apart from what only warns.
+    """Draws after which each limit is likely bounded by itself.
 
     Example:
         >>> default_draws(0.05), default_draws(0.05, has_truth=False)
-        (233, 140)
+        (520, 312)
     """
     share = LEVEL_SHARE * (_BENIGN_SHARE if has_truth else 1.0)
-    return math.ceil(draws_for_rank(2, false_alarms) / share)
+    return math.ceil(draws_for_rank(len(DIVISIONS[0]), false_alarms) / share)
 
 
 def calibrate(  # noqa: PLR0913 - the options of the verb

@@ -330,7 +330,7 @@ def _limits(
     for target, bound in bounds.items():
         if bound and target.key:
             cap = values.cap(target)
-            rounded = {family: min(round_up(value), cap) for family, value in bound.items()}
+            rounded = {family: min(round_up(value), round_up(cap, 4)) for family, value in bound.items()}
             if target.by_family:
                 rounded = _every_family(rounded, policy.limits[target.guard].get(target.key))
             found.setdefault(target.guard, {})[target.key] = rounded if target.by_family else rounded[DEFAULT]

@@ -156,9 +156,10 @@ def hand(*values: float, name: str = "layers.0.attn:qk", reason: str | None = No
     [
         ((4.0, 2.0), Outcome.PASS),
         ((2.0, 4.0), Outcome.PASS),
-        ((4.3, 2.0), Outcome.PASS),
-        ((5.0, 2.0), Outcome.WARN),
-        ((3.0, 2.0), Outcome.WARN),
+        ((5.6, 2.0), Outcome.PASS),
+        ((5.7, 2.0), Outcome.WARN),
+        ((2.4, 2.0), Outcome.PASS),
+        ((2.3, 2.0), Outcome.WARN),
         ((39.0, 19.0), Outcome.WARN),
         ((41.0, 21.0), Outcome.FAIL),
         ((0.39, 0.19), Outcome.FAIL),
@@ -192,7 +193,7 @@ def test_training_is_reported_and_not_judged():
 
 def test_limits_of_the_tiers_and_wrong_ones():
     tiers = [load_policy(tier).limits_for(Circuits) for tier in TIERS]
-    assert [limits.distance for limits in tiers] == [0.05, 0.10, 0.20]
+    assert [limits.distance for limits in tiers] == [0.12, 0.36, 0.36]
     assert CircuitLimits() == LIMITS
     for wrong in ({"distance": -1.0}, {"distance": math.nan}, {"gross_ratio": 1.0}, {"gross_ratio": "x"}):
         with pytest.raises(PolicyError, match=next(iter(wrong))):

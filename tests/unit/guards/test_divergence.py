@@ -22,9 +22,10 @@ def judge(*readings: DivergenceReading, kind: str = "unknown", before: tuple[Div
         (0.0, "PASS"),
         (-1e-9, "PASS"),
         (0.0004, "PASS"),
-        (0.01, "PASS"),
-        (0.011, "WARN"),
-        (0.02, "WARN"),
+        (0.0205, "PASS"),
+        (0.0206, "WARN"),
+        (0.041, "WARN"),
+        (0.042, "FAIL"),
         (0.057, "FAIL"),
     ],
 )
@@ -32,7 +33,7 @@ def test_divergence_beyond_the_limit_fails_and_beyond_half_of_it_warns(kl, outco
     assert judge(outputs(kl)).outcome == outcome
 
 
-@pytest.mark.parametrize(("error", "outcome"), [(0.04, "PASS"), (0.06, "WARN"), (0.2, "FAIL")])
+@pytest.mark.parametrize(("error", "outcome"), [(0.075, "PASS"), (0.08, "WARN"), (0.15, "WARN"), (0.16, "FAIL")])
 def test_models_without_logits_are_judged_by_their_hidden_state(error, outcome):
     assert judge(outputs(None, hidden_error=error)).outcome == outcome
 
@@ -40,7 +41,7 @@ def test_models_without_logits_are_judged_by_their_hidden_state(error, outcome):
 def test_the_worst_set_of_windows_decides_and_is_named():
     found = judge(outputs(0.001), outputs(0.3, windows="calibration"))
     assert found.outcome is Outcome.FAIL
-    assert "calibration windows: kl = 0.3 (limit 0.02)" in found.reason
+    assert "calibration windows: kl = 0.3 (limit 0.041)" in found.reason
 
 
 @pytest.mark.parametrize("kind", ["unknown", "train"])

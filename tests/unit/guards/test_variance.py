@@ -24,9 +24,10 @@ def judge(value: float | None, *, kind: str = "unknown", then: float = 1.5):
     ("value", "outcome", "training"),
     [
         (1.5, "PASS", "PASS"),
-        (1.9, "PASS", "PASS"),
-        (2.5, "WARN", "PASS"),
-        (0.8, "WARN", "PASS"),
+        (3.2, "PASS", "PASS"),
+        (3.3, "WARN", "PASS"),
+        (0.7, "PASS", "PASS"),
+        (0.68, "WARN", "PASS"),
         (20.0, "FAIL", "PASS"),
         (0.1, "FAIL", "PASS"),
         (0.0, "FAIL", "FAIL"),
