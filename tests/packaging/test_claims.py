@@ -186,6 +186,8 @@ def of_curvature() -> Iterator[Claim]:
     ratios = [one["kl"] / one["predicted"]["curvature"] for one in edits]
     close = sum(3 / 4 <= ratio <= 4 / 3 for ratio in ratios)
     double = sum(0.5 <= ratio <= 2 for ratio in ratios)
+    mask = result("factors")["mask"]["ms"].values()
+    assert 5 < statistics.mean(mask) < 15  # "about 10 ms"
     yield (
         "docs/kfac.md",
         f"Of the {len(edits)} edits predicted below .1 nats {close} were off by less than a third and {double} by less",
