@@ -6,6 +6,7 @@ import gc
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 # Two workers share two cores: a second thread in each would only wait for the other.
@@ -18,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 gc.disable()
 
 
-def pytest_collection_finish() -> None:
-    """From here on the collector walks only what tests make."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """From here on the collector walks only what tests make, in each worker and in the process that leads them."""
     gc.freeze()
     gc.enable()
