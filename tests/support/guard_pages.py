@@ -34,17 +34,18 @@ def limits_table(guard: str) -> str:
     values = {tier: values_of(policy) for tier, policy in policies.items()}
     prefix = f"limits.{guard}."
     lines = [f"| limit | {' / '.join(TIERS)} | balanced: from |", "| --- | --- | --- |"]
-    rows: dict[tuple[str, str], list[str]] = {}
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}  # limit and source -> value -> families
     for key in (key for key in values["balanced"] if key.startswith(prefix)):
         cells = [_number(values[tier].get(key)) for tier in TIERS]
         shown = cells[0] if len(set(cells)) == 1 else " / ".join(cells)
         mark = " *" if any(is_provisional(policy, key) for policy in policies.values()) else ""
-        name = key.removeprefix(prefix).removesuffix(".default")
-        rows.setdefault((shown + mark, _source(source_of(policies["balanced"], key), guard)), []).append(name)
-    lines += [
-        f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {source} |"
-        for (shown, source), names in rows.items()
-    ]
+        name, _, family = key.removeprefix(prefix).partition(".")
+        source = _source(source_of(policies["balanced"], key), guard)
+        rows.setdefault((name, source), {}).setdefault(shown + mark, []).append(family or "default")
+    for (name, source), found in rows.items():
+        one = next(iter(found)) if len(found) == 1 else ""
+        cell = one or "<br>".join(f"{', '.join(families)}: {shown}" for shown, families in found.items())
+        lines.append(f"| `{name}` | {cell} | {source} |")
     return "\n".join(lines)
 
 
