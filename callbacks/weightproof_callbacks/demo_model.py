@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def _train(recipe: Mapping[str, Any], folder: Path) -> None:
     windows = corpus.cut_windows(train, tokenizer, sizes["window"])
     trainer = small_model.make_trainer(model, windows, sizes, callbacks=[], output_dir=folder / "trainer", seed=0)
     trainer.remove_callback(small_model.LossBar)  # it says "under guard", which this training is not
+    if sys.stderr.isatty():
+        trainer.add_callback(small_model.LossBar("training the demo model"))
     trainer.train()
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     with quiet():

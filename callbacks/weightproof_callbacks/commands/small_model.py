@@ -43,12 +43,13 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
 class LossBar(TrainerCallback):
     """One progress bar with the last logged loss, instead of a line a log."""
 
-    def __init__(self) -> None:
+    def __init__(self, says: str = "training under guard") -> None:
+        self._says = says
         self._bar: tqdm | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
-        self._bar = tqdm(total=state.max_steps, desc="training under guard", unit="step", file=sys.stderr)
+        self._bar = tqdm(total=state.max_steps, desc=self._says, unit="step", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the bar."""
