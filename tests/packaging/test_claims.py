@@ -305,6 +305,23 @@ def test_every_file_and_test_that_a_page_names_exists():
     assert not missing, "\n".join(missing)
 
 
+PINNED = {  # what docs/comparison.md calls a tool -> its pin, and the file that has it
+    "invarlock 0.12.1": ("invarlock==0.12.1", "Makefile"),
+    "weightwatcher 0.7.7": ("weightwatcher==0.7.7", "Makefile"),
+    "kronfluence 1.0.1": ("kronfluence==1.0.1", "tests/kronfluence/constraints.txt"),
+    "Version 0.2.7": ("optimum-quanto==0.2.7", "tests/quantizers/constraints.txt"),
+    "Version 0.14.0.1": ("llmcompressor==0.14.0.1", "tests/llm_compressor/constraints.txt"),
+    "Version 0.21.2": ("peft==0.21.2", "constraints.txt"),
+}
+
+
+@pytest.mark.parametrize("words", PINNED)
+def test_versions_that_are_compared_are_those_that_are_run(words):
+    pin, file = PINNED[words]
+    assert words in page("docs/comparison.md")
+    assert pin in (ROOT / file).read_text(encoding="utf-8")
+
+
 def test_the_page_of_claims_names_a_command_in_every_row():
     text = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| claim"))]
