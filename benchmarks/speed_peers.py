@@ -18,7 +18,9 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,7 @@ def machine(device: str) -> str:
     return f"{torch.cuda.get_device_name()}, host {named}"
 
 
-def made_by(device: str, settings: str) -> dict[str, Any]:
+def made_by(device: str, settings: str, at_once: int) -> dict[str, Any]:
     """Everything that rows of one run have in common."""
     import importlib.metadata
 
@@ -112,6 +114,7 @@ def made_by(device: str, settings: str) -> dict[str, Any]:
         "device": device,
         "settings": settings,
         "threads": THREADS,
+        "at_once": at_once,
         "machine": machine(device),
         "code": code_digest(),
         "versions": {"python": platform.python_version()}
@@ -198,26 +201,56 @@ def _error(done: subprocess.CompletedProcess[str]) -> str:
     return lines[-1][:300] if lines else f"exit code {done.returncode}"
 
 
-def measure(report: Report, runner: Runner, models: list[str], jobs: list[str]) -> None:
-    """Every row that is wanted and not there."""
-    began = time.perf_counter()
-    wanted = [line.job for line in lines_for(runner.device)]
-    for model in models:
-        is_made = False
-        for job in [job for job in jobs if job in wanted and report.lacks(model, job)]:
-            rows = runner.missing(job)
-            if not rows and not is_made:
-                print(f"[{time.perf_counter() - began:6.0f} s] {model}: making the folders", flush=True)
-                if failed := runner.run(model, "folders"):
-                    raise SystemExit(f"the model {model} could not be made: {failed['folders']['reason']}")
-                is_made = True
-            print(f"[{time.perf_counter() - began:6.0f} s] {model}: {job} ...", flush=True)
-            rows = rows or runner.run(model, job)
-            report.add(model, rows)
+# Memory-bound rows run alone, before the others; these hold the whole model, and no two of them run at once.
+ALONE = ("read", "snapshot")
+WHOLE = ("baseline", "check_weights", "check_outputs", "invarlock")
+
+
+class Measuring:
+    """Makes the rows that are wanted and not there."""
+
+    def __init__(self, report: Report, runner: Runner, jobs: list[str], lanes: int) -> None:
+        self.report, self.runner, self.lanes = report, runner, lanes
+        wanted = {line.job for line in lines_for(runner.device)}
+        self.jobs = [job for job in jobs if job in wanted]
+        self._began = time.perf_counter()
+        self._lock = threading.Lock()
+
+    def say(self, what: str) -> None:
+        """A line of progress, with the seconds since the beginning."""
+        print(f"[{time.perf_counter() - self._began:6.0f} s] {what}", flush=True)
+
+    def model(self, model: str) -> None:
+        """Every row of a model: those that run alone, then the others in one lane or two."""
+        todo = [job for job in self.jobs if self.report.lacks(model, job)]
+        for job in list(todo):
+            if missing := self.runner.missing(job):
+                self._keep(model, missing, 0.0)
+                todo.remove(job)
+        if not todo:
+            return
+        self.say(f"{model}: making the folders")
+        if failed := self.runner.run(model, "folders"):
+            raise SystemExit(f"the model {model} could not be made: {failed['folders']['reason']}")
+        alone = [job for job in todo if job in ALONE or self.lanes == 1]
+        rest = [job for job in todo if job not in alone]
+        self._lane(model, alone)
+        held = [job for job in rest if job in WHOLE]
+        with ThreadPoolExecutor(2) as pool:  # what a job needs of another comes before it in the same lane
+            list(pool.map(lambda lane: self._lane(model, lane), (held, [job for job in rest if job not in held])))
+
+    def _lane(self, model: str, jobs: list[str]) -> None:
+        for job in jobs:
+            self.say(f"{model}: {job} ...")
+            started = time.perf_counter()
+            self._keep(model, self.runner.run(model, job), time.perf_counter() - started)
+
+    def _keep(self, model: str, rows: dict[str, Any], spent: float) -> None:
+        with self._lock:
+            self.report.add(model, rows)
             for name, row in rows.items():
                 said = f"{row['seconds']:.4g} s" if row["status"] == "measured" else f"{row['status']}: {row['reason']}"
-                print(f"{'':11}{name}: {said}", flush=True)
-    print(f"[{time.perf_counter() - began:6.0f} s] done", flush=True)
+                self.say(f"{model}: {name}: {said} (with its start {spent:.0f} s)")
 
 
 # ---------------------------------------------------------------- command
@@ -256,7 +289,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", default="", help=f"jobs, of {', '.join(JOBS)}; all by default")
     parser.add_argument("--again", action="store_true", help="make every row again")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds that one job may take")
+    parser.add_argument("--at-once", type=int, choices=(1, 2), help="rows at once; by default 2, on a GPU 1")
+    parser.add_argument("--limit", type=float, default=400.0, help="seconds that one job may take")
     parser.add_argument("--smoke", action="store_true", help="tiny models: does it run? The numbers mean nothing")
     parser.add_argument("--peers-python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
     parser.add_argument("--older-invarlock", type=Path, default=ROOT / ".cache" / "invarlock-0.2.0")
@@ -266,6 +300,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="write the tables of the last run, measure nothing")
     given = parser.parse_args(argv)
     on_gpu = given.device != "cpu"
+    given.at_once = given.at_once or (1 if on_gpu or (os.cpu_count() or 1) < 2 else 2)
     if given.out is None:
         given.out = given.folder / "smoke.json" if given.smoke else HERE / f"{_stem(on_gpu)}.json"
     if given.docs is None and not given.smoke:
@@ -292,10 +327,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     require_device(given.device)
     settings = "smoke" if given.smoke else "full"
-    report = Report(given.out, made_by(given.device, settings), again=given.again)
+    report = Report(given.out, made_by(given.device, settings, given.at_once), again=given.again)
     tools = environments(given.peers_python, given.older_invarlock, given.folder.resolve())
     try:
-        measure(report, Runner(settings, given.device, given.limit, tools), models, jobs)
+        measuring = Measuring(report, Runner(settings, given.device, given.limit, tools), jobs, given.at_once)
+        for model in models:
+            measuring.model(model)
     finally:  # an interrupt keeps what there is
         if given.docs is not None and report.content["rows"]:
             write_page(given.docs, report.content)

@@ -158,7 +158,9 @@ def text(report: Mapping[str, Any]) -> str:
         if device == "cpu":
             parts.append(f"Wall over processor seconds, all rows together: {_busy(rows):.2f}.")
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    parts.append(f"`{command}` on {made['machine']}, {made['threads']} thread; {versions}.")
+    parts.append(
+        f"`{command}` on {made['machine']}, {made['threads']} thread, {made['at_once']} rows at once; {versions}."
+    )
     return "\n\n".join(parts)
 
 

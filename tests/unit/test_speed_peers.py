@@ -36,7 +36,15 @@ def measured(seconds, **more):
     return row | more
 
 
-MADE = {"device": "cpu", "settings": "full", "threads": 1, "machine": "M", "code": "c", "versions": {"torch": "2"}}
+MADE = {
+    "device": "cpu",
+    "settings": "full",
+    "threads": 1,
+    "at_once": 2,
+    "machine": "M",
+    "code": "c",
+    "versions": {"torch": "2"},
+}
 
 
 # ---- tables ---------------------------------------------------------------------------------------
@@ -192,22 +200,37 @@ def test_rows_that_fail_say_why_and_the_others_go_on(script, tmp_path):
     tools = dict.fromkeys(("", "weightproof", script.INVARLOCK, script.RMT, script.WATCHER), ours)
     report = script.Report(tmp_path / "rows.json", MADE, again=False)
     jobs = ["svdvals", "spectra", "fits", "snapshot"]
-    script.measure(report, script.Runner("smoke", "cpu", 5.0, tools), ["124m"], jobs)
+    script.Measuring(report, script.Runner("smoke", "cpu", 5.0, tools), jobs, 1).model("124m")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]["124m"]
     assert rows["svdvals"] == {"status": "measured", **ROW}
     assert rows["spectra"] == {"status": "failed", "reason": "RuntimeError: too bad"}
     assert rows["fits"] == {"status": "failed", "reason": "not finished within 5 s"}
     assert "signal 9" in rows["snapshot"]["reason"]
     assert ours.asked == ["folders", *jobs]
-    script.measure(report, script.Runner("smoke", "cpu", 5.0, tools), ["124m"], jobs)
+    script.Measuring(report, script.Runner("smoke", "cpu", 5.0, tools), jobs, 1).model("124m")
     assert ours.asked[5:] == ["folders", "spectra", "fits", "snapshot"]
+
+
+def test_two_rows_at_once_keep_the_order_that_jobs_need(script, tmp_path):
+    ours = Scripted({job: {line.name: ROW for line in script.LINES if line.job == job} for job in script.JOBS})
+    tools = dict.fromkeys(("", "weightproof", script.INVARLOCK, script.RMT, script.WATCHER), ours)
+    report = script.Report(tmp_path / "rows.json", MADE, again=False)
+    script.Measuring(report, script.Runner("smoke", "cpu", 5.0, tools), list(script.JOBS), 2).model("1b")
+    assert ours.asked[:3] == ["folders", *script.ALONE]
+    assert sorted(ours.asked[3:]) == sorted(set(script.JOBS) - set(script.ALONE))
+    order = {job: index for index, job in enumerate(ours.asked)}
+    assert order["baseline"] < order["check_weights"]
+    assert order["baseline"] < order["check_outputs"]
+    assert order["certify"] < order["verify_1"]
+    assert order["certify"] < order["verify_2"]
+    assert list(report.rows("1b")) == [line.name for line in script.LINES]
 
 
 def test_files_have_no_rows_on_a_gpu(script, tmp_path):
     ours = Scripted({job: {} for job in script.JOBS})
     tools = dict.fromkeys(("", "weightproof", script.INVARLOCK, script.RMT, script.WATCHER), ours)
     report = script.Report(tmp_path / "rows.json", MADE, again=False)
-    script.measure(report, script.Runner("smoke", "cuda", 5.0, tools), ["124m"], list(script.JOBS))
+    script.Measuring(report, script.Runner("smoke", "cuda", 5.0, tools), list(script.JOBS), 1).model("124m")
     assert not {"certify", "verify_1", "verify_2"} & set(ours.asked)
     assert "check_outputs" in ours.asked
 
