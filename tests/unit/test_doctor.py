@@ -197,7 +197,7 @@ def test_windows_are_counted_as_the_loss_guard_cuts_them(folder, tmp_path):
     probe = LossProbe(loaded.model, LossData(text, loaded.encode), None, LossLimits(), Processes.alone())
     [windows] = probe.windows
     assert levels["WP204"] is Level.OK
-    assert f"about {windows.num_windows} windows, of at most 32 tokens" in sentences["WP204"]
+    assert f"about {windows.num_windows} windows, of at most 34 tokens" in sentences["WP204"]
 
 
 def test_what_the_policy_says_of_lengths_counts(folder, tmp_path):

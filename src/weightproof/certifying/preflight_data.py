@@ -18,6 +18,11 @@ from weightproof.registry import load_plugin
 # Tokens counted at most: a file that holds so many has enough for every tier.
 MOST_TOKENS = 200_000
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "seq_length")
+# Models whose position tables begin to count behind the padding index.
+_BEHIND_PADDING = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
@@ -50,8 +55,11 @@ class _Cut:
 def _cut(models: Mapping[str, Checkpoint], limits: Any) -> _Cut:
     config = next((one.config for one in models.values()), {})
     context = context_length(config)
-    # As `windows.max_length`: two positions stay free.
-    length = limits.length if context is None else min(limits.length, max(1, context - 2))
+    if (
+        context is not None and config.get("model_type") in _BEHIND_PADDING
+    ):  # as `windows.max_length` finds in the model
+        context -= int(config.get("pad_token_id") or 0) + 1
+    length = limits.length if context is None else min(limits.length, max(1, context))
     return _Cut(length, bool(config.get("is_encoder_decoder")))
 
 
