@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from weightproof.calibration.conformal import (
     tolerance_limits,
 )
 from weightproof.calibration.draws import Draw, Truth
-from weightproof.calibration.fitting import DIVISIONS, LEVEL, SHAPE, fit, role_of, round_up
+from weightproof.calibration.fitting import LEVEL, SHAPE, fit, role_of, round_up
+from weightproof.calibration.targets import DIVISIONS
 from weightproof.errors import InputError
-from weightproof.policy import load_policy
+from weightproof.policy import TIERS, load_policy
 
 BALANCED = load_policy("balanced")
 
@@ -199,4 +202,25 @@ def test_a_limit_does_not_pass_the_gross_one():
     ]
     found = fit(wild, BALANCED, false_alarms=0.05).limits
     assert found["variance"]["band"] == BALANCED.limits["variance"]["gross_band"]
-    assert found["spectral"]["kappa_collapse"]["attn"] == pytest.approx(math.log(10.0))
+    assert found["spectral"]["kappa_collapse"]["attn"] == 2.303
+
+
+# ---------------------------------------------------------------- the shipped tiers
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_the_shipped_tiers_are_what_their_draws_give(tier):
+    content = json.loads((Path(__file__).parents[2] / "benchmarks" / "detection" / "calibration.json").read_text())
+    names, draws = content["draws"]["columns"][7:], []
+    for model, number, edit, preserving, delta, lower, upper, *values in content["draws"]["rows"]:
+        statistics = {name: float(value) for name, value in zip(names, values, strict=True) if value is not None}
+        truth = Truth(float(delta), float(lower), float(upper))
+        draws.append(Draw(number, edit, bool(preserving), truth, statistics, model))
+    policy = load_policy(tier)
+    found = fit(draws, policy, false_alarms=content["fits"][tier]["false_alarms"])
+    for guard, keys in found.limits.items():
+        for key, value in keys.items():
+            assert policy.limits[guard][key] == value
+            assert "calibration.md" in policy.sources[f"limits.{guard}.{key}"]
+            assert f"limits.{guard}.{key}" not in policy.provisional
+    assert f"{found.num_level} benign draws" in policy.sources["limits.divergence.kl"]

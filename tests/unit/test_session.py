@@ -21,8 +21,11 @@ from weightproof.types import Action, Outcome
 
 @pytest.fixture
 def llama():
+    """Untrained, with a head that says something: the outputs of a small random one hardly differ whatever they are."""
     torch.manual_seed(0)
-    return build("llama")
+    model = build("llama")
+    scale(model, "lm_head.weight", 4.0)
+    return model
 
 
 def state_of(model):

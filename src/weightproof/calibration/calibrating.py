@@ -15,9 +15,10 @@ from weightproof import __version__
 from weightproof.calibration.conformal import draws_for_rank
 from weightproof.calibration.drawing import SAFE_WORDS, VERSION, WORDS, draw
 from weightproof.calibration.draws import Draw
-from weightproof.calibration.fitting import DIVISIONS, LEVEL_SHARE, Fit, fit
+from weightproof.calibration.fitting import LEVEL_SHARE, Fit, fit
 from weightproof.calibration.journal import Journal
 from weightproof.calibration.measuring import Bench
+from weightproof.calibration.targets import DIVISIONS
 from weightproof.errors import InputError
 from weightproof.policy import TIERS, Policy, load_policy
 

@@ -38,6 +38,7 @@ from weightproof.calibration.conformal import (
     tolerance_limits,
 )
 from weightproof.calibration.draws import Draw
+from weightproof.calibration.targets import DIVISIONS, SIZE, TARGETS, Tail, Target, Values
 from weightproof.errors import InputError
 from weightproof.guards.limits import DEFAULT, for_family
 from weightproof.policy import Policy
@@ -47,35 +48,7 @@ SHAPE, LEVEL, JUDGE = "shape", "level", "judge"
 ROLES = (SHAPE, LEVEL, LEVEL, JUDGE, LEVEL, LEVEL)
 # A family that fewer shape draws moved than this is judged by the default.
 MIN_FAMILY = 20
-# Least spread of a tail in log units, where all values are about the same, and the fewest values that tell one.
-_LEAST_SPREAD, _LEAST_TAIL = 0.05, 3
 LEVEL_SHARE = ROLES.count(LEVEL) / len(ROLES)
-
-
-@dataclass(frozen=True)
-class Target:
-    """One limit: what it is called, and of which statistic of a draw it is the bound."""
-
-    guard: str
-    key: str
-    statistic: str
-    by_family: bool = False
-    values_only: bool = False
-    cap: str | None = None  # a gross limit of the same guard: what lies beyond is judged by that one
-
-
-# The Frobenius norm has no limit of its own; it says how far the stable rank may go (see the module's docstring).
-_SIZE = Target("spectral", "", "size", by_family=True, values_only=True, cap="gross_growth")
-TARGETS = (
-    Target("spectral", "kappa", "kappa", by_family=True, values_only=True, cap="gross_growth"),
-    Target("spectral", "kappa_collapse", "kappa_collapse", by_family=True, values_only=True, cap="gross_collapse"),
-    _SIZE,
-    Target("rmt", "epsilon", "epsilon", by_family=True, values_only=True),
-    Target("circuits", "distance", "distance"),
-    Target("variance", "band", "band", cap="gross_band"),
-    Target("divergence", "kl", "kl"),
-    Target("divergence", "hidden_error", "hidden_error"),
-)
 
 
 def role_of(number: int) -> str:
@@ -86,16 +59,6 @@ def role_of(number: int) -> str:
         ['shape', 'level', 'level', 'judge', 'level', 'level', 'shape']
     """
     return ROLES[number % len(ROLES)]
-
-
-# Statistics whose limits are put at one score, from the finest division that draws may suffice for to the coarsest.
-_OUTPUTS = ("kl", "hidden_error")
-_WARNING = ("band", "distance", "epsilon", "kappa", "size", "kappa_collapse")
-DIVISIONS = (
-    (_OUTPUTS, ("band",), ("distance",), ("epsilon",), ("kappa", "size"), ("kappa_collapse",)),
-    (_OUTPUTS, _WARNING),
-    ((*_OUTPUTS, *_WARNING),),
-)
 
 
 @dataclass(frozen=True)
@@ -172,7 +135,7 @@ def fit(draws: Iterable[Draw], policy: Policy, *, false_alarms: float, confidenc
     benign = [one for one in draws if label[id(one)] == "benign"]
     by_role = {role: [one for one in benign if role_of(one.number) == role] for role in (SHAPE, LEVEL, JUDGE)}
     _require_enough(by_role, len(draws), false_alarms, confidence)
-    values = _Values(policy)
+    values = Values(policy)
     shapes = {target: _shape(target, by_role[SHAPE], values) for target in TARGETS}
     rank = rank_allowed(len(by_role[LEVEL]), false_alarms, confidence)
     groups = next(groups for groups in DIVISIONS if len(groups) <= rank)
@@ -224,74 +187,7 @@ def _require_enough(
         )
 
 
-# ---------------------------------------------------------------- values of a draw
-
-
-class _Values:
-    """What a draw brings to a limit, by family; the floors of the tier decide what of a spike count is judged."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def of(self, draw: Draw, target: Target) -> dict[str, float]:
-        """Family to value, at most the gross limit; one family "default" where the limit has none."""
-        cap = self.cap(target)
-        return {family: min(value, cap) for family, value in self._uncapped(draw, target).items()}
-
-    def cap(self, target: Target) -> float:
-        """The gross limit as the size of a logarithm; inf where there is none."""
-        if target.cap is None:
-            return math.inf
-        gross = float(self.policy.limits[target.guard][target.cap])  # pyright: ignore[reportArgumentType]
-        return gross if target.cap == "gross_band" else abs(math.log(gross)) if gross else math.inf
-
-    def _uncapped(self, draw: Draw, target: Target) -> dict[str, float]:
-        if target.values_only and draw.preserving:
-            return {}
-        if not target.by_family:
-            return {DEFAULT: draw.statistics[target.statistic]} if target.statistic in draw.statistics else {}
-        if target.statistic == "epsilon":
-            return dict(self._epsilons(draw))
-        prefix = f"{target.statistic}/"
-        return {name.removeprefix(prefix): size for name, size in draw.statistics.items() if name.startswith(prefix)}
-
-    def _epsilons(self, draw: Draw) -> Iterable[tuple[str, float]]:
-        """The epsilon that each family needs, 0 where the additive floor does."""
-        for name, moved in draw.statistics.items():
-            stem, _, family = name.partition("/")
-            if stem == "spikes_moved":
-                worst, before = 2.0 * moved, draw.statistics.get(f"spikes/{family}", 0.0)
-                floor = for_family(self.policy.limits["rmt"]["floor"], family)  # pyright: ignore[reportArgumentType]
-                yield family, 0.0 if worst <= floor else worst / before if before else math.inf
-
-
-@dataclass(frozen=True)
-class _Tail:
-    """The upper tail of a statistic under benign edits, as that of a power law: the largest value, and its spread."""
-
-    largest: float
-    spread: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> _Tail:
-        """Of positive values; the spread is the mean logarithm of the largest over those of the upper tenth."""
-        ordered = sorted(values, reverse=True)
-        tail = ordered[1 : 1 + max(_LEAST_TAIL, len(ordered) // 10)]
-        spread = sum(math.log(ordered[0] / value) for value in tail) / len(tail) if tail else 0.0
-        return cls(ordered[0], max(spread, _LEAST_SPREAD))
-
-    def score(self, value: float) -> float:
-        """How many spreads a value lies above the largest."""
-        if value <= 0.0:
-            return -math.inf
-        return (math.log(value) - math.log(self.largest)) / self.spread if math.isfinite(value) else math.inf
-
-    def at(self, score: float) -> float:
-        """The value of a score."""
-        return self.largest * math.exp(score * self.spread)
-
-
-def _shape(target: Target, draws: Sequence[Draw], values: _Values) -> dict[str, _Tail]:
+def _shape(target: Target, draws: Sequence[Draw], values: Values) -> dict[str, Tail]:
     """The tail of each family that enough draws moved, and of all as the default; {} where none moved."""
     seen: dict[str, list[float]] = {}
     for draw in draws:
@@ -300,14 +196,12 @@ def _shape(target: Target, draws: Sequence[Draw], values: _Values) -> dict[str, 
                 seen.setdefault(family, []).append(value)
     if not seen:
         return {}
-    every = _Tail.of([value for found in seen.values() for value in found])
-    own = {family: _Tail.of(found) for family, found in sorted(seen.items()) if len(found) >= MIN_FAMILY}
+    every = Tail.of([value for found in seen.values() for value in found])
+    own = {family: Tail.of(found) for family, found in sorted(seen.items()) if len(found) >= MIN_FAMILY}
     return {DEFAULT: every} | (own if target.by_family else {})
 
 
-def _score(
-    draw: Draw, shapes: Mapping[Target, Mapping[str, _Tail]], values: _Values, statistics: Sequence[str]
-) -> float:
+def _score(draw: Draw, shapes: Mapping[Target, Mapping[str, Tail]], values: Values, statistics: Sequence[str]) -> float:
     """The worst score of a draw by these statistics; -inf where it moved none of them."""
     return max(
         (
@@ -323,9 +217,7 @@ def _score(
 # ---------------------------------------------------------------- limits
 
 
-def _limits(
-    bounds: Mapping[Target, Mapping[str, float]], values: _Values, num_values: int
-) -> dict[str, dict[str, Any]]:
+def _limits(bounds: Mapping[Target, Mapping[str, float]], values: Values, num_values: int) -> dict[str, dict[str, Any]]:
     policy, found = values.policy, dict[str, dict[str, Any]]()
     for target, bound in bounds.items():
         if bound and target.key:
@@ -334,7 +226,7 @@ def _limits(
             if target.by_family:
                 rounded = _every_family(rounded, policy.limits[target.guard].get(target.key))
             found.setdefault(target.guard, {})[target.key] = rounded if target.by_family else rounded[DEFAULT]
-    sizes, spectral = bounds.get(_SIZE, {}), found.get("spectral", {})
+    sizes, spectral = bounds.get(SIZE, {}), found.get("spectral", {})
     if "kappa" in spectral:
         kappa: Mapping[str, float] = spectral["kappa"]
         allowed = {name: 2.0 * (value + for_family(sizes or {DEFAULT: 0.0}, name)) for name, value in kappa.items()}
@@ -393,7 +285,7 @@ def round_up(value: float, digits: int = 2) -> float:
 
 
 def _judged(
-    draws: Sequence[tuple[Draw, str]], limits: Mapping[str, Mapping[str, Any]], values: _Values
+    draws: Sequence[tuple[Draw, str]], limits: Mapping[str, Mapping[str, Any]], values: Values
 ) -> tuple[Judged, ...]:
     flags = [(label, _flags(draw, limits, values)) for draw, label in draws]
     guards = [*limits, "any"]
@@ -408,7 +300,7 @@ def _judged(
     )
 
 
-def _flags(draw: Draw, limits: Mapping[str, Mapping[str, Any]], values: _Values) -> frozenset[str]:
+def _flags(draw: Draw, limits: Mapping[str, Mapping[str, Any]], values: Values) -> frozenset[str]:
     """Guards with a limit that a draw breaks."""
     return frozenset(
         target.guard

@@ -146,12 +146,15 @@ class Bench:
             RestoreError: If the model could not be put back.
         """
         matrices = self._matrices()
-        planned = rewrite(self._processes, drawn.name, matrices, self._plan(drawn, matrices))
-        touched = frozenset(one.tensor_name for one in matrices if one.name in planned)
         try:
-            return Draw.of(drawn, self._true_change(drawn), self._statistics(touched, _JUDGED_KINDS.get(drawn.kind)))
-        finally:
-            self._snapshot.restore_tensors(touched)
+            planned = rewrite(self._processes, drawn.name, matrices, self._plan(drawn, matrices))
+            touched = frozenset(one.tensor_name for one in matrices if one.name in planned)
+            found = Draw.of(drawn, self._true_change(drawn), self._statistics(touched, _JUDGED_KINDS.get(drawn.kind)))
+        except BaseException:
+            self._snapshot.restore()  # whatever was written until then
+            raise
+        self._snapshot.restore_tensors(touched)
+        return found
 
     def _plan(self, drawn: EditDraw, matrices: list[WeightMatrix]) -> Callable[[WeightMatrix], torch.Tensor | None]:
         if drawn.kind not in KINDS:
