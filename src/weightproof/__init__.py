@@ -11,7 +11,8 @@ A tour, in the order in which a change travels:
 - `curvature` fits Kronecker factors and foresees the loss change of an edit.
 - `deltas` keep what a training added as factors, `steering` puts it into a model while a block lasts; `subspace`
   says how much of it lies in a few directions, `candidates` guess which, and `delta_report` tells of all of them.
-- `guards` judge readings with pure functions; `policy` turns verdicts into one decision.
+- `guards` judge readings with pure functions; `policy` turns verdicts into one decision; `calibration` fits its limits
+  on random edits that are known to be benign.
 - `losses` pairs the loss before and after on data, `statistics` turns that into an interval: only it may accept.
 - `judgement` applies guards and policy to readings, the same in a session, in `certify` and in `verify`.
 - `session` binds these into a transaction: snapshot, change, measure, judge, keep or restore.
