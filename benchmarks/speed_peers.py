@@ -214,7 +214,7 @@ class Measuring:
         wanted = {line.job for line in lines_for(runner.device)}
         self.jobs = [job for job in jobs if job in wanted]
         self._began = time.perf_counter()
-        self._lock = threading.Lock()
+        self._lock, self._ended = threading.Lock(), threading.Event()
 
     def say(self, what: str) -> None:
         """A line of progress, with the seconds since the beginning."""
@@ -232,15 +232,22 @@ class Measuring:
         self.say(f"{model}: making the folders")
         if failed := self.runner.run(model, "folders"):
             raise SystemExit(f"the model {model} could not be made: {failed['folders']['reason']}")
+        self._ended.clear()
         alone = [job for job in todo if job in ALONE or self.lanes == 1]
         rest = [job for job in todo if job not in alone]
         self._lane(model, alone)
         held = [job for job in rest if job in WHOLE]
         with ThreadPoolExecutor(2) as pool:  # what a job needs of another comes before it in the same lane
-            list(pool.map(lambda lane: self._lane(model, lane), (held, [job for job in rest if job not in held])))
+            lanes = pool.map(lambda lane: self._lane(model, lane), (held, [job for job in rest if job not in held]))
+            try:
+                list(lanes)
+            finally:  # after an interrupt the jobs that run come to their end, and no other begins
+                self._ended.set()
 
     def _lane(self, model: str, jobs: list[str]) -> None:
         for job in jobs:
+            if self._ended.is_set():
+                return
             self.say(f"{model}: {job} ...")
             started = time.perf_counter()
             self._keep(model, self.runner.run(model, job), time.perf_counter() - started)
