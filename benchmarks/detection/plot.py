@@ -41,8 +41,11 @@ def picture(points: Sequence[dict[str, Any]], tau: float) -> bytes:
         axis.tick_params(labelsize=8)
     for axis in axes[:, 0]:
         axis.set_ylabel("true rise of the loss, nats per token", fontsize=9)
-    axes[0, 0].legend(fontsize=8, loc="upper left", frameon=False)
-    axes[0, 1].text(LOWEST_X, tau * 1.15, "harm begins", fontsize=8, color=INK)
+    axes[1, 1].text(LOWEST_X * 2, tau * 1.2, "harm begins", fontsize=8, color=INK)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False, markerscale=2
+    )
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DPI)
     return out.getvalue()

@@ -20,13 +20,19 @@ import numpy as np
 from scipy import stats
 
 from weightproof import load_policy
+from weightproof.judgement.situations import gather, situation_of
+from weightproof.registry import load_plugin, plugins
+from weightproof.types import Outcome, Verdict
 
 Row = dict[str, Any]
 
 TAU = math.log(1.05)
 SAME_LOGITS = 1e-4
-# The statistic of weights that is asked what it finds alone: chosen before, from two pilots on other models.
-WEIGHT_STATISTIC = "circuits/relative_distance"
+TIER_OF = {name: load_plugin("weightproof.guards", name).tier for name in plugins("weightproof.guards")}
+OUTPUTS = ("T0", "T1", "T2")
+SETS = {"weights", "outputs", "all"}
+# The statistic of weights that is asked what it finds alone: how far the circuits of all layers moved, on average.
+WEIGHT_STATISTIC = "circuits/relative_distance, rms"
 # Groups of edits of which `weightproof calibrate` draws some; all others are new to the calibrated limits.
 CALIBRATED_GROUPS = {"preserving", "quantize", "prune", "low rank", "cast", "noise"}
 PLOTTED = (
@@ -49,6 +55,32 @@ def truth_of(row: Row, tau: float = TAU) -> str:
     if row["truth"]["lower"] > tau:
         return "harmful"
     return "benign" if row["truth"]["upper"] < tau / 2 else "grey"
+
+
+def situation_without(row: Row, left: str, tiers: Sequence[str]) -> str:
+    """What a policy would be asked to act on without one guard, from the outcomes of the others of these tiers."""
+    verdicts = [
+        Verdict(name, Outcome(outcome), (), "", 0, 0)
+        for name, outcome in row["outcomes"].items()
+        if name != left and TIER_OF[name] in tiers
+    ]
+    return situation_of(gather(verdicts, TIER_OF), (), training=False)[0]
+
+
+def with_ablations(rows: Sequence[Row]) -> list[Row]:
+    """The rows with a situation for T0 to T2 without each guard that spoke."""
+    spoke = {name for row in rows for name, outcome in row["outcomes"].items() if outcome != "NOT_MEASURED"}
+    judging = sorted(name for name in spoke if TIER_OF[name] in OUTPUTS)
+    return [
+        row
+        | {
+            "situations": {
+                name: one for name, one in row["situations"].items() if name.rpartition(" ")[2] in spoke | SETS
+            }
+            | {f"outputs without {left}": situation_without(row, left, OUTPUTS) for left in judging}
+        }
+        for row in rows
+    ]
 
 
 def is_flagged(row: Row, choice: str, actions: Mapping[str, str]) -> bool:
@@ -95,8 +127,15 @@ def with_interval(measure: Callable[..., float], harmful: np.ndarray, benign: np
 
 
 def scores_of(rows: Sequence[Row], statistic: str) -> np.ndarray:
-    """A statistic of each row; what was not measured is no evidence of change, inf a finite number above all others."""
-    values = np.asarray([row["statistics"].get(statistic, 0.0) for row in rows], dtype=float)
+    """A statistic of each row; inf is a finite number above all others.
+
+    What was not measured is no evidence of change, but where every benign edit has the statistic and its guard
+    fails without it: the outputs or the loss are not finite any more.
+    """
+    always = all(statistic in row["statistics"] for row in rows if truth_of(row) == "benign")
+    values = np.asarray(
+        [_or_broken(row, statistic) if always else row["statistics"].get(statistic, 0.0) for row in rows], dtype=float
+    )
     finite = values[np.isfinite(values)]
     return np.where(np.isfinite(values), values, (finite.max(initial=0.0) + 1.0) * 10)
 
@@ -175,56 +214,85 @@ def by_group(rows: Sequence[Row], policy: str = "balanced") -> dict[str, Any]:
 
 
 def localisation(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of harmful faults of one block: whether it is the first of those named, or among the first three."""
-    chosen = [r for r in rows if r["block"] is not None and not r["declared"] and truth_of(r) == "harmful"]
-    named = [r for r in chosen if r["blamed"]]
-    return {
-        "top1_block": share([row["blamed"][0] == row["block"] for row in named]),
-        "top3_block": share([row["block"] in row["blamed"][:3] for row in named]),
-        "not_located": len(chosen) - len(named),
-        "wrong": sorted(f"{r['model']}: {r['case']}" for r in named if r["blamed"][0] != r["block"]),
-    }
+    """Of harmful faults of one block: whether it is the first of those named, or among the first three.
+
+    A tensor that is not finite is named by the invariants itself, so its block is. What is located by nobody counts as
+    wrong.
+    """
+    chosen = [r for r in rows if r["block"] is not None and truth_of(r) == "harmful"]
+    found: dict[str, Any] = {}
+    for name, declared in (("undeclared", False), ("in a declared int8", True)):
+        of = [row for row in chosen if row["declared"] == declared]
+        found[name] = {
+            "top1_block": share([row["block"] in _named(row)[:1] for row in of]),
+            "top3_block": share([row["block"] in _named(row)[:3] for row in of]),
+            "not_located": sorted(f"{r['model']}: {r['case']}" for r in of if not _named(r)),
+            "wrong": sorted(f"{r['model']}: {r['case']}" for r in of if _named(r) and _named(r)[0] != r["block"]),
+        }
+    return found
+
+
+def _named(row: Row) -> list[int]:
+    return [row["block"]] if row["statistics"].get("invariants/num_nonfinite") else row["blamed"]
 
 
 def weights_alone(rows: Sequence[Row]) -> dict[str, Any]:
     """Contracts and one statistic of weights, no forward pass: what is found where nothing benign is flagged.
 
-    The threshold is the largest value of any benign edit, of those that declare a kind and those that do not apart; a
-    broken contract counts as found. Held out: the threshold of the models of seed 0, judged on the others.
+    The threshold is the largest value of any benign edit of the same architecture, of those that declare a kind and
+    those that do not apart; a broken contract counts as found. Held out: the threshold of the models of seed 0, judged
+    on the others.
     """
     found: dict[str, Any] = {}
     for declared in (True, False):
         chosen = [row for row in rows if row["declared"] == declared]
-        harmful = [row for row in chosen if truth_of(row) == "harmful"]
-        benign = [row for row in chosen if truth_of(row) == "benign" and not row["broken"]]
-        limit = _largest(benign)
-        own = [row for row in benign if row["model"].endswith("-0")]
-        others = [row for row in chosen if not row["model"].endswith("-0")]
+        limits, own = _limits(chosen), _limits([row for row in chosen if _seed(row) == "0"])
+        others = [row for row in chosen if _seed(row) != "0" and _architecture(row) in own]
         groups: dict[str, list[Row]] = defaultdict(list)
-        for row in harmful:
-            groups[row["group"]].append(row)
+        for row in chosen:
+            if truth_of(row) == "harmful":
+                groups[row["group"]].append(row)
+                groups[f"all of {_architecture(row)}"].append(row)
         found["declared" if declared else "undeclared"] = {
-            "threshold": limit,
-            "tpr": share([_is_found(row, limit) for row in harmful]),
-            "n_benign": len(benign),
-            "by_kind": {name: share([_is_found(row, limit) for row in of]) for name, of in sorted(groups.items())},
+            "thresholds": limits,
+            "tpr": _shares(chosen, limits, "harmful"),
+            "fpr": _shares(chosen, limits, "benign"),
+            "by_kind": {name: _shares(of, limits, "harmful") for name, of in sorted(groups.items())},
             "held_out": {
-                "threshold": _largest(own),
-                "tpr": share([_is_found(r, _largest(own)) for r in others if truth_of(r) == "harmful"]),
-                "fpr": share(
-                    [_is_found(r, _largest(own)) for r in others if truth_of(r) == "benign" and not r["broken"]]
-                ),
+                "tpr": _shares(others, own, "harmful"),
+                "fpr": _shares(others, own, "benign"),
             },
         }
     return found
 
 
-def _largest(benign: Sequence[Row]) -> float:
-    return max((row["statistics"].get(WEIGHT_STATISTIC, 0.0) for row in benign), default=0.0)
+def _architecture(row: Row) -> str:
+    return row["model"].partition("-")[0]
 
 
-def _is_found(row: Row, limit: float) -> bool:
-    return row["outcomes"]["invariants"] == "FAIL" or row["statistics"].get(WEIGHT_STATISTIC, 0.0) > limit
+def _seed(row: Row) -> str:
+    return row["model"].partition("-")[2]
+
+
+def _limits(rows: Sequence[Row]) -> dict[str, float]:
+    limits: dict[str, float] = {}
+    for row in rows:
+        if truth_of(row) == "benign" and not row["broken"]:
+            name = _architecture(row)
+            limits[name] = max(limits.get(name, 0.0), row["statistics"].get(WEIGHT_STATISTIC, 0.0))
+    return limits
+
+
+def _shares(rows: Sequence[Row], limits: Mapping[str, float], kind: str) -> dict[str, Any]:
+    """Share of the harmful, or of the benign that are as declared, that these thresholds flag."""
+    chosen = [row for row in rows if truth_of(row) == kind and not (kind == "benign" and row["broken"])]
+    return share(
+        [
+            row["outcomes"]["invariants"] == "FAIL"
+            or row["statistics"].get(WEIGHT_STATISTIC, 0.0) > limits[_architecture(row)]
+            for row in chosen
+        ]
+    )
 
 
 def held_out(rows: Sequence[Row]) -> dict[str, Any]:
@@ -247,10 +315,16 @@ def points(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "lower": _plain(row["truth"]["lower"]),
             "upper": _plain(row["truth"]["upper"]),
             "action": row["action"],
-            **{name: _plain(row["statistics"].get(name, 0.0)) for name in PLOTTED},
+            **{name: _plain(_or_broken(row, name)) for name in PLOTTED},
         }
         for row in rows
     ]
+
+
+def _or_broken(row: Row, statistic: str) -> float:
+    """The statistic; inf where its guard fails without it, as it does on outputs that are not finite."""
+    failed = row["outcomes"].get(statistic.partition("/")[0]) == "FAIL"
+    return row["statistics"].get(statistic, math.inf if failed else 0.0)
 
 
 def _plain(value: float) -> float | str:
@@ -259,6 +333,7 @@ def _plain(value: float) -> float | str:
 
 def score(rows: Sequence[Row]) -> dict[str, Any]:
     """Everything that the tables show, from the rows of all models."""
+    rows = with_ablations(rows)
     counts = Counter((row["model"], truth_of(row)) for row in rows)
     models = sorted({row["model"] for row in rows})
     return {

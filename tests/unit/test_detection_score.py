@@ -91,9 +91,32 @@ def test_intervals_of_shares_hold_the_true_share_as_often_as_they_say():
 
 
 def test_what_is_not_finite_scores_above_all_and_what_was_not_measured_below():
-    rows = [row("a", *HARM, statistics={"s": math.inf}), row("b", *HARM), row("c", *HARM, statistics={"s": 3.0})]
-    infinite, missing, finite = score.scores_of(rows, "s")
-    assert missing == 0.0 < finite < infinite < math.inf
+    failed = {"outcomes": {"invariants": "PASS", "loss": "FAIL"}}
+    rows = [
+        row("a", *HARM, statistics={"loss/s": math.inf}),
+        row("not finite any more", *HARM, **failed),
+        row("not measured", *HARM),
+        row("b", *HARM, statistics={"loss/s": 3.0}),
+        row("c", *CALM, statistics={"loss/s": 1.0}),
+    ]
+    infinite, broken, missing, finite, calm = score.scores_of(rows, "loss/s")
+    assert missing == 0.0 < calm < finite < broken == infinite < math.inf
+    some_have_none = [*rows, row("d", *CALM)]
+    assert score.scores_of(some_have_none, "loss/s")[1] == 0.0
+
+
+def test_ablations_decide_again_from_the_outcomes_of_the_others():
+    outcomes = {
+        "invariants": "PASS",
+        "divergence": "FAIL",
+        "variance": "WARN",
+        "loss": "FAIL",
+        "subspace": "NOT_MEASURED",
+    }
+    found = score.with_ablations([row("a", *HARM, outcomes=outcomes)])[0]["situations"]
+    assert set(found) == {"all", *(f"outputs without {name}" for name in ("invariants", "divergence", "variance"))}
+    assert found["outputs without variance"] == "outputs_reject"
+    assert found["outputs without divergence"] == "no_forward_weights_warned"
 
 
 def test_weights_alone_find_what_lies_beyond_every_benign_edit_or_breaks_its_contract():
@@ -104,16 +127,17 @@ def test_weights_alone_find_what_lies_beyond_every_benign_edit_or_breaks_its_con
         row("found", *HARM, statistics=far),
         row("missed", *HARM, statistics=near),
         row("contract", *HARM, declared=True, broken=True, outcomes={"invariants": "FAIL"}),
+        row("as declared", *CALM, declared=True),
         row("a wrong declaration does not raise the threshold", *CALM, declared=True, broken=True, statistics=far),
         row("other seed", *HARM, model="llama-1", statistics=far),
         row("other seed, flagged", *CALM, model="llama-1", statistics={score.WEIGHT_STATISTIC: 0.3}),
     ]
     found = score.weights_alone(rows)
-    assert (found["undeclared"]["threshold"], found["undeclared"]["tpr"]["hits"]) == (0.3, 2)
-    assert found["undeclared"]["held_out"]["threshold"] == 0.2
+    assert (found["undeclared"]["thresholds"], found["undeclared"]["tpr"]["hits"]) == ({"llama": 0.3}, 2)
+    assert found["undeclared"]["fpr"]["hits"] == 0
     assert found["undeclared"]["held_out"]["fpr"]["hits"] == 1
+    assert found["undeclared"]["held_out"]["tpr"]["hits"] == 1
     assert found["declared"]["tpr"]["value"] == 1.0
-    assert found["declared"]["threshold"] == 0.0
 
 
 def test_a_wrong_declaration_that_does_no_harm_is_no_false_alarm():
