@@ -11,6 +11,7 @@ TELLING = 0.6
 def markdown(results: dict[str, Any]) -> str:
     """All tables."""
     parts = [
+        _in_short(results),
         _models(results),
         _choices(results),
         _statistics(results),
@@ -22,6 +23,26 @@ def markdown(results: dict[str, Any]) -> str:
         _misses(results),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _in_short(results: dict[str, Any]) -> str:
+    choices, alone, where = results["choices"], results["weights_alone"], results["localisation"]
+    random = results["statistics"]["divergence/kl, random windows"]["auroc"]
+    held = results["held_out"]["models"]
+    lines = [
+        f"- **All guards, with data**: harmful found {percent(choices['all']['tpr'])}, benign flagged "
+        f"{percent(choices['all']['fpr'])}, preserving flagged {percent(choices['all']['false_alarms_preserving'])}. "
+        f"On models that the calibration never saw: {percent(held['tpr'])} and {percent(held['fpr'])}.",
+        f"- **Without data** (weights, and outputs on random tokens and a few windows): "
+        f"{percent(choices['outputs']['tpr'])} and {percent(choices['outputs']['fpr'])}. KL on random "
+        f"tokens alone: AUROC {random['value']:.3f} "
+        f"[{random['lower']:.3f}, {random['upper']:.3f}].",
+        "- **Without a forward pass** (contracts, circuits), where no benign edit is flagged: "
+        f"{percent(alone['declared']['tpr'])} of what declares a kind, {percent(alone['undeclared']['tpr'])} of what "
+        "declares none.",
+        f"- **Where**: the damaged block is named first in {percent(where['undeclared']['top1_block'])}.",
+    ]
+    return "\n".join(lines)
 
 
 def percent(share: dict[str, Any]) -> str:

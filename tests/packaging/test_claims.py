@@ -64,6 +64,27 @@ def kib(row: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- what the pages say
 
 
+def of_detection() -> Iterator[Claim]:
+    found = json.loads((ROOT / "benchmarks" / "detection" / "results.json").read_text(encoding="utf-8"))
+
+    def of(one: dict[str, Any], *, interval: bool = True) -> str:
+        low, high = (f"{100 * one[end]:.1f}".removesuffix(".0") for end in ("lower", "upper"))
+        return f"{one['hits']} of {one['of']}" + (f" [{low} %, {high} %]" if interval else "")
+
+    for row, name in (("everything, with data", "all"), ("weights and outputs, no loss", "outputs")):
+        choice = found["choices"][name]
+        yield "README.md", f"| {row} | {of(choice['tpr'])} | {of(choice['fpr'])} |"
+    alone = {name: of(one["tpr"], interval=False) for name, one in found["weights_alone"].items()}
+    assert all(one["fpr"]["hits"] == 0 for one in found["weights_alone"].values())
+    yield "README.md", f"nothing benign flagged | declared {alone['declared']}, undeclared {alone['undeclared']} | 0 |"
+    preserving = found["choices"]["all"]["false_alarms_preserving"]
+    assert preserving["hits"] == 0
+    yield "README.md", f"None of the {preserving['of']} edits that preserve the function"
+    yield "README.md", f"{of(found['localisation']['undeclared']['top1_block'], interval=False)} faults of one block"
+    edits = sum(sum(counts.values()) for counts in found["models"].values())
+    yield "README.md", f"{edits:,} edits of six small trained models"
+
+
 def of_planner() -> Iterator[Claim]:
     rows: dict[float, list[dict[str, Any]]] = {}
     for row in result("planner")["budgets"]:
@@ -236,8 +257,8 @@ def of_equal_size() -> Iterator[Claim]:
 
 
 SOURCES = (
-    of_planner, of_health, of_distributed, of_rolling, of_speed, of_snapshots, of_edits, of_candidates, of_curvature,
-    of_kronfluence, of_coverage, of_certify, of_factors, of_equal_size,
+    of_detection, of_planner, of_health, of_distributed, of_rolling, of_speed, of_snapshots, of_edits, of_candidates,
+    of_curvature, of_kronfluence, of_coverage, of_certify, of_factors, of_equal_size,
 )  # fmt: skip
 
 
