@@ -33,6 +33,7 @@ OUTPUTS = ("T0", "T1", "T2")
 SETS = {"weights", "outputs", "all"}
 # The statistic of weights that is asked what it finds alone: how far the circuits of all layers moved, on average.
 WEIGHT_STATISTIC = "circuits/relative_distance, rms"
+TIER_STATISTICS = {"T0 and T1": WEIGHT_STATISTIC, "T0 to T2": "divergence/kl", "T0 to T3": "loss/difference"}
 # Groups of edits of which `weightproof calibrate` draws some; all others are new to the calibrated limits.
 CALIBRATED_GROUPS = {"preserving", "quantize", "prune", "low rank", "cast", "noise"}
 PLOTTED = (
@@ -160,6 +161,32 @@ def by_statistic(rows: Sequence[Row]) -> dict[str, Any]:
             "n_preserving": len(same),
             "n_harmful": len(bad),
             "n_benign": len(good),
+        }
+    return found
+
+
+def by_tier(rows: Sequence[Row]) -> dict[str, Any]:
+    """Each tier as one number, its best statistic above which a broken contract stands; with the tiers below it.
+
+    Benign edits that are not what they declare are left out: they are rightly taken back.
+    """
+    harmful = [row for row in rows if truth_of(row) == "harmful"]
+    benign = [row for row in rows if truth_of(row) == "benign" and not row["broken"]]
+    found: dict[str, Any] = {}
+    for name, statistic in TIER_STATISTICS.items():
+        every = scores_of([*harmful, *benign], statistic)
+        broken = np.asarray([row["outcomes"]["invariants"] == "FAIL" for row in (*harmful, *benign)])
+        every = np.where(broken, every.max() + 1.0, every)
+        bad, good = every[: len(harmful)], every[len(harmful) :]
+        same = good[[row["preserving"] for row in benign]]
+        threshold = tpr_at(bad, good, 0.01)[1]
+        found[name] = {
+            "statistic": statistic,
+            "auroc": with_interval(auroc, bad, good),
+            "tpr_at_1pct_fpr": with_interval(lambda h, b: tpr_at(h, b, 0.01)[0], bad, good),
+            "false_alarms_preserving": share(list(same > threshold)),
+            "n_preserving": len(same),
+            "top1_block": localisation(rows)["undeclared"]["top1_block"] if name != "T0 and T1" else None,
         }
     return found
 
@@ -341,6 +368,7 @@ def score(rows: Sequence[Row]) -> dict[str, Any]:
         "models": {model: {kind: n for (name, kind), n in sorted(counts.items()) if name == model} for model in models},
         "not_preserved": sorted(f"{r['model']}: {r['case']}" for r in rows if truth_of(r) == "not preserved"),
         "choices": by_choice(rows),
+        "tiers": by_tier(rows),
         "statistics": by_statistic(rows),
         "groups": by_group(rows),
         "weights_alone": weights_alone(rows),

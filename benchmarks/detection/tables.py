@@ -13,6 +13,7 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [
         _in_short(results),
         _models(results),
+        _tiers(results),
         _choices(results),
         _statistics(results),
         _groups(results),
@@ -62,6 +63,25 @@ def _models(results: dict[str, Any]) -> str:
     kinds = sorted({kind for counts in results["models"].values() for kind in counts})
     rows = [[name, *(str(counts.get(kind, 0)) for kind in kinds)] for name, counts in results["models"].items()]
     return f"**Edits by truth** (tau {results['tau']:.4f} nats per token)\n\n" + _table(["model", *kinds], rows)
+
+
+def _tiers(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            one["statistic"],
+            f"{one['auroc']['value']:.3f} [{one['auroc']['lower']:.3f}, {one['auroc']['upper']:.3f}]",
+            percent(one["tpr_at_1pct_fpr"]),
+            percent(one["false_alarms_preserving"]),
+            "not located by weights" if one["top1_block"] is None else percent(one["top1_block"]),
+        ]
+        for name, one in results["tiers"].items()
+    ]
+    header = [
+        "tiers", "by contracts and", "AUROC", "harmful found at 1 % of the benign flagged", "preserving flagged there",
+        "damaged block named first",
+    ]  # fmt: skip
+    return "**Each tier as one number** (whatever the limits; with the tiers below it)\n\n" + _table(header, rows)
 
 
 def _choices(results: dict[str, Any]) -> str:

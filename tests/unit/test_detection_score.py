@@ -158,6 +158,21 @@ def test_that_nothing_changed_is_no_claim_of_harm():
     assert not score.is_flagged(quiet | {"statistics": {"invariants/no_op": 1.0}}, "weights", {})
 
 
+def test_a_tier_ranks_a_broken_contract_above_every_statistic():
+    rows = [
+        row("found", *HARM, statistics={"loss/difference": 0.3}, outcomes={"invariants": "PASS", "loss": "FAIL"}),
+        row("contract", *HARM, statistics={"loss/difference": 0.0}, outcomes={"invariants": "FAIL", "loss": "PASS"}),
+        row("calm", *CALM, statistics={"loss/difference": 0.01}, preserving=True,
+            truth={"delta": 0.0, "lower": 0.0, "upper": 0.0, "max_logit": 0.0}),
+        row("rightly taken back", *CALM, declared=True, broken=True, statistics={"loss/difference": 0.01},
+            outcomes={"invariants": "FAIL"}),
+    ]  # fmt: skip
+    found = score.by_tier(rows)
+    assert found["T0 to T3"]["auroc"]["value"] == 1.0
+    assert found["T0 to T3"]["n_preserving"] == 1
+    assert found["T0 and T1"]["auroc"]["value"] == pytest.approx(0.75)  # one found, one as quiet as the benign
+
+
 # ---------------------------------------------------------------- files
 
 
