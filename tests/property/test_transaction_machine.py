@@ -52,7 +52,10 @@ class Transactions(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         torch.manual_seed(0)
-        self.start(build("llama", num_hidden_layers=1))
+        model = build("llama", num_hidden_layers=1)
+        with torch.no_grad():  # a small random head says almost the same whatever it reads
+            model.lm_head.weight.mul_(4.0)
+        self.start(model)
 
     def start(self, model: torch.nn.Module) -> None:
         self.model = model
