@@ -154,7 +154,7 @@ def text(report: Mapping[str, Any]) -> str:
     command = "make benchmark-speed" if device == "cpu" else f"make benchmark-speed DEVICE={device}"
     parts = []
     for model, rows in report["rows"].items():
-        parts += [f"**{MODELS[model].capitalize() if model == '1b' else MODELS[model]}**", table(rows, device)]
+        parts += [f"**{MODELS[model][0].upper()}{MODELS[model][1:]}**", table(rows, device)]
         if device == "cpu":
             parts.append(f"Wall over processor seconds, all rows together: {_busy(rows):.2f}.")
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())

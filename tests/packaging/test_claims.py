@@ -85,6 +85,14 @@ def of_detection() -> Iterator[Claim]:
     yield "README.md", f"{edits:,} edits of six small trained models"
 
 
+def of_speed_peers() -> Iterator[Claim]:
+    rows = result("speed_peers")["rows"]["124m"]
+    took = {name: f"{rows[name]['processor_seconds']:.1f} s" for name in rows if "processor_seconds" in rows[name]}
+    yield "README.md", f"takes {took['check_weights']} of the processor without a forward pass"
+    yield "README.md", f"and {took['check_outputs']} with outputs, the baseline {took['baseline']} once"
+    yield "README.md", f"guards take {took['invarlock_check']} to check, `svdvals` of every matrix {took['svdvals']}"
+
+
 def of_planner() -> Iterator[Claim]:
     rows: dict[float, list[dict[str, Any]]] = {}
     for row in result("planner")["budgets"]:
@@ -257,8 +265,8 @@ def of_equal_size() -> Iterator[Claim]:
 
 
 SOURCES = (
-    of_detection, of_planner, of_health, of_distributed, of_rolling, of_speed, of_snapshots, of_edits, of_candidates,
-    of_curvature, of_kronfluence, of_coverage, of_certify, of_factors, of_equal_size,
+    of_detection, of_speed_peers, of_planner, of_health, of_distributed, of_rolling, of_speed, of_snapshots, of_edits,
+    of_candidates, of_curvature, of_kronfluence, of_coverage, of_certify, of_factors, of_equal_size,
 )  # fmt: skip
 
 
